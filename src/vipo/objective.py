@@ -1,0 +1,147 @@
+"""From rewards to a loss: group advantage, credit per latent position, clipped surrogate.
+
+    A_i   = (r_i - mean_group) / (std_group + eps)                                 GRPO (arXiv 2402.03300, eq. 3)
+    A_i^p = M_i(p) A_i                                                             ViPO (arXiv 2511.18719)
+    J     = mean over samples, steps and positions of min(rho A, clip(rho, 1 - c, 1 + c) A),   rho = pi_new / pi_old
+
+GRPO is ViPO with one position: the same functions take (N,) and (N, T, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+CreditKind = Literal["sample", "uniform", "reward_map", "advantage_map"]
+NEEDS_MAPS: frozenset[str] = frozenset({"reward_map", "advantage_map"})
+
+
+class Surrogate(NamedTuple):
+    """``loss`` is -J. ``approx_kl`` is mean(rho - 1 - log rho), the estimator that is never negative."""
+
+    loss: Float[Tensor, ""]
+    clipped_fraction: Float[Tensor, ""]
+    approx_kl: Float[Tensor, ""]
+
+
+def _in_groups(values: Tensor, group_size: int) -> Tensor:
+    if group_size < 1 or values.shape[0] % group_size:
+        raise ValueError(f"{values.shape[0]} samples do not divide into groups of group_size={group_size}")
+    return values.double().unflatten(0, (-1, group_size))
+
+
+def group_advantage(
+    rewards: Float[Tensor, "N *position"], group_size: int, *, eps: float = 1e-4
+) -> Float[Tensor, "N *position"]:
+    """How much better than its group each sample is, in the group's standard deviations (unbiased).
+
+    Groups are consecutive. A reward that is not finite means "no score": the sample is left out of its group's mean and
+    deviation and gets advantage 0. A group without spread gets 0, not rounding noise. Trailing dimensions are
+    normalised independently (``reward_map`` uses that).
+    """
+    grouped = _in_groups(rewards, group_size)
+    scored = grouped.isfinite()
+    values = grouped.where(scored, torch.zeros_like(grouped))
+    count = scored.sum(1, keepdim=True)
+    mean = values.sum(1, keepdim=True) / count.clamp_min(1)
+    deviation = (values - mean).where(scored, torch.zeros_like(values))
+    std = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    highest = grouped.where(scored, torch.full_like(grouped, -torch.inf)).amax(1, keepdim=True)
+    lowest = grouped.where(scored, torch.full_like(grouped, torch.inf)).amin(1, keepdim=True)
+    advantage = deviation / (std + eps)
+    return advantage.where(highest > lowest, torch.zeros_like(advantage)).flatten(0, 1).to(rewards.dtype)
+
+
+def groups_without_spread(rewards: Float[Tensor, " N"], group_size: int) -> Bool[Tensor, " P"]:
+    """Which groups teach nothing, because fewer than two different scores are left in them."""
+    return (group_advantage(rewards, group_size).unflatten(0, (-1, group_size)) == 0).all(1)
+
+
+def combine_advantages(
+    rewards: Mapping[str, Float[Tensor, " N"]], weights: Mapping[str, float], group_size: int
+) -> Float[Tensor, " N"]:
+    """Several rewards: each normalised within its groups, then summed by weight. A missing score anywhere gives 0."""
+    total = torch.stack([weights[name] * group_advantage(r, group_size) for name, r in rewards.items()]).sum(0)
+    scored = torch.stack([r.isfinite() for r in rewards.values()]).all(0)
+    return total.where(scored, torch.zeros_like(total))
+
+
+def spatial_advantage(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H W"]) -> Float[Tensor, "N T H W"]:
+    """A_i^p = M_i(p) A_i. M >= 0, so no position's sign is flipped.
+
+    Raises:
+        ValueError: advantage is not (N,), maps are not (N, T, H, W), or a map is negative or not finite.
+    """
+    if advantage.ndim != 1 or maps.ndim != 4 or maps.shape[0] != advantage.shape[0]:
+        raise ValueError(
+            f"advantage {tuple(advantage.shape)} and maps {tuple(maps.shape)} must be (N,) and (N, T, H, W)"
+        )
+    if not bool((maps >= 0).all() & maps.isfinite().all()):
+        raise ValueError("maps must be finite and non-negative: a negative weight would punish what was rewarded")
+    return maps * advantage[:, None, None, None]
+
+
+def assign_credit(
+    credit: CreditKind,
+    rewards: Float[Tensor, " N"],
+    advantage: Float[Tensor, " N"],
+    maps: Float[Tensor, "N T H W"] | None,
+    group_size: int,
+) -> Float[Tensor, " N"] | Float[Tensor, "N T H W"]:
+    """The weight on each likelihood ratio: (N,) for one ratio per sample, (N, T, H, W) for local ratios.
+
+    ============= ======== ============================================= =================================
+    credit        ratio    weight                                        is
+    ============= ======== ============================================= =================================
+    sample        scalar   A_i                                           DanceGRPO, Flow-GRPO
+    uniform       local    A_i (a map of ones)                           the paper's ablation
+    reward_map    local    (M_i(p) r_i) normalised per position          the paper's ablation
+    advantage_map local    M_i(p) A_i                                    ViPO
+    ============= ======== ============================================= =================================
+    """
+    if credit not in get_args(CreditKind):
+        raise ValueError(f"credit={credit!r} is not known; choose from {', '.join(get_args(CreditKind))}")
+    if credit == "sample":
+        return advantage
+    if maps is None:
+        raise ValueError(f"credit={credit!r} needs maps of shape (N, T, H, W)")
+    if credit == "uniform":
+        return spatial_advantage(advantage, torch.ones_like(maps))
+    if credit == "reward_map":
+        return group_advantage(maps * rewards[:, None, None, None], group_size)
+    return spatial_advantage(advantage, maps)
+
+
+def clipped_surrogate(
+    log_prob: Float[Tensor, "N *position"],
+    old_log_prob: Float[Tensor, "N *position"],
+    advantage: Float[Tensor, "N *position"],
+    *,
+    clip_range: float,
+) -> Surrogate:
+    """The clipped policy-gradient loss of PPO (arXiv 1707.06347, eq. 7), averaged over every element.
+
+    (N, T, H, W) tensors give ViPO's local ratio, (N,) tensors scalar GRPO.
+
+    Raises:
+        ValueError: the three shapes differ (a broadcast here would silently change the method), or clip_range <= 0.
+    """
+    if not log_prob.shape == old_log_prob.shape == advantage.shape:
+        raise ValueError(
+            f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and advantage"
+            f" {tuple(advantage.shape)} must have one shape: (N,) for one ratio per sample, (N, T, H, W) for local ones"
+        )
+    if not clip_range > 0:
+        raise ValueError(f"clip_range={clip_range}: must be positive")
+    log_ratio = log_prob - old_log_prob.detach()
+    ratio = log_ratio.exp()
+    weight = advantage.detach()
+    unclipped, clipped = ratio * weight, ratio.clamp(1 - clip_range, 1 + clip_range) * weight
+    with torch.no_grad():
+        clipped_fraction = ((ratio - 1).abs() > clip_range).float().mean()
+        approx_kl = (ratio - 1 - log_ratio).mean()
+    return Surrogate(-torch.minimum(unclipped, clipped).mean(), clipped_fraction, approx_kl)

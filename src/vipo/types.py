@@ -1,0 +1,183 @@
+"""What is handed from room to room: frozen records, the protocols of the parts, and the legend of shapes.
+
+Legend, used in every annotation and docstring of the package:
+
+====== =====================================================================================
+N      samples in a batch; N = P * G when it is a whole iteration, groups are consecutive
+P, G   prompts per iteration, samples per prompt (the group size)
+M      recorded transitions, over all samples; each is one solver step of one sample
+C      latent channels
+T H W  latent frames, latent height, latent width; an image is T = 1
+F      video frames in pixel space
+Y X    picture height and width in pixels
+B D    pictures seen by a backbone, width of its features
+h w    height and width of a backbone's feature grid
+====== =====================================================================================
+
+Latents are always ``(N, C, T, H, W)``. Media are always ``(N, 3, F, Y, X)``, float32 in [0, 1]. Anything a model wants
+otherwise (token packing, value ranges, time scaling) happens inside that model's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Grid = tuple[int, int]  # (H, W)
+LatentGrid = tuple[int, int, int]  # (T, H, W)
+
+
+class UserError(ValueError):
+    """Something the user can mend. The command line prints the message as one sentence and exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of the prompt file. ``index`` is its place in the file, ``metadata`` whatever stood beside it."""
+
+    text: str
+    index: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A record whose fields are all tensors with the same leading dimension; it can be indexed and moved as one."""
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def take(self, index: Int[Tensor, " k"]) -> Self:
+        """The rows ``index``, in that order."""
+        return self._map(lambda tensor: tensor[index.to(tensor.device)])
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda tensor: tensor.to(device))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Transitions(Batched):
+    """The solver steps that will be trained on, flat over samples and steps: ``z`` at ``sigma`` went to ``z'``."""
+
+    sample: Int[Tensor, " M"]  # which of the rollout's N samples
+    step: Int[Tensor, " M"]  # which solver step of it
+    sigma: Float[Tensor, " M"]
+    sigma_next: Float[Tensor, " M"]
+    latents: Float[Tensor, "M C T H W"]
+    next_latents: Float[Tensor, "M C T H W"]
+    log_prob: Float[Tensor, "M T H W"]  # under the weights that sampled it
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's samples. ``media`` is decoded from the last step's clean prediction, not from a noisy latent."""
+
+    prompts: tuple[Prompt, ...]  # N of them, groups consecutive
+    conditioning: Batched  # N rows, as the generator encoded them
+    media: Float[Tensor, "N 3 F Y X"]
+    transitions: Transitions
+    latent_grid: LatentGrid
+    model_passes: int  # samples x steps actually run through the network, for the cost account
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of one rollout by name. NaN marks a sample that got no score; it is masked out, never replaced."""
+
+    by_name: Mapping[str, Float[Tensor, " N"]]
+    weights: Mapping[str, float]
+    failures: Mapping[str, str] = field(default_factory=dict)  # reward name -> why its NaNs are there
+
+    @property
+    def total(self) -> Float[Tensor, " N"]:
+        """The weighted sum of the raw rewards; NaN where any part is."""
+        return torch.stack([self.weights[name] * values for name, values in self.by_name.items()]).sum(0)
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """What a backbone saw: one feature vector per cell. ``stride`` is the cell's side in input pixels."""
+
+    features: Float[Tensor, "B D h w"]
+    stride: int
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What one iteration did. ``metrics`` is reproducible bit for bit; ``seconds`` (wall time by phase) is not."""
+
+    iteration: int
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+    events: tuple[str, ...]  # every guard that fired, in words
+    rollout: Rollout
+    scores: Scores
+    maps: Float[Tensor, "N T H W"] | None  # None for credits that use no map
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A text-to-image or text-to-video rectified-flow model behind one interface. One file per diffusers pipeline."""
+
+    network: torch.nn.Module  # the denoiser: the only part that is trained
+    temporal_stride: int  # pixel frames per latent frame; 1 for images
+    shift: float  # the schedule shift the model ships with
+    lora_targets: Mapping[str, str]  # named choices of linear layers, as regular expressions
+
+    def encode(self, prompts: Sequence[str]) -> Batched:
+        """Text to conditioning, one row per prompt."""
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one sample."""
+
+    def velocity(
+        self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: Any
+    ) -> Float[Tensor, "N C T H W"]:
+        """u = e - x at noise level sigma in [0, 1], guidance included, float32."""
+
+    def decode(self, latents: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N 3 F Y X"]:
+        """Clean latents to media in [0, 1], float32."""
+
+    def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
+        """Write LoRA layers so that the plain diffusers pipeline's ``load_lora_weights(folder)`` reads them."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the pipeline so that its ``from_pretrained(folder)`` reads it."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores media against prompts: one float per sample, higher is better, NaN where no score could be given."""
+
+    def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]: ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen vision network: pictures in [0, 1] of any size to a grid of features."""
+
+    def __call__(self, images: Float[Tensor, "B 3 Y X"]) -> FeatureMap: ...
+
+
+@runtime_checkable
+class MapSource(Protocol):
+    """Media to one non-negative weight per latent position."""
+
+    def __call__(self, media: Float[Tensor, "N 3 F Y X"], latent_grid: LatentGrid) -> Float[Tensor, "N T H W"]: ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """All rewards of a run at once."""
+
+    def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Scores: ...

@@ -1,0 +1,224 @@
+"""A FLUX of random weights and everything around it that a test of the loop needs, each part tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from vipo.build import RewardSuite
+from vipo.embedded import path as embedded_path
+from vipo.generators.flux import LORA_TARGETS, FluxGenerator
+from vipo.policy import Policy
+from vipo.prompts import PromptSampler
+from vipo.rollout import Solver
+from vipo.structuring import PerceptualStructuring
+from vipo.trainer import Objective, Trainer, Update
+from vipo.types import FeatureMap, Prompt
+
+HEIGHT, WIDTH = 24, 40  # not square; latents 6 x 10, FLUX tokens 3 x 5
+GRID = (1, 6, 10)
+PROMPTS = ("a cat", "a red car", "a heart above a star", "a panda on a white background")
+
+
+def save_pipeline(folder: Path, seed: int = 0) -> Path:
+    """The classes of FLUX.1-dev with one double and one single block of width 32; random weights."""
+    source = embedded_path("emoji-flux")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.5,
+            shift_factor=0.1,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        with torch.no_grad():
+            vae.decoder.conv_out.weight.mul_(20)  # random decoders are grey: spread the pictures over [0, 1]
+        clip = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=655,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=16,
+                projection_dim=16,
+                bos_token_id=653,
+                eos_token_id=654,
+                pad_token_id=654,
+            )
+        )
+        t5 = T5EncoderModel(T5Config(vocab_size=142, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=AutoTokenizer.from_pretrained(source / "tokenizer"),
+        text_encoder_2=t5,
+        tokenizer_2=AutoTokenizer.from_pretrained(source / "tokenizer_2"),
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def generator(folder: Path) -> FluxGenerator:
+    return FluxGenerator.from_pretrained(folder, device="cpu", dtype=torch.float32, height=HEIGHT, width=WIDTH)
+
+
+def lora(model: FluxGenerator, **options: Any) -> Policy:
+    return Policy.lora(
+        model.network, **{"rank": 4, "alpha": 4.0, "targets": LORA_TARGETS["blocks"], "seed": 0, **options}
+    )
+
+
+def nudged(policy: Policy, scale: float = 0.1, seed: int = 1) -> Policy:
+    """The policy with some noise on its trained weights, as if it had been trained."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters.values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=rng))
+    return policy
+
+
+def redness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
+    red, green, blue = media.mean((2, 3, 4)).unbind(1)
+    return red - (green + blue) / 2
+
+
+def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
+    return media.mean((1, 2, 3, 4))
+
+
+def constant(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
+    return torch.full((len(media),), 0.3)
+
+
+class Patches:
+    """A backbone without weights: the colours of 4 x 4 patches."""
+
+    def __call__(self, images: Tensor) -> FeatureMap:
+        return FeatureMap(F.avg_pool2d(images, 4), 4)
+
+
+class Shuffled:
+    """A map source whose maps have their positions in another order."""
+
+    def __init__(self, source: Callable[..., Tensor]) -> None:
+        self.source = source
+
+    def __call__(self, media: Tensor, latent_grid: tuple[int, int, int]) -> Tensor:
+        maps = self.source(media, latent_grid)
+        order = torch.randperm(maps[0].numel(), generator=torch.Generator().manual_seed(5))
+        return maps.flatten(1)[:, order].reshape(maps.shape)
+
+
+def scorer(*functions: Callable[..., Tensor], weights: Mapping[str, float] | None = None) -> RewardSuite:
+    named = {function.__name__: function for function in functions}
+    return RewardSuite(named, weights or dict.fromkeys(named, 1.0))
+
+
+def trainer(folder: Path, **changes: Any) -> Trainer:
+    """A trainer on the tiny model; ``changes`` go to whichever part has that name."""
+    objective = {"credit": "uniform", "clip_range": 0.2}
+    update = {"learning_rate": 1e-2, "weight_decay": 0.0}
+    solver = {"steps": 4, "shift": 3.0, "eta": 0.7}
+    own = {"group_size": 4, "seed": 0, "scorer": scorer(redness), "map_source": PerceptualStructuring(Patches())}
+    per_iteration, build_policy = changes.pop("prompts_per_iteration", 2), changes.pop("policy", lora)
+    for name, value in changes.items():
+        home = next((part for part, keys in _HOMES.items() if name in keys), "own")
+        {"objective": objective, "update": update, "solver": solver, "own": own}[home][name] = value
+    model = generator(folder)
+    accelerator = own.pop("accelerator", None) or Accelerator(mixed_precision=own.pop("precision", "no"), cpu=True)
+    return Trainer(
+        accelerator=accelerator,
+        generator=model,
+        policy=build_policy(model),
+        prompts=PromptSampler([Prompt(text) for text in PROMPTS], per_iteration=per_iteration, seed=0),
+        solver=Solver(**solver),
+        objective=Objective(**objective),
+        update=Update(**update),
+        **own,
+    )
+
+
+_HOMES = {
+    "objective": {"credit", "clip_range", "advantage_clip", "reduce", "combine", "kl_weight"},
+    "update": {"learning_rate", "weight_decay", "max_grad_norm", "guard_factor", "per_iteration", "batch_size"},
+    "solver": {"steps", "shift", "kind", "eta", "window", "train_fraction", "same_noise"},
+}
+
+
+def recipe(folder: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe that trains the tiny model; ``changes`` by dotted key with ``__`` for the dot."""
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "credit": "sample",
+        "generator": {"path": str(folder), "height": HEIGHT, "width": WIDTH},
+        "prompts": {"file": str(prompts), "per_iteration": 2, "group_size": 3},
+        "solver": {"steps": 3, "eta": 0.7},
+        "rewards": {"redness": 1.0},
+        "objective": {"clip_range": 0.2},
+        "optimizer": {"learning_rate": 1e-2},
+        "policy": {"rank": 2},
+        "training": {"iterations": 4, "precision": "no", "checkpoint_every": 2},
+        "evaluation": {"prompts": str(prompts), "samples_per_prompt": 1, "limit": 2, "every": 2},
+    }
+    for key, value in changes.items():
+        *parents, leaf = key.split("__")
+        node = raw
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return raw
+
+
+def write_recipe(path: Path, raw: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(raw), sort_keys=False))
+    return path
+
+
+def command_line(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """Start ``vipo`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vipo.cli", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
