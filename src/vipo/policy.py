@@ -1,0 +1,141 @@
+"""What is trained: a LoRA or the full weights, in float32; the reference policy; a moving average; export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from vipo.types import Generator, UserError
+
+
+class Policy:
+    """The trainable weights of a network, its reference, and their moving average.
+
+    Build one with :meth:`lora` or :meth:`full`. Trainable weights are float32 whatever the rest is.
+    """
+
+    def __init__(self, network: nn.Module, *, is_lora: bool, ema_decay: float | None = None) -> None:
+        self.network = network
+        self.is_lora = is_lora
+        self.ema_decay = ema_decay
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        keeps_copy = ema_decay is not None
+        self.ema: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.parameters.items()} if keeps_copy else {}
+        self._base = {} if is_lora else {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    @classmethod
+    def lora(
+        cls, network: nn.Module, *, rank: int, alpha: float, targets: str, seed: int, ema_decay: float | None = None
+    ) -> Policy:
+        """Low-rank updates on every linear layer whose name fully matches the regular expression ``targets``.
+
+        Raises:
+            UserError: no linear layer matches.
+        """
+        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        chosen = [name for name in linear if re.fullmatch(targets, name)]
+        if not chosen:
+            raise UserError(
+                f"LoRA targets {targets!r} match none of the {len(linear)} linear layers, e.g. {linear[:3]}"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), network)
+        if next(network.parameters()).dtype == torch.float32:
+            # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
+            for layer in (module for module in network.modules() if isinstance(module, BaseTunerLayer)):
+                layer.cast_input_dtype_enabled = False
+        return cls(network, is_lora=True, ema_decay=ema_decay)
+
+    @classmethod
+    def full(cls, network: nn.Module, *, ema_decay: float | None = None) -> Policy:
+        """Every weight is trained; the reference policy is a second copy of them."""
+        network.requires_grad_(True)
+        return cls(network, is_lora=False, ema_decay=ema_decay)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the network is what it was before post-training."""
+        if not self.is_lora:
+            with self._swapped(self._base):
+                yield
+            return
+        layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the network has the moving average's weights, if one is kept."""
+        with self._swapped(self.ema):
+            yield
+
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        kept = {name: self.parameters[name].detach().clone() for name in weights}
+        self._write(weights)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in weights.items():
+            self.parameters[name].copy_(value)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """ema <- decay * ema + (1 - decay) * weights; call once per optimiser step."""
+        for name, average in self.ema.items():
+            assert self.ema_decay is not None
+            average.lerp_(self.parameters[name], 1 - self.ema_decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The trainable weights by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load(self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None = None) -> None:
+        """Put trained weights back.
+
+        Raises:
+            UserError: the names or shapes are not those of this policy.
+        """
+        ours = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        theirs = {name: tuple(w.shape) for name, w in weights.items()}
+        if ours != theirs:
+            odd = sorted(ours.items() ^ theirs.items())[:3]
+            raise UserError(f"these weights do not fit this policy (was the recipe changed?); they differ in {odd}")
+        self._write(weights)
+        for name, value in (ema or {}).items():
+            self.ema[name].copy_(value)
+
+    def export(self, generator: Generator, folder: Path) -> None:
+        """Write the (averaged) weights so that plain diffusers loads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.averaged():
+            if self.is_lora:
+                generator.save_lora(folder, self._lora_layers())
+            else:
+                generator.save_pretrained(folder)
+
+    def _lora_layers(self) -> dict[str, Tensor]:
+        """LoRA layers with alpha / rank folded into B, because a loader that is told no alpha takes a scale of 1."""
+        scale = next(m.scaling["default"] for m in self.network.modules() if isinstance(m, BaseTunerLayer))
+        layers = get_peft_model_state_dict(self.network)
+        return {name: value * scale if "lora_B" in name else value for name, value in layers.items()}

@@ -1,0 +1,128 @@
+"""Prompt files of every kind, and which prompts an iteration is dealt."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from vipo.prompts import PromptSampler, read_prompts
+from vipo.types import Prompt, UserError
+
+KINDS = {
+    "p.txt": "a cat\n\n  a dog  \n",
+    "p.jsonl": '{"prompt": "a cat", "mood": 3}\n\n{"text": "a dog"}\n',
+    "p.csv": 'caption,mood\na cat,3\n"a dog",\n',
+}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_file_gives_its_texts_in_order(tmp_path: Path, name: str) -> None:
+    prompts = read_prompts(write(tmp_path, name, KINDS[name]))
+    assert [(p.text, p.index) for p in prompts] == [("a cat", 0), ("a dog", 1)]
+
+
+def test_other_columns_become_metadata(tmp_path: Path) -> None:
+    assert read_prompts(write(tmp_path, "p.jsonl", KINDS["p.jsonl"]))[0].metadata == {"mood": 3}
+    assert read_prompts(write(tmp_path, "p.csv", KINDS["p.csv"]))[0].metadata == {"mood": "3"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path, name: str) -> None:
+    marked = write(tmp_path, name, b"\xef\xbb\xbf" + KINDS[name].encode())
+    assert [p.text for p in read_prompts(marked)] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.txt", "\n  \n", "holds no prompt"),
+        ("p.jsonl", "", "holds no prompt"),
+        ("p.csv", "prompt\n", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read"),
+        ("p.jsonl", '["a cat"]\n', "entry 1 of .* is not an object"),
+        ("p.jsonl", '{"prompt": "a"}\n{"words": "b"}\n', "entry 2 of .* has no text under prompt or text or caption"),
+        ("p.jsonl", '{"prompt": 3}\n', "entry 1 of .* has no text"),
+        ("p.csv", "words\na cat\n", "entry 1 of .* has no text"),
+        ("p.txt", b"\xff\xfe\x00cat", "cannot be read"),
+        ("p.yaml", "a cat\n", r"must end in one of \.txt, \.jsonl, \.csv, \.parquet"),
+    ],
+)
+def test_a_bad_file_is_named_in_one_sentence(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=says) as raised:
+        read_prompts(path)
+    assert "\n" not in str(raised.value) and name in str(raised.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"'nowhere\.txt' does not exist"):
+        read_prompts("nowhere.txt")
+
+
+def fake_pyarrow(monkeypatch: pytest.MonkeyPatch, read_table: object) -> None:
+    parquet = ModuleType("pyarrow.parquet")
+    parquet.read_table = read_table  # type: ignore[attr-defined]
+    package = ModuleType("pyarrow")
+    package.parquet = parquet  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+
+
+def test_parquet_rows_are_read_and_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "p.parquet", b"PAR1")
+    rows = [{"text": "a cat", "mood": 3}]
+    fake_pyarrow(monkeypatch, lambda _path: SimpleNamespace(to_pylist=lambda: rows))
+    assert read_prompts(path) == [Prompt("a cat", 0, {"mood": 3})]
+
+    def damaged(_path: Path) -> None:
+        raise ValueError("no footer")  # pyarrow.ArrowInvalid is a ValueError
+
+    fake_pyarrow(monkeypatch, damaged)
+    with pytest.raises(UserError, match="cannot be read: no footer"):
+        read_prompts(path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"install vipo\[parquet\]"):
+        read_prompts(write(tmp_path, "p.parquet", b"PAR1"))
+
+
+def sampler(prompts: int = 7, per_iteration: int = 3, seed: int = 0) -> PromptSampler:
+    return PromptSampler([Prompt(str(k), k) for k in range(prompts)], per_iteration=per_iteration, seed=seed)
+
+
+def test_an_iterations_prompts_do_not_depend_on_what_was_asked_before() -> None:
+    used, fresh = sampler(), sampler()
+    forward = [used.groups(k) for k in range(10)]
+    assert [fresh.groups(k) for k in reversed(range(10))] == forward[::-1]
+
+
+def test_every_prompt_comes_once_before_any_comes_again() -> None:
+    dealt = [prompt.index for k in range(14) for prompt in sampler().groups(k)]  # six laps over seven prompts
+    laps = [dealt[k : k + 7] for k in range(0, 42, 7)]
+    assert all(Counter(lap) == Counter(range(7)) for lap in laps)
+    assert len({tuple(lap) for lap in laps}) == 6  # each lap in an order of its own
+
+
+def test_another_seed_deals_another_order() -> None:
+    assert sampler(50, 50, seed=0).groups(0) != sampler(50, 50, seed=1).groups(0)
+
+
+def test_more_prompts_per_iteration_than_there_are_go_round() -> None:
+    assert Counter(p.index for p in sampler(2, 6).groups(0)) == Counter({0: 3, 1: 3})
+
+
+def test_no_prompts_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="no prompts"):
+        PromptSampler([], per_iteration=1, seed=0)

@@ -1,0 +1,304 @@
+"""The loop on a tiny FLUX: what each credit does to the gradient, what the guards catch, and that it learns."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny
+from vipo import objective
+from vipo.evaluate import evaluate
+from vipo.policy import Policy
+from vipo.structuring import PerceptualStructuring
+from vipo.trainer import GradientGuard, Trainer
+from vipo.types import Prompt, Rollout, UserError
+
+MAPS = PerceptualStructuring(tiny.Patches())
+
+
+def full(model: Any) -> Policy:
+    return Policy.full(model.network)
+
+
+def credited(trainer: Trainer) -> tuple[Rollout, Tensor, Tensor]:
+    """The first iteration up to its update: rollout, weight on each ratio, advantage."""
+    rollout = trainer._sample(0, 0)
+    scores = trainer.scorer(rollout.media, rollout.prompts)
+    return rollout, *trainer._weights(scores, trainer._maps(rollout), rollout)
+
+
+def gradient(trainer: Trainer) -> Tensor:
+    """What the first iteration's loss says, before clipping; the weights stay."""
+    rollout, weight, _ = credited(trainer)
+    assert trainer._optimise(rollout.conditioning, rollout.transitions, weight)["grad_norm"] < 1  # not clipped
+    parts = [p.grad.flatten() for p in trainer.policy.parameters.values() if p.grad is not None]
+    return torch.cat(parts)
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """How far apart two gradients are, in units of the first."""
+    return float((one - other).norm() / one.norm())
+
+
+def test_the_ratio_is_exactly_one_on_the_first_update(model_folder: Path) -> None:
+    metrics = tiny.trainer(model_folder, train_fraction=0.7).step().metrics
+    assert metrics["ratio_deviation"] == 0 and metrics["clipped_fraction"] == 0 and metrics["approx_kl"] == 0
+
+
+@pytest.mark.parametrize("rollout_batch_size", [None, 3])
+def test_the_ratio_stays_one_whatever_the_iteration_once_batches_agree(
+    model_folder: Path, rollout_batch_size: int | None
+) -> None:
+    trainer = tiny.trainer(model_folder, rollout_batch_size=rollout_batch_size)
+    deviations = [trainer.step().metrics["ratio_deviation"] for _ in range(3)]
+    assert max(deviations) == 0 if rollout_batch_size is None else max(deviations) < 1e-4
+
+
+def test_bfloat16_trains_with_ratio_one(model_folder: Path) -> None:
+    metrics = tiny.trainer(model_folder, precision="bf16", credit="advantage_map").step().metrics
+    assert metrics["ratio_deviation"] == 0 and metrics["grad_norm"] > 0
+
+
+def score_of(trainer: Trainer) -> float:
+    prompts = [Prompt(text) for text in tiny.PROMPTS]
+    judged = evaluate(trainer.generator, prompts, trainer.scorer, trainer.solver, samples_per_prompt=4)
+    return float(judged.scores["redness"].mean())
+
+
+@pytest.mark.parametrize("credit", ["sample", "advantage_map"])
+def test_training_on_redness_makes_pictures_redder(model_folder: Path, credit: str) -> None:
+    trainer = tiny.trainer(
+        model_folder, credit=credit, policy=full, learning_rate=3e-3, group_size=8, prompts_per_iteration=4, steps=3
+    )
+    before = score_of(trainer)
+    for _ in range(10):
+        trainer.step()
+    assert score_of(trainer) - before > 0.05
+
+
+@pytest.mark.parametrize("credit", ["sample", "uniform", "reward_map", "advantage_map"])
+def test_every_credit_moves_the_weights(model_folder: Path, credit: str) -> None:
+    trainer = tiny.trainer(model_folder, credit=credit)
+    before = {name: value.clone() for name, value in trainer.policy.state().items()}
+    step = trainer.step()
+    assert any(not torch.equal(before[name], value) for name, value in trainer.policy.state().items())
+    assert (step.maps is not None) == (credit in objective.NEEDS_MAPS) == ("map/mean" in step.metrics)
+    assert all(math.isfinite(value) for value in step.metrics.values())
+
+
+def test_a_map_of_ones_has_the_gradient_of_one_ratio_per_sample(model_folder: Path) -> None:
+    sample, uniform = (gradient(tiny.trainer(model_folder, credit=credit)) for credit in ("sample", "uniform"))
+    assert gap(sample, uniform) < 1e-5
+
+
+def test_where_the_map_puts_its_weight_matters(model_folder: Path) -> None:
+    ours, uniform, shuffled = (
+        gradient(tiny.trainer(model_folder, credit=credit, map_source=source))
+        for credit, source in [("advantage_map", MAPS), ("uniform", MAPS), ("advantage_map", tiny.Shuffled(MAPS))]
+    )
+    assert gap(ours, shuffled) > 0.05 and gap(ours, uniform) > 0.05
+
+
+def test_a_map_on_one_side_moves_that_side(model_folder: Path) -> None:
+    """The transposition test of the whole path: weight on the left columns, and the loss is about those alone."""
+
+    def left(media: Tensor, latent_grid: tuple[int, int, int]) -> Tensor:
+        maps = torch.zeros(len(media), *latent_grid)
+        maps[..., : latent_grid[2] // 2] = 2.0
+        return maps
+
+    trainer = tiny.trainer(model_folder, credit="advantage_map", map_source=left)
+    _, weight, advantage = credited(trainer)
+    assert weight.shape == (8, *tiny.GRID)
+    assert torch.equal(weight[..., :5], (2 * advantage)[:, None, None, None].expand(8, 1, 6, 5))
+    assert not weight[..., 5:].any()
+
+
+def test_a_group_of_equal_rewards_has_no_gradient(model_folder: Path) -> None:
+    step = tiny.trainer(model_folder, scorer=tiny.scorer(tiny.constant)).step()
+    assert step.metrics["grad_norm"] == 0 and step.metrics["flat_groups"] == 1
+
+
+def sometimes(failing: Sequence[int]) -> Callable[..., Tensor]:
+    def redness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        values = tiny.redness(media, prompts)
+        values[list(failing)] = torch.nan
+        return values
+
+    return redness
+
+
+def test_a_sample_without_a_score_is_left_out_and_counted(model_folder: Path) -> None:
+    trainer = tiny.trainer(model_folder, scorer=tiny.scorer(sometimes([2])))
+    _, weight, advantage = credited(trainer)
+    assert advantage[2] == 0 and not weight[2].any() and advantage.isfinite().all() and (advantage != 0).sum() == 7
+    step = trainer.step()
+    assert step.metrics["unscored/redness"] == 1 / 8 and any("redness" in event for event in step.events)
+    assert all(math.isfinite(value) for value in step.metrics.values())
+
+
+@pytest.mark.parametrize("combine", ["advantage", "reward"])
+def test_several_rewards_are_combined_as_asked(model_folder: Path, combine: str) -> None:
+    weights = {"redness": 1.0, "brightness": 0.5}
+    both = tiny.scorer(tiny.redness, tiny.brightness, weights=weights)
+    trainer = tiny.trainer(model_folder, scorer=both, combine=combine)
+    rollout = trainer._sample(0, 0)
+    scores = both(rollout.media, rollout.prompts)
+    red, bright = scores.by_name["redness"], scores.by_name["brightness"]
+    expected = (
+        objective.group_advantage(red, 4) + 0.5 * objective.group_advantage(bright, 4)
+        if combine == "advantage"
+        else objective.group_advantage(red + 0.5 * bright, 4)
+    )
+    assert torch.allclose(trainer._weights(scores, None, rollout)[1], expected)
+    assert trainer.step().metrics["reward"] == pytest.approx(float((red + 0.5 * bright).mean()))
+
+
+def test_weights_are_clipped_at_the_advantage_clip(model_folder: Path) -> None:
+    _, weight, _ = credited(tiny.trainer(model_folder, advantage_clip=0.5, credit="advantage_map"))
+    assert weight.abs().max() == 0.5
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_several_updates_use_each_recorded_step_once(model_folder: Path, steps: int) -> None:
+    trainer = tiny.trainer(model_folder, per_iteration=steps)
+    rollout = trainer._sample(0, 0)
+    shares = trainer._split(rollout, 0)
+    used = sorted((int(s), int(t)) for share in shares for s, t in zip(share.sample, share.step, strict=True))
+    assert used == [(sample, step) for sample in range(8) for step in range(3)]
+    samples = [set(share.sample.tolist()) for share in shares]
+    assert len(shares) == steps and sum(map(len, samples)) == 8  # a sample's steps stay together
+    assert max(map(len, samples)) - min(map(len, samples)) <= 1
+
+
+def test_only_the_first_of_several_updates_is_on_policy(model_folder: Path) -> None:
+    metrics = tiny.trainer(model_folder, per_iteration=2, policy=full).step().metrics
+    assert metrics["ratio_deviation"] == 0 < metrics["largest_log_ratio"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_the_replayed_batches_size_does_not_change_the_gradient(model_folder: Path, batch_size: int) -> None:
+    whole = gradient(tiny.trainer(model_folder, credit="advantage_map"))
+    parts = gradient(tiny.trainer(model_folder, credit="advantage_map", batch_size=batch_size))
+    assert (whole - parts).abs().max() < 1e-6 and gap(whole, parts) < 1e-3
+
+
+def test_the_guard_skips_what_is_not_finite_and_what_is_far_out() -> None:
+    guard = GradientGuard(factor=10.0)
+    assert all(guard.reason_to_skip(norm) is None for norm in [1.0, 500.0, *[1.0] * 8])  # too few to judge by at first
+    assert "over 10 times the recent median" in str(guard.reason_to_skip(11.0))
+    assert "gradient norm is nan" in str(guard.reason_to_skip(math.nan))
+    assert "gradient norm is inf" in str(guard.reason_to_skip(math.inf))
+    assert guard.reason_to_skip(9.0) is None
+    assert 11.0 not in guard.norms and all(map(math.isfinite, guard.norms))
+
+
+@pytest.mark.parametrize("norm", [math.nan, 1e9])
+def test_a_skipped_update_changes_nothing_and_is_an_event(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, norm: float
+) -> None:
+    trainer = tiny.trainer(model_folder)
+    trainer.guard.norms = [1.0] * 20
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(norm))
+    before = {name: value.clone() for name, value in trainer.policy.state().items()}
+    step = trainer.step()
+    assert step.metrics["skipped"] == 1 and any("update skipped" in event for event in step.events)
+    assert all(torch.equal(before[name], value) for name, value in trainer.policy.state().items())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.policy.parameters.values())
+
+
+def test_a_real_nan_in_the_gradient_is_skipped(model_folder: Path) -> None:
+    trainer = tiny.trainer(model_folder)
+    parameter = next(iter(trainer.policy.parameters.values()))
+    parameter.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+    step = trainer.step()
+    assert step.metrics["skipped"] == 1 and "gradient norm is nan" in step.events[0]
+    assert all(value.isfinite().all() for value in trainer.policy.state().values())
+
+
+def test_latents_that_stop_being_finite_end_the_run_in_words(model_folder: Path) -> None:
+    trainer = tiny.trainer(model_folder)
+    with torch.no_grad():
+        next(iter(trainer.policy.parameters.values())).fill_(torch.nan)
+    with pytest.raises(UserError, match="latents became NaN or infinite at solver step 1 of 4"):
+        trainer.step()
+
+
+@pytest.mark.parametrize("build", [tiny.lora, full], ids=["lora", "full"])
+def test_kl_is_zero_at_the_reference_and_pulls_back_to_it(model_folder: Path, build: Callable[..., Policy]) -> None:
+    trainer = tiny.trainer(
+        model_folder, policy=build, scorer=tiny.scorer(tiny.constant), kl_weight=1.0, learning_rate=3e-3
+    )
+    first = trainer.step().metrics
+    assert first["kl_reference"] == 0 and first["grad_norm"] == 0
+    tiny.nudged(trainer.policy, 0.1)
+    away = trainer.step().metrics["kl_reference"]
+    for _ in range(8):
+        last = trainer.step().metrics["kl_reference"]
+    assert 0 < last < 0.8 * away
+
+
+def test_a_number_of_prompts_that_processes_cannot_share_is_refused(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _self: 3))
+    with pytest.raises(UserError, match=r"prompts\.per_iteration=2 must be a multiple of 3 processes"):
+        tiny.trainer(model_folder)
+
+
+def test_a_credit_that_needs_maps_says_so(model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="'advantage_map' needs a map_source"):
+        tiny.trainer(model_folder, credit="advantage_map", map_source=None).step()
+
+
+TWO_ITERATIONS = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import tiny
+trainer = tiny.trainer(Path({model!r}), credit="advantage_map", prompts_per_iteration=2, learning_rate=1e-4)
+rank = trainer.accelerator.process_index
+steps = [trainer.step() for _ in range(2)]
+kept = {{f"media{{k}}": step.rollout.media for k, step in enumerate(steps)}}
+kept |= {{f"latents{{k}}": step.rollout.transitions.next_latents for k, step in enumerate(steps)}}
+kept["reward"] = torch.tensor([step.metrics["reward"] for step in steps], dtype=torch.float64)
+kept |= {{f"weights/{{n}}": value.contiguous() for n, value in trainer.policy.state().items()}}
+save_file({{n: v.contiguous() for n, v in kept.items()}}, Path({out!r}) / f"rank{{rank}}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(model_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        TWO_ITERATIONS.format(tests=str(Path(__file__).parent), model=str(model_folder), out=str(tmp_path))
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(torchrun, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
+
+    trainer = tiny.trainer(model_folder, credit="advantage_map", prompts_per_iteration=2, learning_rate=1e-4)
+    steps = [trainer.step() for _ in range(2)]
+    first = torch.cat([rank["media0"] for rank in ranks])
+    assert torch.allclose(first, steps[0].rollout.media, atol=1e-5)
+    assert torch.allclose(torch.cat([rank["media1"] for rank in ranks]), steps[1].rollout.media, atol=1e-3)
+    for k, step in enumerate(steps):
+        assert ranks[0]["reward"][k] == ranks[1]["reward"][k] == pytest.approx(step.metrics["reward"], abs=1e-5)
+    for name, value in trainer.policy.state().items():
+        assert torch.equal(ranks[0][f"weights/{name}"], ranks[1][f"weights/{name}"])
+        assert torch.allclose(ranks[0][f"weights/{name}"], value, atol=1e-5)
