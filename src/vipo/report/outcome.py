@@ -1,0 +1,153 @@
+"""Did it work? The untrained model against the trained one, picture by picture, with a plain verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vipo.evaluate import Estimate, estimate
+from vipo.report.run import EvaluationRecord, RunRecord
+from vipo.types import UserError
+
+Verdict = Literal["rose beyond noise", "within noise", "fell", "too few prompts to tell"]
+Role = Literal["trained on", "held-out judge", "measured"]
+
+FEWEST_PROMPTS = 6
+"""All of n prompts move one way by chance with probability 2^(1-n); below 6 that exceeds 5 %: no verdict."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One score before and after training. ``gain`` is estimated from the paired differences, prompt by prompt."""
+
+    name: str
+    role: Role
+    base: Estimate
+    trained: Estimate
+    gain: Estimate
+    differences: Tensor  # (N,), one per picture, NaN where either score is missing
+    scored: int  # pictures with both scores
+    verdict: Verdict
+
+
+def judge_gain(gain: Estimate, prompts: int) -> Verdict:
+    """The verdict on a paired gain whose 95 % interval is from ``prompts`` prompts."""
+    if prompts < FEWEST_PROMPTS:
+        return "too few prompts to tell"
+    if gain.low > 0:
+        return "rose beyond noise"
+    return "fell" if gain.high < 0 else "within noise"
+
+
+def paired(base: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows of scores with NaN wherever either has none, and their difference; so the means add up."""
+    difference = other - base
+    missing = difference.isnan()
+    return base.masked_fill(missing, torch.nan), other.masked_fill(missing, torch.nan), difference
+
+
+def scored_prompts(values: Tensor, samples_per_prompt: int) -> int:
+    """How many prompts have at least one score."""
+    return int((~values.unflatten(0, (-1, samples_per_prompt)).isnan()).any(1).sum())
+
+
+def before_and_after(run: RunRecord) -> tuple[EvaluationRecord, EvaluationRecord] | None:
+    """The evaluation of the untrained model and the last one; None while there is no second."""
+    if len(run.evaluations) < 2:
+        return None
+    return run.evaluations[0], run.evaluations[-1]
+
+
+def check_pairs(first: EvaluationRecord, second: EvaluationRecord, what: str) -> None:
+    """Pictures of the same row must share their prompt, or differences mean nothing.
+
+    Raises:
+        UserError: they do not.
+    """
+    if first.prompts != second.prompts or first.samples_per_prompt != second.samples_per_prompt:
+        raise UserError(
+            f"{what} were evaluated on different prompts ({len(first.prompts)} and {len(second.prompts)} pictures), "
+            "so they cannot be compared picture by picture; evaluate both on the same prompt file"
+        )
+
+
+def role_of(run: RunRecord, name: str) -> Role:
+    """Whether a score was optimised, held out, or merely measured."""
+    if name in run.rewards:
+        return "trained on"
+    return "held-out judge" if name in (run.recipe.get("judges") or ()) else "measured"
+
+
+def changes(run: RunRecord) -> list[Change]:
+    """Every score that both evaluations have; what was trained on comes first. Empty while there is no second one.
+
+    Raises:
+        UserError: the two evaluations are of different prompts.
+    """
+    pair = before_and_after(run)
+    if pair is None:
+        return []
+    base, last = pair
+    check_pairs(base, last, f"iteration {base.iteration} and iteration {last.iteration} of {run.name!r}")
+    found = [change_of(name, role_of(run, name), base, last) for name in base.values if name in last.values]
+    order = ("trained on", "held-out judge", "measured")
+    return sorted((change for change in found if change), key=lambda change: order.index(change.role))
+
+
+def change_of(name: str, role: Role, base: EvaluationRecord, last: EvaluationRecord) -> Change | None:
+    """The change of one score; None if no picture has it in both evaluations."""
+    per_prompt = base.samples_per_prompt
+    before, after, difference = paired(base.values[name], last.values[name])
+    scored = int((~difference.isnan()).sum())
+    if not scored:
+        return None
+    gain = estimate(difference, per_prompt)
+    verdict = judge_gain(gain, scored_prompts(difference, per_prompt))
+    return Change(
+        name, role, estimate(before, per_prompt), estimate(after, per_prompt), gain, difference, scored, verdict
+    )
+
+
+def total_change(found: list[Change], weights: Mapping[str, float]) -> Tensor | None:
+    """Per picture, the change of the weighted sum that was trained on; None if it was not evaluated."""
+    parts = [weights[change.name] * change.differences for change in found if change.name in weights]
+    return torch.stack(parts).sum(0) if parts and len(parts) == len(weights) else None
+
+
+def headline(found: list[Change]) -> str:
+    """The outcome in one or two sentences."""
+    trained = [change for change in found if change.role == "trained on"]
+    judges = [change for change in found if change.role == "held-out judge"]
+    if not trained:
+        return "No score that was trained on was evaluated before and after, so there is no verdict."
+    sentences = [f"{_listed(trained)}, which this run was trained on, {_said(trained)}."]
+    if not judges:
+        return f"{sentences[0]} No held-out judge watched, so a gain may be the reward's weakness, not better pictures."
+    sentences.append(f"The held-out {'judge' if len(judges) == 1 else 'judges'} {_listed(judges)} {_said(judges)}.")
+    gained = any(change.verdict == "rose beyond noise" for change in trained)
+    if gained and any(change.verdict == "fell" for change in judges):
+        sentences.append("A reward that rises while a judge falls is the mark of reward hacking: look at the pictures.")
+    return " ".join(sentences)
+
+
+def _listed(group: list[Change]) -> str:
+    names = [change.name for change in group]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _said(group: list[Change]) -> str:
+    words: dict[Verdict, str] = {
+        "rose beyond noise": "rose beyond noise",
+        "fell": "fell",
+        "within noise": "stayed within noise",
+        "too few prompts to tell": "had too few prompts to tell",
+    }
+    if len(group) == 1 or len({change.verdict for change in group}) == 1:
+        return words[group[0].verdict]
+    counted = {verdict: [change.name for change in group if change.verdict == verdict] for verdict in words}
+    parts = [f"{', '.join(names)} {words[verdict]}" for verdict, names in counted.items() if names]
+    return f"went different ways: {'; '.join(parts)}"

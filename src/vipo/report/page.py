@@ -1,0 +1,178 @@
+"""The report of a run: one HTML file that needs nothing else, neither network nor scripts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vipo.evaluate import Estimate
+from vipo.files import write_text
+from vipo.report import figures, gallery, svg
+from vipo.report.outcome import Change, before_and_after, changes, headline
+from vipo.report.run import RunRecord, read_run
+from vipo.types import UserError
+
+PAPER = "https://arxiv.org/abs/2511.18719"
+MOST_EVENTS = 200
+CREDITS = {
+    "advantage_map": "the group advantage times an allocation map (ViPO)",
+    "sample": "one advantage for the whole picture (scalar GRPO)",
+    "uniform": "a map of ones (ablation)",
+    "reward_map": "the reward times an allocation map (ablation)",
+}
+SIGNS = {"rose beyond noise": "▲", "fell": "▼", "within noise": "◆", "too few prompts to tell": "○"}
+TONES = {"rose beyond noise": "up", "fell": "down", "within noise": "flat", "too few prompts to tell": "flat"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Read ``run_dir`` and write ``report.html`` into it.
+
+    Raises:
+        UserError: ``run_dir`` is not a run directory.
+    """
+    target = Path(run_dir) / "report.html"
+    write_text(target, render(read_run(Path(run_dir))))
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The page as text."""
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=svg.number, signed=signed, fixed=fixed)
+    found, problem = _changes(run)
+    style = Markup((here / "page.css").read_text(encoding="utf-8"))
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        style=style,
+        paper=PAPER,
+        facts=_facts(run),
+        status=_status(run),
+        environment=_flat(run.environment),
+        changes=[_row(change) for change in found],
+        pair=before_and_after(run),
+        headline=headline(found) if found else "",
+        problem=problem,
+        reward_panels=figures.reward_panels(run),
+        gallery=None if problem else gallery.gallery(run, found),
+        strip=gallery.strip(run),
+        maps=gallery.map_figures(run),
+        uses_maps=run.recipe.get("credit") in (None, "advantage_map", "reward_map"),
+        health=figures.health_panels(run),
+        phases=figures.phases(run),
+        skipped=figures.skipped_updates(run),
+        events=_events(run)[-MOST_EVENTS:],
+        event_count=len(_events(run)),
+    )
+
+
+def _changes(run: RunRecord) -> tuple[list[Change], str]:
+    try:
+        return changes(run), ""
+    except UserError as error:
+        return [], str(error)
+
+
+def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of what was run."""
+    generator = run.recipe.get("generator") or {}
+    structuring = run.recipe.get("structuring") or {}
+    credit = str(run.recipe.get("credit", "not recorded"))
+    rewards = ", ".join(run.rewards) or "not recorded"
+    weights = ", ".join(f"{weight:g}" for weight in run.rewards.values())
+    judges = run.recipe.get("judges") or []
+    facts = [
+        ("Recipe", run.name, f"seed {run.recipe.get('seed', 0)}"),
+        ("Credit", credit, CREDITS.get(credit, "")),
+        ("Generator", str(generator.get("name", "not recorded")), str(generator.get("path", ""))),
+        ("Trained on", rewards, f"weight {weights}" if len(run.rewards) > 1 else ""),
+        ("Held-out judges", ", ".join(map(str, judges)) or "none", "measured, never trained on"),
+        ("Iterations", str(run.iterations_done), _of_planned(run)),
+    ]
+    if credit in ("advantage_map", "reward_map") and structuring:
+        remark = f"{structuring.get('components', 3)} components, {structuring.get('normalization', 'default')} maps"
+        facts.insert(2, ("Seen through", str(structuring.get("backbone", "not recorded")), remark))
+    return facts
+
+
+def _of_planned(run: RunRecord) -> str:
+    return f"of {run.iterations_planned} planned" if run.iterations_planned else ""
+
+
+def _status(run: RunRecord) -> tuple[str, str]:
+    """A tone and a sentence on how far the run got."""
+    done, planned = run.iterations_done, run.iterations_planned
+    damaged = [f"{count} damaged line{'s' * (count > 1)} of {name}.jsonl" for name, count in run.unreadable.items()]
+    left_out = f" Left out: {', '.join(damaged)}." if damaged else ""
+    if planned and done >= planned:
+        return "done", f"Complete: all {planned} iterations.{left_out}"
+    goal = f" of {planned}" if planned else ""
+    return "open", f"Not complete: {done}{goal} iterations so far; what follows is the state of then.{left_out}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, text)."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none"))
+        else:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows
+
+
+def _row(change: Change) -> dict[str, Any]:
+    """A line of the before/after table; all numbers share the precision that the interval allows."""
+    gain = change.gain
+    places = _places(gain)
+    mean, low, high = (signed(value, places) for value in (gain.mean, gain.low, gain.high))
+    return {
+        "name": change.name,
+        "role": change.role,
+        "base": fixed(change.base.mean, places),
+        "trained": fixed(change.trained.mean, places),
+        "gain": mean,
+        "low": low,
+        "high": high,
+        "scored": change.scored,
+        "pictures": len(change.differences),
+        "verdict": change.verdict,
+        "sign": SIGNS[change.verdict],
+        "tone": TONES[change.verdict],
+        "plot": svg.interval(
+            gain.low, gain.mean, gain.high, label=f"paired gain {mean}, 95 % interval {low} to {high}"
+        ),
+    }
+
+
+def _places(gain: Estimate) -> int:
+    """Decimals so that half the interval shows two significant digits, between 2 and 6."""
+    half = (gain.high - gain.low) / 2 or abs(gain.mean)
+    return min(6, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 2
+
+
+def fixed(value: float, places: int = 3) -> str:
+    """A number with that many decimals and a true minus sign."""
+    if not math.isfinite(value):
+        return "n/a"
+    text = f"{value:.{places}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float, places: int = 3) -> str:
+    """As ``fixed``, with a plus sign."""
+    text = fixed(value, places)
+    return f"+{text}" if value > 0 and float(f"{value:.{places}f}") else text
+
+
+def _events(run: RunRecord) -> list[tuple[int, str]]:
+    return [(step.iteration, event) for step in run.steps for event in step.events]

@@ -1,0 +1,188 @@
+"""A run directory as frozen records. A run that is still going, or was killed in the middle of a line, reads fine."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import Tensor
+
+from vipo.types import UserError
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Scores of the fixed evaluation pictures after ``iteration`` iterations; 0 is the untrained model."""
+
+    iteration: int
+    samples_per_prompt: int
+    prompts: tuple[str, ...]  # one per picture
+    values: Mapping[str, Tensor]  # name -> (N,), NaN where a picture got no score
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One iteration: its numbers (NaN for null), wall seconds by phase, and every guard that fired, in words."""
+
+    iteration: int
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All a report needs. ``unreadable`` counts damaged lines per log file."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    environment: Mapping[str, Any]
+    steps: tuple[StepRecord, ...]
+    evaluations: tuple[EvaluationRecord, ...]
+    sheets: Mapping[int, Path]  # iteration -> contact sheet of the evaluation pictures
+    map_sheets: Mapping[int, Path]
+    unreadable: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.folder.name)
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """What was trained on, with weights."""
+        listed = self.recipe.get("rewards") or {}
+        return {name: float(v.get("weight", 1.0) if isinstance(v, Mapping) else v) for name, v in listed.items()}
+
+    @property
+    def iterations_planned(self) -> int | None:
+        planned = (self.recipe.get("training") or {}).get("iterations")
+        return int(planned) if planned is not None else None
+
+    @property
+    def iterations_done(self) -> int:
+        return self.steps[-1].iteration + 1 if self.steps else 0
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Iterations and values of one metric, where it is a finite number."""
+        found = [(step.iteration, step.metrics.get(key, math.nan)) for step in self.steps]
+        kept = [(float(at), value) for at, value in found if math.isfinite(value)]
+        return [at for at, _ in kept], [value for _, value in kept]
+
+
+R = TypeVar("R", StepRecord, EvaluationRecord)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run directory as it is now.
+
+    Raises:
+        UserError: ``folder`` is not a run directory, or its recipe is damaged.
+    """
+    recipe_text = _recipe_text(folder)
+    logs = {name: _read_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing", "evaluations")}
+    seconds = {line["iteration"]: _numbers(line) for line in logs["timing"][0]}
+    steps = [_step(line, seconds.get(line["iteration"], {})) for line in logs["metrics"][0]]
+    evaluations = [_evaluation(line) for line in logs["evaluations"][0] if isinstance(line.get("values"), dict)]
+    return RunRecord(
+        folder,
+        _parse_recipe(folder, recipe_text),
+        recipe_text,
+        _read_environment(folder / "environment.json"),
+        _latest_of_each(steps),
+        _latest_of_each(evaluations),
+        _numbered(folder / "samples"),
+        _numbered(folder / "maps"),
+        {name: bad for name, (_, bad) in logs.items() if bad},
+    )
+
+
+def _recipe_text(folder: Path) -> str:
+    try:
+        return (folder / "recipe.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        why = "it has no recipe.yaml" if folder.is_dir() else "there is no such folder"
+        raise UserError(
+            f"{str(folder)!r} is not a run directory: {why}; give the folder that `vipo train` wrote"
+        ) from error
+
+
+def _parse_recipe(folder: Path, text: str) -> Mapping[str, Any]:
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe.yaml of {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe.yaml of {str(folder)!r} must be a mapping of keys to values")
+    return recipe
+
+
+def _read_environment(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}  # shown as "not recorded"
+    return found if isinstance(found, dict) else {}
+
+
+def _read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a JSON-lines file, and how many finished lines are damaged.
+
+    A last line without its newline is one still being written: it is left out and not counted.
+    """
+    if not file.exists():
+        return [], 0
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    parsed = list(_parsed(lines))
+    return parsed, len(lines) - len(parsed)
+
+
+def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # counted by the caller
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            yield record
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numeric entries; null is NaN."""
+    kept = {k: v for k, v in record.items() if k != "iteration" and (v is None or isinstance(v, int | float))}
+    return {key: math.nan if value is None else float(value) for key, value in kept.items()}
+
+
+def _step(record: Mapping[str, Any], seconds: Mapping[str, float]) -> StepRecord:
+    events = tuple(str(event) for event in record.get("events") or ())
+    return StepRecord(record["iteration"], _numbers(record), seconds, events)
+
+
+def _evaluation(record: Mapping[str, Any]) -> EvaluationRecord:
+    values = {
+        name: torch.tensor([math.nan if value is None else float(value) for value in listed], dtype=torch.float64)
+        for name, listed in record["values"].items()
+    }
+    prompts = tuple(str(prompt) for prompt in record.get("prompts") or ())
+    return EvaluationRecord(record["iteration"], int(record.get("samples_per_prompt") or 1), prompts, values)
+
+
+def _latest_of_each(records: Sequence[R]) -> tuple[R, ...]:
+    """By iteration; a resumed run may have written an iteration twice, and the second is the one that counts."""
+    by_iteration = {record.iteration: record for record in records}
+    return tuple(by_iteration[iteration] for iteration in sorted(by_iteration))
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    found = {_STEP.fullmatch(path.stem): path for path in sorted(folder.glob("step-*.png"))}
+    return {int(match[1]): path for match, path in found.items() if match}
