@@ -1,0 +1,183 @@
+"""From a recipe to the parts it names: the only file that knows concrete classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from vipo import backbones, embedded, generators, rewards
+from vipo.objective import NEEDS_MAPS
+from vipo.policy import Policy
+from vipo.prompts import PromptSampler, read_prompts
+from vipo.recipe import GeneratorSection, Recipe, RewardSection, StructuringSection
+from vipo.rollout import Solver, Window
+from vipo.structuring import PerceptualStructuring
+from vipo.trainer import Objective, Trainer, Update
+from vipo.types import Generator, Prompt, Reward, Scores, UserError
+
+EMBEDDED = "embedded:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RewardSuite:
+    """Rewards with their weights as one :class:`vipo.types.Scorer`; stops the run if too many samples go unscored."""
+
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+    max_failed_share: float = 1.0
+
+    def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Scores:
+        scores = rewards.score(self.rewards, self.weights, media, prompts)
+        for name, values in scores.by_name.items():
+            failed = float(values.isnan().float().mean())
+            if failed > self.max_failed_share:
+                raise UserError(
+                    f"reward {name!r} left {failed:.0%} of the samples unscored, more than"
+                    f" training.max_failed_share={self.max_failed_share:g}: {scores.failures[name]}"
+                )
+        return scores
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a recipe names, built and joined."""
+
+    recipe: Recipe
+    trainer: Trainer
+    judge: RewardSuite  # the training rewards and the held-out judges together, for evaluation
+    evaluation_prompts: tuple[Prompt, ...]
+
+    @property
+    def generator(self) -> Generator:
+        return self.trainer.generator
+
+    @property
+    def policy(self) -> Policy:
+        return self.trainer.policy
+
+
+def prompt_file(name: str) -> Path:
+    """A prompt file's path; ``embedded:NAME`` is one that ships with the package."""
+    if name.startswith(EMBEDDED):
+        return Path(embedded.__file__).parent / f"{name.removeprefix(EMBEDDED)}.txt"
+    return Path(name).expanduser()
+
+
+def model_path(name: str) -> str:
+    """A model's folder or hub id; ``embedded:NAME`` is one that ships with the package."""
+    if not name.startswith(EMBEDDED):
+        return name
+    try:
+        return str(embedded.path(name.removeprefix(EMBEDDED)))
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+
+
+def build_generator(section: GeneratorSection, *, device: str) -> Generator:
+    """Load the model.
+
+    Raises:
+        UserError: an unknown adapter, an option it does not take, or weights that cannot be loaded.
+    """
+    load = generators.factory(section.name)
+    accepted = generators.options(section.name)
+    for key in section.options:
+        if key not in accepted:
+            raise UserError(f"generator {section.name!r} takes no option {key!r}; it takes {', '.join(accepted)}")
+    return load(
+        model_path(section.path),
+        device=device,
+        dtype=DTYPES[section.dtype],
+        height=section.height,
+        width=section.width,
+        **section.options,
+    )
+
+
+def build_map_source(section: StructuringSection, *, temporal_stride: int, device: str) -> PerceptualStructuring:
+    """The backbone and how its features become a map."""
+    options: dict[str, Any] = section.model_dump(exclude={"backbone", "backbone_options", "orientation"})
+    if section.orientation is not None:
+        options["orientation"] = section.orientation
+    backbone = backbones.build(section.backbone, **section.backbone_options)
+    if isinstance(backbone, torch.nn.Module):
+        backbone.to(device)
+    return PerceptualStructuring(backbone, temporal_stride=temporal_stride, **options)
+
+
+def build_rewards(sections: Mapping[str, RewardSection], *, max_failed_share: float = 1.0) -> RewardSuite:
+    """Rewards by name with their weights."""
+    return RewardSuite(
+        {name: rewards.build(name, **section.options) for name, section in sections.items()},
+        {name: section.weight for name, section in sections.items()},
+        max_failed_share,
+    )
+
+
+def build_solver(recipe: Recipe, generator: Generator) -> Solver:
+    """The recipe's solver; its shift defaults to the model's."""
+    options = recipe.solver.model_dump(exclude={"window", "shift"})
+    window = Window(**recipe.solver.window.model_dump()) if recipe.solver.window else None
+    return Solver(shift=recipe.solver.shift or generator.shift, window=window, **options)
+
+
+def build_policy(recipe: Recipe, generator: Generator) -> Policy:
+    """LoRA or full weights on the generator's network."""
+    section = recipe.policy
+    if section.kind == "full":
+        return Policy.full(generator.network, ema_decay=section.ema_decay)
+    named = generator.lora_targets
+    return Policy.lora(
+        generator.network,
+        rank=section.rank,
+        alpha=section.alpha or float(section.rank),
+        targets=named.get(section.targets, section.targets),
+        seed=recipe.seed,
+        ema_decay=section.ema_decay,
+    )
+
+
+def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
+    """Build and join everything a recipe names; nothing is sampled or written yet.
+
+    Raises:
+        UserError: a name, file or option in the recipe is wrong.
+    """
+    accelerator = accelerator or Accelerator(mixed_precision=recipe.training.precision)
+    training_prompts = read_prompts(prompt_file(recipe.prompts.file))
+    evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
+    scorer = build_rewards(recipe.rewards, max_failed_share=recipe.training.max_failed_share)
+    held_out = build_rewards(dict.fromkeys(recipe.judges, RewardSection()))
+    device = str(accelerator.device)
+    generator = build_generator(recipe.generator, device=device)
+    solver = build_solver(recipe, generator)
+    map_source = None
+    if recipe.credit in NEEDS_MAPS:
+        map_source = build_map_source(recipe.structuring, temporal_stride=generator.temporal_stride, device=device)
+    policy = build_policy(recipe, generator)
+    if recipe.training.gradient_checkpointing:
+        generator.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    trainer = Trainer(
+        accelerator=accelerator,
+        generator=generator,
+        policy=policy,
+        prompts=PromptSampler(training_prompts, per_iteration=recipe.prompts.per_iteration, seed=recipe.seed),
+        scorer=scorer,
+        map_source=map_source,
+        solver=solver,
+        objective=Objective(credit=recipe.credit, **recipe.objective.model_dump()),
+        update=Update(batch_size=recipe.training.replay_batch_size, **recipe.optimizer.model_dump()),
+        group_size=recipe.prompts.group_size,
+        seed=recipe.seed,
+        rollout_batch_size=recipe.training.rollout_batch_size,
+    )
+    judge = RewardSuite({**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights})
+    return Session(recipe, trainer, judge, tuple(evaluation_prompts))

@@ -1,0 +1,101 @@
+"""The live line of a training run: iteration, reward, judges, clipping, ratio check, seconds, time left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from vipo.evaluate import estimate
+from vipo.run import Evaluated, Run
+from vipo.types import TrainStep
+
+RATIO_TOLERANCE = 1e-6  # a first-update log-ratio above this is reported as the noise floor
+
+
+def follow(run: Run, console: Console) -> None:
+    """Drive a run to its end, showing what happens: a live line on a terminal, a line per iteration elsewhere."""
+    seconds: list[float] = []
+    base = {name: torch.tensor(_numbers(values)) for name, values in run.directory.first_scores().items()}
+    judged, warned = "", False
+    line = Text("building ...")
+    with Live(line, console=console, refresh_per_second=8, transient=True) as live:
+        for event in run:
+            if isinstance(event, Evaluated):
+                console.print(_evaluation(event, base))
+                judged = _judged(event, run.recipe.judges)
+                continue
+            seconds.append(sum(event.seconds.values()))
+            status = _status(run, event, seconds, judged)
+            live.update(status)
+            if not console.is_terminal:
+                console.print(status, soft_wrap=True)
+            for message in event.events:
+                console.print(f"iteration {event.iteration}: {message}", style="yellow", markup=False)
+            if not warned and event.metrics["ratio_deviation"] > RATIO_TOLERANCE:
+                warned = True
+                console.print(_noise_floor(event.metrics, run.recipe.objective.clip_range), style="yellow")
+
+
+def _noise_floor(metrics: Mapping[str, float], clip_range: float) -> str:
+    floor = metrics["ratio_deviation"]
+    return (
+        f"ratio check: on unchanged weights the likelihood ratio is off by up to {floor:.1e} (numerical noise floor);"
+        f" clip_range is {clip_range:g}" + (", which is below it: raise it" if floor > clip_range else "")
+    )
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _judged(event: Evaluated, judges: Sequence[str]) -> str:
+    """The held-out judges' last word."""
+    means = {name: float(event.evaluation.scores[name].nanmean()) for name in judges}
+    return "".join(f"  {name} {mean:.3f}" for name, mean in means.items())
+
+
+def _status(run: Run, step: TrainStep, seconds: list[float], judged: str) -> Text:
+    m, total = step.metrics, run.recipe.training.iterations
+    done = step.iteration + 1
+    recent = seconds[-10:]
+    left = (total - done) * sum(recent) / len(recent)
+    spread = " ".join(f"±{value:.3f}" for key, value in m.items() if key.startswith("spread/"))
+    ratio = "ratio 1 ok" if m["ratio_deviation"] <= RATIO_TOLERANCE else f"ratio off {m['ratio_deviation']:.0e}"
+    return Text.assemble(
+        (f"{done:>4}/{total} ", "bold"),
+        ("reward ", "dim"),
+        (f"{m['reward']:+.4f} ", "bold green"),
+        (f"{spread}{judged}  ", "dim"),
+        f"clipped {m['clipped_fraction']:.0%}  {ratio}  |g| {m['grad_norm']:.2g}  ",
+        (f"{seconds[-1]:.1f} s  left {_clock(left)}", "cyan"),
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _evaluation(event: Evaluated, base: dict[str, Tensor]) -> Table:
+    """Scores now, and their paired gain over the untrained model's."""
+    per = event.evaluation.samples_per_prompt
+    table = Table(title=f"after {event.iteration} iterations", title_justify="left")
+    for column in ("reward", "mean", "gain over untrained, 95 % interval"):
+        table.add_column(column)
+    for name, on_device in event.evaluation.scores.items():
+        values = on_device.cpu()
+        first = base.setdefault(name, values)
+        change = ""
+        if first is not values:
+            gain = estimate(values - first, per)
+            change = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        table.add_row(name, f"{estimate(values, per).mean:.4f}", change)
+    return table

@@ -1,0 +1,324 @@
+"""The typed schema of a recipe: YAML in, a frozen and fully checked :class:`Recipe` out. Unknown keys are refused.
+
+A recipe may start from another one (``extends: other.yaml``, relative to itself) and change some keys; the command line
+changes more of them (``key=value``, dots for nested keys).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from vipo.objective import CreditKind
+from vipo.rollout import Schedule, Solver, Window
+from vipo.sde import Kind, Reduce
+from vipo.structuring import Aggregation, Normalization, Orientation, Scope
+from vipo.types import UserError
+
+Precision = Literal["no", "bf16"]
+Combination = Literal["advantage", "reward"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class GeneratorSection(Section):
+    name: str = Field("flux", description="adapter, see `vipo list generators`")
+    path: str = Field(description="pipeline folder, hub id, or embedded:NAME")
+    height: PositiveInt = Field(description="pixels")
+    width: PositiveInt = Field(description="pixels")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
+    options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
+
+
+class PromptsSection(Section):
+    file: str = Field(description=".txt, .jsonl, .csv or .parquet, or embedded:NAME")
+    per_iteration: PositiveInt = Field(description="prompts, and so groups, per iteration over all processes")
+    group_size: int = Field(ge=2, description="pictures per prompt")
+
+
+class WindowSection(Section):
+    size: PositiveInt = Field(2, description="consecutive stochastic steps")
+    starts: PositiveInt = Field(1, description="how many first steps it may begin at")
+    first: int = Field(0, ge=0, description="the earliest step it may begin at")
+    schedule: Schedule = Field("random", description="how the start is chosen: random, sliding or fixed")
+    every: PositiveInt = Field(1, description="iterations between moves of a sliding window")
+
+
+class SolverSection(Section):
+    steps: PositiveInt = Field(description="solver steps of a rollout")
+    shift: PositiveFloat | None = Field(None, description="time shift; null takes the model's own")
+    kind: Kind = Field("dance", description="the stochastic step: dance, flow or cps")
+    eta: float = Field(0.3, ge=0, description="its noise strength")
+    window: WindowSection | None = Field(None, description="which steps are stochastic; null means all but the last")
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the stochastic steps trained, per sample")
+    same_noise: bool = Field(True, description="samples of a group start from one noise")
+
+
+class RewardSection(Section):
+    weight: float = Field(1.0, description="in the sum of several")
+    options: dict[str, Any] = Field({}, description="the reward's own")
+
+
+def _weight_alone(value: Any) -> Any:
+    """``redness: 1.0`` is short for ``redness: {weight: 1.0}``."""
+    return {"weight": value} if isinstance(value, int | float) else value
+
+
+Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
+
+
+class StructuringSection(Section):
+    backbone: str = Field("efficientnet_lite", description="see `vipo list backbones`")
+    backbone_options: dict[str, Any] = Field({}, description="the backbone's own, e.g. pretrained")
+    components: PositiveInt = Field(3, description="principal components K")
+    aggregation: Aggregation = Field("variance", description="of the components")
+    smoothing_sigma: float = Field(1.0, ge=0, description="Gaussian, in feature cells; 0 is off")
+    normalization: Normalization = Field("unit_mean", description="unit_mean keeps the scalar learning rate's scale")
+    orientation: Orientation | None = Field(None, description="null takes the measured best, see docs/orientation.md")
+    scope: Scope = Field("frame", description="one PCA per frame or per clip")
+
+
+class PolicySection(Section):
+    kind: Literal["lora", "full"] = Field("lora", description="what is trained")
+    rank: PositiveInt = Field(8, description="of the LoRA")
+    alpha: PositiveFloat | None = Field(None, description="of the LoRA; null means the rank, which scales by 1")
+    targets: str = Field("blocks", description="a named choice of the generator or a regular expression over layers")
+    ema_decay: float | None = Field(None, ge=0, lt=1, description="moving average used for evaluation and export")
+
+
+class ObjectiveSection(Section):
+    clip_range: PositiveFloat = Field(description="of the likelihood ratio; goes with reduce and credit")
+    advantage_clip: PositiveFloat = Field(5.0, description="bound on the weight of a ratio")
+    reduce: Reduce = Field("mean", description="log-probability over latent channels: mean or sum")
+    combine: Combination = Field("advantage", description="several rewards: normalise then sum, or sum then normalise")
+    kl_weight: float = Field(0.0, ge=0, description="weight of the divergence from the untrained model")
+
+
+class OptimizerSection(Section):
+    learning_rate: PositiveFloat = Field(description="of AdamW")
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
+    guard_factor: PositiveFloat = Field(20.0, description="an update over so many median norms is skipped")
+    per_iteration: PositiveInt = Field(1, description="optimiser steps per iteration")
+
+
+class TrainingSection(Section):
+    iterations: PositiveInt = Field(description="in all")
+    precision: Precision = Field("bf16", description="autocast: no or bf16; trained weights stay float32")
+    rollout_batch_size: PositiveInt | None = Field(None, description="samples per network call; null means all")
+    replay_batch_size: PositiveInt | None = Field(None, description="transitions per replay; null means a whole step")
+    gradient_checkpointing: bool = Field(False, description="less memory, a second forward")
+    checkpoint_every: PositiveInt = Field(10, description="iterations")
+    keep_checkpoints: PositiveInt = Field(2, description="the newest so many stay")
+    maps_every: PositiveInt = Field(10, description="iterations between pictures of allocation maps")
+    max_failed_share: float = Field(0.5, ge=0, lt=1, description="a reward failing on more samples stops the run")
+
+
+class EvaluationSection(Section):
+    prompts: str = Field(description="as prompts.file")
+    samples_per_prompt: PositiveInt = Field(2, description="each from its own fixed noise")
+    steps: PositiveInt | None = Field(None, description="null takes solver.steps")
+    every: PositiveInt | None = Field(None, description="iterations; null evaluates before and after only")
+    limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
+
+
+class Recipe(Section):
+    """Everything that decides a run; ``vipo list keys`` explains each key."""
+
+    name: str = Field(description="of the run, and of its default folder")
+    seed: int = Field(0, description="of every random draw")
+    credit: CreditKind = Field("advantage_map", description="sample, uniform, reward_map or advantage_map (ViPO)")
+    generator: GeneratorSection
+    prompts: PromptsSection
+    solver: SolverSection
+    rewards: dict[str, Reward] = Field(description="trained on: name or file.py:function, to its weight")
+    judges: list[str] = Field([], description="held-out rewards, measured and never trained on")
+    structuring: StructuringSection = Field(default_factory=StructuringSection)
+    policy: PolicySection = Field(default_factory=PolicySection)
+    objective: ObjectiveSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    evaluation: EvaluationSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, see `vipo list rewards`")
+        if self.solver.kind == "ode":
+            raise ValueError("solver.kind=ode has no likelihood to train on; choose dance, flow or cps")
+        if self.solver.eta == 0:
+            raise ValueError("solver.eta=0 has no likelihood to train on; give a positive noise strength")
+        self._check_counts()
+        return self
+
+    def _check_counts(self) -> None:
+        """Something must be left to train on in every optimiser step."""
+        window = Window(**self.solver.window.model_dump()) if self.solver.window else None
+        solver = Solver(steps=self.solver.steps, shift=self.solver.shift or 1.0, window=window)
+        stochastic = len(solver.stochastic_steps(self.seed, 0))
+        if int(self.solver.train_fraction * stochastic) < 1:
+            raise ValueError(
+                f"solver.train_fraction={self.solver.train_fraction:g} of {stochastic} stochastic steps leaves no step"
+                " to train on; raise it, or solver.steps or solver.window.size"
+            )
+        samples = self.prompts.per_iteration * self.prompts.group_size
+        if self.optimizer.per_iteration > samples:
+            raise ValueError(
+                f"optimizer.per_iteration={self.optimizer.per_iteration} needs as many samples per iteration, but"
+                f" prompts.per_iteration * prompts.group_size = {samples} samples"
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; loading it gives an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    here = Path(__file__).parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (or the name of a shipped one) and apply ``key=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), or a value
+            does not fit.
+    """
+    raw = _read(_locate(path))
+    for override in overrides:
+        _apply(raw, override)
+    return parse_recipe(raw, source=str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Check a nested mapping and freeze it."""
+    return parse_section(Recipe, raw, source=source)
+
+
+def parse_section(section: type[S], raw: Mapping[str, Any], *, source: str) -> S:
+    """Check one section alone, for values that do not come from a recipe; ``source`` begins the message."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise UserError(f"{source}: {problems}") from error
+
+
+def _locate(path: str | Path) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    shipped = shipped_recipes()
+    if str(path) in shipped:
+        return shipped[str(path)]
+    raise UserError(f"recipe {str(path)!r} does not exist; give a YAML file or one of {', '.join(shipped)}")
+
+
+def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe as a mapping, with what it extends; ``children`` are the recipes that extend it."""
+    if path.resolve() in children:
+        raise UserError(f"recipe {str(path)!r} extends itself, by way of {', '.join(c.name for c in children)}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values")
+    if "extends" in raw:
+        parent = path.parent / str(raw.pop("extends"))
+        if not parent.is_file():
+            raise UserError(f"recipe {str(path)!r} extends {str(parent)!r}, which does not exist")
+        return _merge(_read(parent, (*children, path.resolve())), raw)
+    return raw
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``change`` over ``base``, nested keys one by one; ``rewards`` and ``judges`` are replaced whole."""
+    merged = dict(base)
+    for key, value in change.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = dict(child) if isinstance(child, dict) else {}
+        node = node[parent]
+    try:
+        node[leaf] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {where!r}; the nearest known one is {near[0]!r}" if near else f"unknown key {where!r}"
+    if problem["type"] == "missing":
+        return f"{where} is required"
+    given = f" (given: {problem['input']!r})" if where and not isinstance(problem["input"], dict) else ""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}{given}" if where else message
+
+
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds, if it holds one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    parts = (nested_section(part) for part in getattr(annotation, "__args__", ()))
+    return next((part for part in parts if part), None)
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys of the section at ``location``."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if part in section.model_fields:  # else it is the name that a reward was given
+            nested = nested_section(section.model_fields[part].annotation)
+            if nested is None:
+                return []
+            section = nested
+    return list(section.model_fields)

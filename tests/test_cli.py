@@ -1,0 +1,252 @@
+"""The command line: what it prints, how it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image
+from skimage import data as photos
+from typer.testing import CliRunner
+
+import tiny
+from vipo.cli import app, main
+from vipo.recipe import parse_recipe
+from vipo.run import Run
+
+COMMANDS = ["train", "sample", "maps", "evaluate", "report", "compare", "export", "list"]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Vipo = Callable[..., Said]
+
+
+@pytest.fixture
+def vipo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Vipo:
+    """``vipo ARGUMENTS`` in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("VIPO_DEBUG", raising=False)
+
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["vipo", *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
+            main()
+        return Said(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def assert_refused(said: Said, *words: str) -> None:
+    """Exit code 2, one sentence on the error stream, no trace."""
+    assert said.code == 2, said
+    sentence = said.err.strip()
+    assert sentence.startswith("vipo: ") and "\n" not in sentence and "Traceback" not in said.out + said.err, said
+    for word in words:
+        assert word in sentence
+
+
+@pytest.fixture
+def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
+    return tiny.recipe(model_folder, tmp_path / "prompts.txt", training__iterations=1)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, raw: dict[str, Any]) -> Path:
+    return tiny.write_recipe(tmp_path / "recipe.yaml", raw)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"training__iterations": 2, "judges": ["brightness"]}
+    list(Run(parse_recipe(tiny.recipe(model_folder, folder / "prompts.txt", **changes)), folder / "run"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and f"vipo {command} " in shown.output and "Example:" in shown.output
+
+
+def test_the_map_of_the_commands_is_complete() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize(("kind", "entry"), [
+    ("generators", "flux"), ("backbones", "dinov2"), ("rewards", "redness"), ("recipes", "quickstart")
+])  # fmt: skip
+def test_list_shows_what_can_be_named_as_a_table_and_as_json(vipo: Vipo, kind: str, entry: str) -> None:
+    table, document = vipo("list", kind), vipo("list", kind, "--json")
+    assert table.code == document.code == 0 and entry in table.out
+    rows = json.loads(document.out)
+    assert entry in {next(iter(row.values())) for row in rows}
+
+
+def test_listing_something_else_is_refused(vipo: Vipo) -> None:
+    assert_refused(vipo("list", "planets"), "'planets' cannot be listed", "generators")
+
+
+def test_train_writes_a_run_and_says_how_it_goes(vipo: Vipo, recipe: Path, tmp_path: Path) -> None:
+    said = vipo("train", recipe, "--no-report", "--output", tmp_path / "run")
+    assert said.code == 0 and "1/1 reward" in said.out and "ratio 1 ok" in said.out and not said.err
+    assert "after 0 iterations" in said.out and "gain over untrained" in said.out
+    assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def raising(folder: Path) -> str:
+    (folder / "mine.py").write_text("def reward(media, prompts):\n    raise RuntimeError('no such luck')\n")
+    return f"rewards={{{folder / 'mine.py'}:reward: 1.0}}"
+
+
+BAD_TRAINING: list[tuple[str, list[str]]] = [
+    ("solver.stepps=3", ["solver.stepps", "'steps'"]),
+    ("seed", ["key=value"]),
+    ("prompts.file=nowhere.txt", ["'nowhere.txt' does not exist"]),
+    ("rewards={rednes: 1.0}", ["there is no reward 'rednes'", "'redness'"]),
+    ("judges=[rednes]", ["there is no reward 'rednes'"]),
+    ("generator.name=fluxx", ["there is no generator 'fluxx'", "'flux'"]),
+    ("generator.path=nowhere", ["no FluxPipeline could be loaded from 'nowhere'"]),
+    ("generator.path=embedded:nothing", ["nothing"]),
+    ("generator.options={guidance: 2}", ["takes no option 'guidance'", "guidance_scale"]),
+    ("generator.height=25", ["height=25", "multiples of 8"]),
+    ("policy.targets=nothing", ["match none"]),
+    ("solver.window={size: 9}", ["the window reaches step"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD_TRAINING, ids=[override for override, _ in BAD_TRAINING])
+def test_training_that_cannot_start_is_refused_and_leaves_nothing(
+    vipo: Vipo, recipe: Path, tmp_path: Path, override: str, words: list[str]
+) -> None:
+    assert_refused(vipo("train", recipe, override, "--output", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_backbone_is_refused(vipo: Vipo, recipe: Path, tmp_path: Path) -> None:
+    overrides = ["credit=advantage_map", "structuring.backbone=dinov3000"]
+    assert_refused(vipo("train", recipe, *overrides, "--output", tmp_path / "run"), "no backbone 'dinov3000'", "dinov2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_refused(vipo: Vipo) -> None:
+    assert_refused(vipo("train", "nowhere.yaml"), "'nowhere.yaml' does not exist", "quickstart")
+
+
+def test_a_reward_that_raises_is_named(vipo: Vipo, recipe: Path, tmp_path: Path) -> None:
+    said = vipo("train", recipe, raising(tmp_path), "--output", tmp_path / "run")
+    assert_refused(said, "mine.py:reward", "RuntimeError: no such luck")
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_a_policy_that_diverges_is_explained(vipo: Vipo, recipe: Path, tmp_path: Path) -> None:
+    overrides = ["optimizer.learning_rate=1e30", "training.iterations=3", "evaluation.every=null"]
+    said = vipo("train", recipe, *overrides, "--no-report", "--output", tmp_path / "run")
+    assert_refused(said, "latents became NaN or infinite", "optimizer.learning_rate")
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_training_over_a_run_is_refused(vipo: Vipo, recipe: Path, finished: Path) -> None:
+    assert_refused(vipo("train", recipe, "--output", finished), "already holds a run", "--resume")
+
+
+def test_no_permission_is_one_sentence(vipo: Vipo, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(vipo("train", recipe, "--output", tmp_path / "file" / "run"), "file")
+
+
+def test_maps_of_a_photograph(vipo: Vipo, tmp_path: Path) -> None:
+    Image.fromarray(photos.astronaut()[:256, :192]).save(tmp_path / "photo.png")
+    said = vipo("maps", tmp_path / "photo.png", "--output", tmp_path / "maps", "--resolution", "96")
+    assert said.code == 0, said
+    sheet = Image.open(tmp_path / "maps" / "photo-map.png")
+    assert str(tmp_path / "maps" / "photo-map.png") in said.out and sheet.width > sheet.height > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["lost.png"], ["'lost.png' does not exist"]),
+        (["note.txt"], ["note.txt", "cannot be read as a picture"]),
+        (["photo.png", "note.txt"], ["note.txt", "cannot be read as a picture"]),
+        (["photo.png", "--backbone", "resnett"], ["no backbone 'resnett'", "resnet"]),
+        (["photo.png", "--aggregation", "sum"], ["aggregation", "variance"]),
+        (["photo.png", "--orientation", "upwards"], ["orientation", "border"]),
+    ],
+)
+def test_maps_that_cannot_be_made_are_refused_and_leave_nothing(
+    vipo: Vipo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photos.astronaut()[:64, :64]).save("photo.png")
+    Path("note.txt").write_text("not a picture")
+    assert_refused(vipo("maps", *options, "--output", "maps"), *words)
+    assert not Path("maps").exists()
+
+
+def test_pictures_are_sampled_from_a_run_and_from_a_plain_model(
+    vipo: Vipo, finished: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    ours = vipo("sample", finished, "--prompts", "a cat", "--count", 2, "--output", tmp_path / "ours")
+    assert ours.code == 0 and len(list((tmp_path / "ours").glob("*.png"))) == 2, ours
+    plain = ["sample", model_folder, "--prompts", "a cat", "--steps", 2, "--size", 32, "--output", tmp_path / "plain"]
+    assert vipo(*plain).code == 0 and len(list((tmp_path / "plain").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "EMPTY", "--prompts", "a cat"], ["neither a run directory nor"]),
+        (["sample", "RUN", "--prompts", "lost.txt"], ["'lost.txt' does not exist"]),
+        (["sample", "MODEL", "--prompts", "a cat", "--size", "-8"], ["size"]),
+        (["evaluate", "MODEL"], ["--rewards"]),
+        (["evaluate", "RUN", "--rewards", "rednes"], ["there is no reward 'rednes'"]),
+        (["export", "EMPTY"], ["is not a run directory"]),
+        (["export", "RUN", "--output", "EMPTY"], ["exists already"]),
+    ],
+)
+def test_targets_that_cannot_be_used_are_refused(
+    vipo: Vipo, finished: Path, model_folder: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    places = {"EMPTY": tmp_path, "RUN": finished, "MODEL": model_folder}
+    assert_refused(vipo(*[places.get(argument, argument) for argument in arguments]), *words)
+
+
+def test_evaluate_sets_a_policy_beside_its_base_model(vipo: Vipo, finished: Path) -> None:
+    said = vipo("evaluate", finished, "--count", 1, "--json")
+    rows = json.loads(said.out)
+    assert [(row["reward"], row["model"]) for row in rows] == [
+        (reward, model) for reward in ("brightness", "redness") for model in ("base", "policy")
+    ]
+    logged = [line["values"] for line in tiny.lines(finished / "evaluations.jsonl")]
+    base, policy = (sum(logged[k]["redness"]) / 2 for k in (0, -1))
+    assert rows[2]["mean"] == pytest.approx(base, abs=1e-5) and rows[3]["mean"] == pytest.approx(policy, abs=1e-5)
+    assert rows[3]["gain"]["mean"] == pytest.approx(policy - base, abs=1e-5) and rows[2]["gain"] is None
+    table = vipo("evaluate", finished, "--rewards", "brightness", "--prompts", "a cat", "--count", 1)
+    assert table.code == 0 and "gain over base" in table.out
+
+
+def test_export_writes_what_training_wrote(vipo: Vipo, finished: Path, tmp_path: Path) -> None:
+    assert vipo("export", finished, "--output", tmp_path / "out").code == 0
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (finished / "export" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_refuses_in_the_same_words() -> None:
+    process = tiny.command_line("train", "nowhere.yaml")
+    out, err = process.communicate(timeout=60)
+    assert_refused(Said(process.returncode, out, err), "'nowhere.yaml' does not exist")

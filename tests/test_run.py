@@ -1,0 +1,268 @@
+"""A whole run and its directory: killed, stopped, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+
+import tiny
+from vipo.checkpoint import list_checkpoints
+from vipo.recipe import parse_recipe
+from vipo.run import Evaluated, Run, load_run, train
+from vipo.rundir import RunDirectory
+from vipo.types import TrainStep, UserError
+
+KILLER = """
+import os, signal
+from pathlib import Path
+CALLS = 0
+def reward(media, prompts):
+    global CALLS
+    CALLS += 1
+    marker, at, number = os.environ.get("KILL_MARKER"), int(os.environ.get("KILL_AT", 0)), os.environ.get("KILL_WITH")
+    if marker and CALLS == at and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), int(number))
+    red, green, blue = media.mean((2, 3, 4)).unbind(1)
+    return red - (green + blue) / 2
+"""
+
+
+@pytest.fixture
+def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
+    (tmp_path / "killer.py").write_text(KILLER)
+    rewards = {f"{tmp_path / 'killer.py'}:reward": 1.0}
+    return tiny.recipe(model_folder, tmp_path / "prompts.txt", rewards=rewards, policy__ema_decay=0.9)
+
+
+def run_all(raw: dict[str, Any], output: Path, **options: Any) -> Run:
+    run = Run(parse_recipe(raw), output, **options)
+    for _ in run:
+        pass
+    return run
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """What must not depend on whether the run was interrupted."""
+    kept = ["metrics.jsonl", "evaluations.jsonl", "recipe.yaml", "export/pytorch_lora_weights.safetensors"]
+    last = list_checkpoints(folder / "checkpoints")[-1]
+    names = kept + [str(path.relative_to(folder)) for path in sorted(last.iterdir())]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path, raw: dict[str, Any], model_folder: Path) -> None:
+    raw |= {"credit": "advantage_map", "structuring": {"backbone": "efficientnet_lite"}}
+    raw["training"] |= {"iterations": 3, "maps_every": 2}
+    run = Run(parse_recipe(raw), tmp_path / "run")
+    events = list(run)
+    assert [type(event) for event in events] == [Evaluated, TrainStep, TrainStep, Evaluated, TrainStep, Evaluated]
+    root = tmp_path / "run"
+    metrics = tiny.lines(root / "metrics.jsonl")
+    assert [line["iteration"] for line in metrics] == [0, 1, 2] and metrics[0]["events"] == []
+    assert [line["iteration"] for line in tiny.lines(root / "timing.jsonl")] == [0, 1, 2]
+    assert [line["iteration"] for line in tiny.lines(root / "evaluations.jsonl")] == [0, 2, 3]
+    assert json.loads((root / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert sorted(path.name for path in (root / "maps").iterdir()) == ["step-000000.png", "step-000002.png"]
+    assert {path.name for path in (root / "samples").glob("*.png")} == {f"step-00000{k}.png" for k in (0, 2, 3)}
+    assert [path.name for path in list_checkpoints(root / "checkpoints")] == ["step-000002", "step-000003"]
+    FluxPipeline.from_pretrained(model_folder).load_lora_weights(str(root / "export"))
+    assert not leftovers(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [6])  # evaluation, 2 iterations, evaluation, iteration 2 and, dying, iteration 3
+def test_a_killed_and_resumed_run_ends_byte_for_byte_like_an_undisturbed_one(
+    tmp_path: Path, raw: dict[str, Any], call: int
+) -> None:
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
+    killed, calm = tmp_path / "killed", tmp_path / "calm"
+    arguments = ["train", recipe, "--no-report", "--output", killed]
+    deadly = {"KILL_MARKER": str(tmp_path / "marker"), "KILL_AT": str(call), "KILL_WITH": str(int(signal.SIGKILL))}
+    first = tiny.command_line(*arguments, **deadly)
+    first.communicate(timeout=100)
+    assert first.returncode == -signal.SIGKILL
+    logged = [line["iteration"] for line in tiny.lines(killed / "metrics.jsonl")]
+    assert logged == [0, 1, 2]  # one more than the checkpoint of iteration 2 holds
+    second = tiny.command_line(*arguments, "--resume")
+    _, errors = second.communicate(timeout=100)
+    assert second.returncode == 0, errors
+    run_all(raw, calm)
+    assert outcome(killed) == outcome(calm)
+    assert not leftovers(killed)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, raw: dict[str, Any]) -> None:
+    recipe, output = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run"
+    stop = {"KILL_MARKER": str(tmp_path / "marker"), "KILL_AT": "2", "KILL_WITH": str(int(signal.SIGINT))}
+    process = tiny.command_line("train", recipe, "seed=3", "--no-report", "--output", output, **stop)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in said + errors
+    assert f"vipo train {recipe} seed=3 --output {output} --resume" in said
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-000001"]
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, raw: dict[str, Any], when: int
+) -> None:
+    stopped = Run(parse_recipe(raw), tmp_path / "stopped")
+    for event in stopped:
+        if isinstance(event, TrainStep) and event.iteration == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not stopped.finished or when == 3
+    run_all(raw, tmp_path / "stopped", resume=True)
+    run_all(raw, tmp_path / "calm")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "calm")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_existing_run_is_not_written_over(tmp_path: Path, raw: dict[str, Any]) -> None:
+    output = tmp_path / "run"
+    run_all(raw | {"training": raw["training"] | {"iterations": 1}}, output)
+    before = (output / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="already holds a run; add --resume"):
+        Run(parse_recipe(raw), output)
+    assert (output / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path, raw: dict[str, Any]) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        Run(parse_recipe(raw), tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_resuming_with_another_recipe_is_refused_and_more_iterations_are_not(
+    tmp_path: Path, raw: dict[str, Any]
+) -> None:
+    raw["training"]["iterations"] = 2
+    run_all(raw, tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot resume .*: seed, optimizer differ"):
+        Run(parse_recipe(raw | {"seed": 1, "optimizer": {"learning_rate": 1.0}}), tmp_path / "run", resume=True)
+    longer = raw | {"training": raw["training"] | {"iterations": 4}}
+    assert run_all(longer, tmp_path / "run", resume=True).iteration == 4
+    run_all(longer, tmp_path / "calm")
+    ours, calm = outcome(tmp_path / "run"), outcome(tmp_path / "calm")
+    assert {name for name in calm if ours[name] != calm[name]} <= {"recipe.yaml"}
+
+
+def test_resuming_nothing_begins_a_run(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["iterations"] = 1
+    assert run_all(raw, tmp_path / "run", resume=True).finished
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["iterations"] = 1
+    run_all(raw, tmp_path / "run")
+    before = outcome(tmp_path / "run")
+    run_all(raw, tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == before
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path, raw: dict[str, Any]) -> None:
+    run_all(raw, tmp_path / "run")
+    whole = outcome(tmp_path / "run")
+    for name in ("metrics.jsonl", "evaluations.jsonl", "timing.jsonl"):
+        with (tmp_path / "run" / name).open("a") as file:
+            file.write('{"iteration": 4, "rew')
+    assert RunDirectory(tmp_path / "run").evaluated() == {0, 2, 4}
+    run_all(raw, tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == whole
+
+
+def test_a_score_that_is_missing_is_null_in_the_log(tmp_path: Path, raw: dict[str, Any]) -> None:
+    (tmp_path / "holes.py").write_text(
+        "def reward(media, prompts):\n    values = media.mean((1, 2, 3, 4))\n    values[0] = float('nan')\n"
+        "    return values\n"
+    )
+    raw |= {"rewards": {f"{tmp_path / 'holes.py'}:reward": 1.0}}
+    raw["training"] |= {"iterations": 1}
+    run_all(raw, tmp_path / "run")
+    line = tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "left out" in line["events"][0]
+    (values,) = tiny.lines(tmp_path / "run" / "evaluations.jsonl")[0]["values"].values()
+    assert values[0] is None and values[1] is not None
+
+
+def test_too_many_missing_scores_stop_the_run(tmp_path: Path, raw: dict[str, Any]) -> None:
+    (tmp_path / "holes.py").write_text(
+        "def reward(media, prompts):\n    values = media.mean((1, 2, 3, 4))\n    values[1:] = float('nan')\n"
+        "    return values\n"
+    )
+    raw |= {"rewards": {f"{tmp_path / 'holes.py'}:reward": 1.0}}
+    with pytest.raises(UserError, match=r"left 83% of the samples unscored.*max_failed_share=0\.5"):
+        run_all(raw, tmp_path / "run")
+
+
+def test_a_loaded_run_has_the_averaged_weights_and_exports_them(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["iterations"] = 2
+    run_all(raw, tmp_path / "run")
+    session = load_run(tmp_path / "run")
+    average = load_file(list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "ema.safetensors")
+    assert all(torch.equal(value, average[name]) for name, value in session.policy.state().items())
+    session.policy.export(session.generator, tmp_path / "again")
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / "export" / name).read_bytes()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, raw: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        load_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(parse_recipe(raw).to_yaml())
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        load_run(tmp_path)
+
+
+def test_train_yields_its_steps(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["iterations"] = 2
+    steps = list(train(parse_recipe(raw), tmp_path / "run"))
+    assert [step.iteration for step in steps] == [0, 1]
+
+
+def test_a_failed_export_leaves_nothing_half_written(
+    tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["training"]["iterations"] = 1
+
+    def full(folder: Path, **_: object) -> None:
+        (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FluxPipeline, "save_lora_weights", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_all(raw, tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists() and not leftovers(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, raw: dict[str, Any]) -> None:
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo.cli"]
+    command = [*launch, "train", str(recipe), "--no-report", "--output", str(both)]
+    done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("4/4 reward") == 1  # one process speaks
+    run_all(raw, alone)
+    for key, tolerance in (("reward", 1e-3), ("ratio_deviation", 1e-6)):
+        ours, theirs = ([line[key] for line in tiny.lines(folder / "metrics.jsonl")] for folder in (both, alone))
+        assert ours == pytest.approx(theirs, abs=tolerance)
+    assert [e["iteration"] for e in tiny.lines(both / "evaluations.jsonl")] == [0, 2, 4]
+    assert not leftovers(both)
