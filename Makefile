@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 RUN := runs/quickstart
-# glibc gives freed memory back and asks for it again all the time; told to keep it, a forward pass is a fifth faster.
+# glibc gives freed memory back and asks for it again all the time; told to keep it, a forward pass took a fifth less.
 TUNING := OMP_NUM_THREADS=$(THREADS) MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .DEFAULT_GOAL := help

@@ -25,9 +25,10 @@ def test_advantage_by_hand() -> None:
 
 @pytest.mark.parametrize("eps", [1e-4, 1e-8])
 def test_a_group_of_equal_rewards_teaches_nothing_not_rounding_noise(eps: float) -> None:
-    rewards = torch.full((8,), 0.1) * 3  # 0.3 is not a float: a mean of eight of them need not equal it
-    assert torch.equal(objective.group_advantage(rewards, 4, eps=eps), torch.zeros(8))
-    assert objective.groups_without_spread(rewards, 4).tolist() == [True, True]
+    rewards = torch.full((6,), 0.7, dtype=torch.float64)
+    assert rewards[:3].sum() / 3 != rewards[0]  # the mean of three of them is rounded to another number
+    assert torch.equal(objective.group_advantage(rewards, 3, eps=eps), torch.zeros_like(rewards))
+    assert objective.groups_without_spread(rewards, 3).tolist() == [True, True]
 
 
 def test_a_sample_without_a_score_is_left_out_of_its_group() -> None:

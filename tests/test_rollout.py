@@ -96,6 +96,17 @@ def test_noise_belongs_to_the_sample_not_to_the_batch(generator: FluxGenerator) 
     assert not torch.allclose(both, sampled(generator, SOLVER, seed=8).media, atol=1e-2)
 
 
+def test_every_iteration_step_and_sample_draws_its_own_step_noise(generator: FluxGenerator) -> None:
+    drawn = []
+    for iteration in (2, 3):
+        rollout = sampled(generator, SOLVER, iteration=iteration)
+        _, step = replay(generator, rollout.conditioning, rollout.transitions, SOLVER, reduce="mean")
+        drawn.append((rollout.transitions.next_latents - step.mean) / step.std)
+    noise = torch.cat(drawn).flatten(1)
+    likeness = torch.corrcoef(noise) - torch.eye(len(noise))
+    assert likeness.abs().max() < 0.5  # the same draw twice would correlate fully
+
+
 def test_without_noise_the_rollout_is_the_ode(generator: FluxGenerator) -> None:
     ode = sampled(generator, SOLVER.deterministic())
     assert len(ode.transitions.step) == 0

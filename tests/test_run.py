@@ -16,7 +16,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 import tiny
+from vipo.build import Session
 from vipo.checkpoint import list_checkpoints
+from vipo.evaluate import evaluate
 from vipo.recipe import parse_recipe
 from vipo.run import Evaluated, Run, load_run, train
 from vipo.rundir import RunDirectory
@@ -266,3 +268,16 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
         assert ours == pytest.approx(theirs, abs=tolerance)
     assert [e["iteration"] for e in tiny.lines(both / "evaluations.jsonl")] == [0, 2, 4]
     assert not leftovers(both)
+
+
+def judged(session: Session) -> dict[str, list[float]]:
+    solver, prompts = session.trainer.solver, session.evaluation_prompts
+    scores = evaluate(session.generator, prompts, session.judge, solver, samples_per_prompt=1).scores
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def test_the_logged_evaluation_is_of_the_averaged_weights(tmp_path: Path, raw: dict[str, Any]) -> None:
+    run = run_all(raw, tmp_path / "run")  # keeps a moving average
+    logged = tiny.lines(tmp_path / "run" / "evaluations.jsonl")[-1]["values"]
+    assert logged == judged(load_run(tmp_path / "run"))  # whose weights are the average's
+    assert logged != judged(run.session)
