@@ -8,7 +8,7 @@ RUN := runs/quickstart
 TUNING := OMP_NUM_THREADS=$(THREADS) MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart check test wheel clean
+.PHONY: help install install-dev quickstart claims claims-quick check test wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,21 @@ quickstart: $(VENV)/.installed ## Post-train the embedded FLUX on this machine a
 	@rm -rf $(RUN)
 	$(TUNING) $(BIN)/vipo train recipes/quickstart.yaml --output $(RUN)
 	@echo "Open $(RUN)/report.html; pictures are in $(RUN)/samples, maps in $(RUN)/maps."
+
+CLAIMS := runs/claims
+PUBLISHED := experiments/claims/results
+
+claims: $(VENV)/.installed ## Rerun every table of docs/results.md into runs/claims (hours; goes on where it was stopped)
+	$(BIN)/python experiments/claims/run.py --out $(CLAIMS)/results --pictures $(CLAIMS)
+	test -f $(CLAIMS)/results/gradient.json || $(BIN)/python experiments/claims/gradient.py --out $(CLAIMS)/results/gradient.json \
+		--directions $(CLAIMS)/sample-0.safetensors $(CLAIMS)/vipo-0.safetensors
+	$(BIN)/python experiments/claims/page.py --results $(CLAIMS)/results --pictures $(CLAIMS) --html $(CLAIMS)/results.html
+
+claims-quick: $(VENV)/.installed ## The same machinery with one seed and two iterations (minutes); the figures mean nothing
+	$(BIN)/python experiments/claims/run.py --quick --out $(CLAIMS)-quick/results --pictures $(CLAIMS)-quick
+	$(BIN)/python experiments/claims/gradient.py --iterations 2 --out $(CLAIMS)-quick/results/gradient.json \
+		--directions $(CLAIMS)-quick/sample-0.safetensors $(CLAIMS)-quick/vipo-0.safetensors
+	$(BIN)/python experiments/claims/page.py --results $(CLAIMS)-quick/results --pictures $(CLAIMS)-quick --html $(CLAIMS)-quick/results.html
 
 check: $(VENV)/.installed-dev ## Lint, types, import contracts
 	$(BIN)/ruff check .

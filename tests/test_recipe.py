@@ -158,3 +158,7 @@ def test_a_recipe_is_frozen(file: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
     assert yaml.safe_load(recipe.to_yaml())["seed"] == 0
+
+
+def test_precision_no_is_a_name_not_false() -> None:
+    assert load_recipe("quickstart", ["training.precision=no"]).training.precision == "no"

@@ -20,11 +20,10 @@ import tiny
 from vipo import objective
 from vipo.evaluate import evaluate
 from vipo.policy import Policy
-from vipo.structuring import PerceptualStructuring
 from vipo.trainer import GradientGuard, Trainer
 from vipo.types import Prompt, Rollout, UserError
 
-MAPS = PerceptualStructuring(tiny.Patches())
+MAPS = tiny.MAPS
 
 
 def full(model: Any) -> Policy:
@@ -113,9 +112,9 @@ def test_where_the_map_puts_its_weight_matters(model_folder: Path) -> None:
 def test_a_map_on_one_side_moves_that_side(model_folder: Path) -> None:
     """The transposition test of the whole path: weight on the left columns, and the loss is about those alone."""
 
-    def left(media: Tensor, latent_grid: tuple[int, int, int]) -> Tensor:
-        maps = torch.zeros(len(media), *latent_grid)
-        maps[..., : latent_grid[2] // 2] = 2.0
+    def left(rollout: Rollout) -> Tensor:
+        maps = torch.zeros(len(rollout.media), *rollout.latent_grid)
+        maps[..., : rollout.latent_grid[2] // 2] = 2.0
         return maps
 
     trainer = tiny.trainer(model_folder, credit="advantage_map", map_source=left)

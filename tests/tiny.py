@@ -21,12 +21,13 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 from vipo.build import RewardSuite
 from vipo.embedded import path as embedded_path
 from vipo.generators.flux import LORA_TARGETS, FluxGenerator
+from vipo.map_sources import Perceptual
 from vipo.policy import Policy
 from vipo.prompts import PromptSampler
 from vipo.rollout import Solver
 from vipo.structuring import PerceptualStructuring
 from vipo.trainer import Objective, Trainer, Update
-from vipo.types import FeatureMap, Prompt
+from vipo.types import FeatureMap, Prompt, Rollout
 
 HEIGHT, WIDTH = 24, 40  # not square; latents 6 x 10, FLUX tokens 3 x 5
 GRID = (1, 6, 10)
@@ -131,14 +132,17 @@ class Patches:
         return FeatureMap(F.avg_pool2d(images, 4), 4)
 
 
+MAPS = Perceptual(PerceptualStructuring(Patches()))
+
+
 class Shuffled:
     """A map source whose maps have their positions in another order."""
 
     def __init__(self, source: Callable[..., Tensor]) -> None:
         self.source = source
 
-    def __call__(self, media: Tensor, latent_grid: tuple[int, int, int]) -> Tensor:
-        maps = self.source(media, latent_grid)
+    def __call__(self, rollout: Rollout) -> Tensor:
+        maps = self.source(rollout)
         order = torch.randperm(maps[0].numel(), generator=torch.Generator().manual_seed(5))
         return maps.flatten(1)[:, order].reshape(maps.shape)
 
@@ -153,7 +157,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     objective = {"credit": "uniform", "clip_range": 0.2}
     update = {"learning_rate": 1e-2, "weight_decay": 0.0}
     solver = {"steps": 4, "shift": 3.0, "eta": 0.7}
-    own = {"group_size": 4, "seed": 0, "scorer": scorer(redness), "map_source": PerceptualStructuring(Patches())}
+    own = {"group_size": 4, "seed": 0, "scorer": scorer(redness), "map_source": MAPS}
     per_iteration, build_policy = changes.pop("prompts_per_iteration", 2), changes.pop("policy", lora)
     for name, value in changes.items():
         home = next((part for part, keys in _HOMES.items() if name in keys), "own")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo import backbones, embedded, generators, rewards
+from vipo import backbones, embedded, generators, map_sources, rewards
 from vipo.objective import NEEDS_MAPS
 from vipo.policy import Policy
 from vipo.prompts import PromptSampler, read_prompts
-from vipo.recipe import GeneratorSection, Recipe, RewardSection, StructuringSection
+from vipo.recipe import GeneratorSection, Recipe, RewardSection, SourceName, StructuringSection
 from vipo.rollout import Solver, Window
 from vipo.structuring import PerceptualStructuring
 from vipo.trainer import Objective, Trainer, Update
-from vipo.types import Generator, Prompt, Reward, Scores, UserError
+from vipo.types import Generator, MapSource, Prompt, Reward, Scores, UserError
 
 EMBEDDED = "embedded:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,15 +102,32 @@ def build_generator(section: GeneratorSection, *, device: str) -> Generator:
     )
 
 
-def build_map_source(section: StructuringSection, *, temporal_stride: int, device: str) -> PerceptualStructuring:
+def build_structuring(section: StructuringSection, *, temporal_stride: int, device: str) -> PerceptualStructuring:
     """The backbone and how its features become a map."""
-    options: dict[str, Any] = section.model_dump(exclude={"backbone", "backbone_options", "orientation"})
+    options: dict[str, Any] = section.model_dump(exclude={"sources", "backbone", "backbone_options", "orientation"})
     if section.orientation is not None:
         options["orientation"] = section.orientation
     backbone = backbones.build(section.backbone, **section.backbone_options)
     if isinstance(backbone, torch.nn.Module):
         backbone.to(device)
     return PerceptualStructuring(backbone, temporal_stride=temporal_stride, **options)
+
+
+def build_map_source(section: StructuringSection, generator: Generator, scorer: RewardSuite, device: str) -> MapSource:
+    """What the recipe's ``structuring.sources`` name; several are multiplied."""
+    stride = generator.temporal_stride
+    shaped: dict[str, Any] = {"smoothing_sigma": section.smoothing_sigma, "normalization": section.normalization}
+    makers: dict[SourceName, Callable[[], MapSource]] = {
+        "perceptual": lambda: map_sources.Perceptual(build_structuring(section, temporal_stride=stride, device=device)),
+        "reward_gradient": lambda: map_sources.RewardGradient(
+            scorer.rewards, scorer.weights, temporal_stride=stride, **shaped
+        ),
+        "text_relevance": lambda: map_sources.TextRelevance(generator, **shaped),
+        "disagreement": lambda: map_sources.Disagreement(**shaped),
+        "deviation": lambda: map_sources.Deviation(**shaped),
+    }
+    sources = [makers[name]() for name in section.sources]
+    return sources[0] if len(sources) == 1 else map_sources.Product(sources, section.normalization)
 
 
 def build_rewards(sections: Mapping[str, RewardSection], *, max_failed_share: float = 1.0) -> RewardSuite:
@@ -159,9 +176,9 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
     device = str(accelerator.device)
     generator = build_generator(recipe.generator, device=device)
     solver = build_solver(recipe, generator)
-    map_source = None
+    map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
-        map_source = build_map_source(recipe.structuring, temporal_stride=generator.temporal_stride, device=device)
+        map_source = build_map_source(recipe.structuring, generator, scorer, device)
     policy = build_policy(recipe, generator)
     if recipe.training.gradient_checkpointing:
         generator.network.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -29,7 +29,6 @@ from vipo.sde import Kind, Reduce
 from vipo.structuring import Aggregation, Normalization, Orientation, Scope
 from vipo.types import UserError
 
-Precision = Literal["no", "bf16"]
 Combination = Literal["advantage", "reward"]
 
 
@@ -40,6 +39,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation"]
 
 
 class GeneratorSection(Section):
@@ -88,7 +88,20 @@ def _weight_alone(value: Any) -> Any:
 Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
 
 
+def _word_no(value: Any) -> Any:
+    """YAML 1.1 reads the bare word ``no`` as false; here it is a name."""
+    return "no" if value is False else value
+
+
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_word_no)]
+
+
 class StructuringSection(Section):
+    sources: tuple[SourceName, ...] = Field(
+        ("perceptual",),
+        min_length=1,
+        description="perceptual (the paper), deviation, disagreement, reward_gradient, text_relevance; or several",
+    )
     backbone: str = Field("efficientnet_lite", description="see `vipo list backbones`")
     backbone_options: dict[str, Any] = Field({}, description="the backbone's own, e.g. pretrained")
     components: PositiveInt = Field(3, description="principal components K")

@@ -227,9 +227,10 @@ def sample_groups(
         _check_finite(latents, i, solver)
     return Rollout(
         prompts=tuple(prompt for prompt in prompts for _ in range(group_size)),
+        group_size=group_size,
         conditioning=per_sample,
+        latents=latents,
         media=generator.decode(latents),
         transitions=Transitions.cat(recorded) if recorded else _no_transitions(latents),
-        latent_grid=(shape[1], shape[2], shape[3]),
         model_passes=passes,
     )

@@ -18,12 +18,13 @@ from vipo import checkpoint, structuring
 from vipo.build import Session, build
 from vipo.evaluate import Evaluation, evaluate
 from vipo.files import write_text, written_whole
+from vipo.map_sources import Perceptual, Product
 from vipo.recipe import Recipe, load_recipe
 from vipo.report.maps import map_sheet
 from vipo.report.pictures import save_sheet
 from vipo.rundir import RunDirectory
 from vipo.structuring import PerceptualStructuring
-from vipo.types import FeatureMap, TrainStep, UserError
+from vipo.types import FeatureMap, MapSource, TrainStep, UserError
 
 SHEET_COLUMNS = 8
 MAP_ROWS = 6
@@ -215,14 +216,21 @@ class Run:
                 sheet.save(aside, format="PNG")
 
     def _map_sheet(self, step: TrainStep) -> Image.Image:
-        """The first sample of each of the first groups: picture, components, map, overlay."""
-        source = self.session.trainer.map_source
-        assert isinstance(source, PerceptualStructuring) and step.maps is not None
+        """The first sample of each of the first groups: picture, components (if the map has any), map, overlay."""
+        assert step.maps is not None
+        structuring = _structuring(self.session.trainer.map_source)
         group = self.recipe.prompts.group_size
         rows = list(range(0, len(step.rollout.prompts), group))[:MAP_ROWS]
         pictures = step.rollout.media[rows, :, 0]
         captions = [f"{step.rollout.prompts[i].text}\nreward {float(step.scores.total[i]):.3f}" for i in rows]
-        return map_sheet(pictures, components(source, pictures), step.maps[rows, 0], captions)
+        parts = None if structuring is None else components(structuring, pictures)
+        return map_sheet(pictures, parts, step.maps[rows, 0], captions)
+
+
+def _structuring(source: MapSource | None) -> PerceptualStructuring | None:
+    """The perceptual part of a map source, if it has one."""
+    sources = source.sources if isinstance(source, Product) else [source]
+    return next((part.structuring for part in sources if isinstance(part, Perceptual)), None)
 
 
 def components(source: PerceptualStructuring, pictures: torch.Tensor) -> torch.Tensor:

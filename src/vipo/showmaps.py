@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vipo.build import build_map_source
+from vipo.build import build_structuring
 from vipo.files import written_whole
 from vipo.recipe import StructuringSection, parse_section
 from vipo.report.maps import map_sheet
@@ -48,7 +48,7 @@ def show_maps(
     pictures = [read_picture(path) for path in files]
     options = {"backbone": backbone, "backbone_options": backbone_options, **structuring}
     section = parse_section(StructuringSection, options, source="maps")
-    source = build_map_source(section, temporal_stride=1, device="cpu")
+    source = build_structuring(section, temporal_stride=1, device="cpu")
     written = []
     for path, picture in zip(files, pictures, strict=True):
         height, width = picture.shape[1:]

@@ -265,7 +265,7 @@ def _aggregate(maps: Float[Tensor, "B K *grid"], explained: Float[Tensor, "B K"]
     return torch.einsum("bk,bk...->b...", weight, maps)
 
 
-def _smooth(maps: Float[Tensor, "... h w"], sigma: float) -> Float[Tensor, "... h w"]:
+def smooth(maps: Float[Tensor, "... h w"], sigma: float) -> Float[Tensor, "... h w"]:
     """A Gaussian of ``sigma`` cells whose weights are normalised over the cells that exist, so no edge is darkened."""
     if not sigma >= 0:
         raise ValueError(f"smoothing_sigma={sigma}: give a width in cells of the feature grid, or 0 for none")
@@ -281,7 +281,7 @@ def _gaussian(size: int, sigma: float, like: Tensor) -> Float[Tensor, "size size
     return weights / weights.sum(1, keepdim=True)
 
 
-def _resample(maps: Float[Tensor, "B *F h w"], grid: Grid) -> Float[Tensor, "B *F H W"]:
+def resample(maps: Float[Tensor, "B *F h w"], grid: Grid) -> Float[Tensor, "B *F H W"]:
     """Bilinear to the latent grid; where cells are merged they are averaged (antialias), not skipped."""
     pictures = maps.flatten(0, -3)[:, None]
     smaller = grid[0] < maps.shape[-2] or grid[1] < maps.shape[-1]
@@ -289,7 +289,7 @@ def _resample(maps: Float[Tensor, "B *F h w"], grid: Grid) -> Float[Tensor, "B *
     return resized.reshape(*maps.shape[:-2], *grid)
 
 
-def _normalise(maps: Float[Tensor, "B *grid"], how: Normalization) -> Float[Tensor, "B *grid"]:
+def normalise(maps: Float[Tensor, "B *grid"], how: Normalization) -> Float[Tensor, "B *grid"]:
     """Over all of a row: [0, 1] (``minmax``) or mean 1 (``unit_mean``). A uniform map becomes ones in both."""
     if how not in get_args(Normalization):
         raise ValueError(f"normalization={how!r} is not known; choose from {', '.join(get_args(Normalization))}")
@@ -305,7 +305,7 @@ def _structure(
 ) -> Float[Tensor, "B *F h w"]:
     """The smoothed S of each row of features, on the feature grid."""
     found = principal_components(features, components)
-    return _smooth(_aggregate(oriented(found, orientation), found.explained, aggregation), smoothing_sigma)
+    return smooth(_aggregate(oriented(found, orientation), found.explained, aggregation), smoothing_sigma)
 
 
 @torch.no_grad()
@@ -336,7 +336,7 @@ def allocation_map(
     if features.ndim != 4:
         raise ValueError(f"features {tuple(features.shape)} must be (B, D, h, w)")
     structure = _structure(features, components, aggregation, smoothing_sigma, orientation)
-    return _normalise(_resample(structure, grid), normalization)
+    return normalise(resample(structure, grid), normalization)
 
 
 def align_frames(
@@ -406,12 +406,12 @@ class PerceptualStructuring:
         by_row = self._by_frame if self.scope == "frame" else self._by_clip
         maps = by_row(media, (grid[0], grid[1]))
         aligned = align_frames(maps, latent_frames, temporal_stride=self.temporal_stride, causal=self.causal)
-        return aligned if self.scope == "frame" else _normalise(aligned, self.normalization)
+        return aligned if self.scope == "frame" else normalise(aligned, self.normalization)
 
     def _by_frame(self, media: Tensor, grid: Grid) -> Float[Tensor, "N F H W"]:
         frames = media.transpose(1, 2).flatten(0, 1)
         maps = [
-            _normalise(self._map(self._see(part), grid), self.normalization) for part in frames.split(self.batch_size)
+            normalise(self._map(self._see(part), grid), self.normalization) for part in frames.split(self.batch_size)
         ]
         return torch.cat(maps).unflatten(0, (media.shape[0], media.shape[2]))
 
@@ -424,7 +424,7 @@ class PerceptualStructuring:
 
     def _map(self, features: Tensor, grid: Grid) -> Tensor:
         structure = _structure(features, self.components, self.aggregation, self.smoothing_sigma, self.orientation)
-        return _resample(structure, grid)
+        return resample(structure, grid)
 
     def _see(self, frames: Float[Tensor, "b 3 Y X"]) -> Float[Tensor, "b D h w"]:
         """Features of frames; one colour everywhere gives constant features, whatever the padding made."""

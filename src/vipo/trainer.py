@@ -96,7 +96,7 @@ class Trainer:
         accelerator: engine and precision; the network is prepared here.
         prompts: deals one prompt per group; ``prompts.per_iteration`` must divide by the number of processes.
         scorer: media and prompts to :class:`Scores`.
-        map_source: media to allocation maps; required by the credits in ``objective.NEEDS_MAPS``, else unused.
+        map_source: a rollout to allocation maps; required by the credits in ``objective.NEEDS_MAPS``, else unused.
         rollout_batch_size: samples per network call while sampling; None means all.
     """
 
@@ -179,7 +179,7 @@ class Trainer:
         if self.map_source is None:
             raise ValueError(f"credit={self.objective.credit!r} needs a map_source")
         try:
-            return self.map_source(rollout.media, rollout.latent_grid)
+            return self.map_source(rollout)
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 

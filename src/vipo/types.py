@@ -83,11 +83,17 @@ class Rollout:
     """One iteration's samples. ``media`` is decoded from the last step's clean prediction, not from a noisy latent."""
 
     prompts: tuple[Prompt, ...]  # N of them, groups consecutive
+    group_size: int
     conditioning: Batched  # N rows, as the generator encoded them
+    latents: Float[Tensor, "N C T H W"]  # the clean prediction
     media: Float[Tensor, "N 3 F Y X"]
     transitions: Transitions
-    latent_grid: LatentGrid
     model_passes: int  # samples x steps actually run through the network, for the cost account
+
+    @property
+    def latent_grid(self) -> LatentGrid:
+        frames, height, width = self.latents.shape[2:]
+        return frames, height, width
 
 
 @dataclass(frozen=True)
@@ -171,9 +177,9 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class MapSource(Protocol):
-    """Media to one non-negative weight per latent position."""
+    """A rollout to one non-negative weight per latent position; see ``vipo.map_sources``."""
 
-    def __call__(self, media: Float[Tensor, "N 3 F Y X"], latent_grid: LatentGrid) -> Float[Tensor, "N T H W"]: ...
+    def __call__(self, rollout: Rollout) -> Float[Tensor, "N T H W"]: ...
 
 
 @runtime_checkable

@@ -64,10 +64,8 @@ def normalise(
 def in_batches(
     function: Callable[[Tensor], Tensor], images: Float[Tensor, "B 3 y x"], batch_size: int
 ) -> Float[Tensor, "B *rest"]:
-    """Apply ``function`` to at most ``batch_size`` pictures at a time, without gradients; float32 comes out."""
-    with torch.no_grad():
-        parts = [function(part).float() for part in images.split(batch_size)]
-    return torch.cat(parts)
+    """Apply ``function`` to at most ``batch_size`` pictures at a time; float32 comes out."""
+    return torch.cat([function(part).float() for part in images.split(batch_size)])
 
 
 def freeze(network: Network) -> Network:

@@ -34,7 +34,7 @@ def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
 
 def map_sheet(
     pictures: Float[Tensor, "N 3 Y X"] | Sequence[Tensor],
-    components: Float[Tensor, "N K h w"] | Sequence[Tensor],
+    components: Float[Tensor, "N K h w"] | Sequence[Tensor] | None,
     maps: Float[Tensor, "N H W"] | Sequence[Tensor],
     captions: Sequence[str],
     max_rows: int = 8,
@@ -45,7 +45,8 @@ def map_sheet(
 
     Args:
         pictures: in [0, 1]; sequences of (3, Y, X) may differ in size.
-        components: z'_j; the first three, each stretched to its own range, are the red, green and blue channel.
+        components: z'_j; the first three, each stretched to its own range, are the red, green and blue channel. None
+            leaves their column out, for maps that do not come from components.
         maps: the weight M(p) of each position. The colour scale is one for all rows and starts at 0.
         captions: one per picture, or none. max_rows: how many of the first samples are shown.
         tile: longest side of each tile in pixels; the aspect ratio is kept.
@@ -54,20 +55,23 @@ def map_sheet(
     shown = min(max_rows, len(pictures))
     arrays = [plane.detach().float().cpu().numpy() for plane in maps[:shown]]
     top = max((float(plane[np.isfinite(plane)].max(initial=0.0)) for plane in arrays), default=0.0) or 1.0
-    rows = [_row(pictures[i], components[i], arrays[i], top, tile) for i in range(shown)]
+    parts = [None] * shown if components is None else components
+    rows = [_row(pictures[i], parts[i], arrays[i], top, tile) for i in range(shown)]
     labels = [_label(captions[i] if captions else "", arrays[i]) for i in range(shown)]
-    headings = ("picture", "components 1-3 as RGB", "map M(p)", "what the map lights")
+    middle = () if components is None else ("components 1-3 as RGB",)
+    headings = ("picture", *middle, "map M(p)", "what the map lights")
     grid = paper.labelled_grid(rows, labels, headings)
     return _with_colour_bar(grid, top)
 
 
 def _check(
     pictures: Tensor | Sequence[Tensor],
-    components: Tensor | Sequence[Tensor],
+    components: Tensor | Sequence[Tensor] | None,
     maps: Tensor | Sequence[Tensor],
     captions: Sequence[str],
     rows: int,
 ) -> None:
+    components = [torch.zeros(1, 1, 1)] * len(maps) if components is None else components
     counts = len(pictures), len(components), len(maps)
     if len(set(counts)) > 1 or (captions and len(captions) != counts[0]):
         raise ValueError(f"{counts} pictures, components and maps with {len(captions)} captions: give one per sample")
@@ -78,14 +82,15 @@ def _check(
         raise ValueError(f"one sample has shapes {shapes}; give pictures (3, Y, X), components (K, h, w), maps (H, W)")
 
 
-def _row(picture: Tensor, components: Tensor, plane: np.ndarray, top: float, tile: int) -> list[Image.Image]:
+def _row(picture: Tensor, components: Tensor | None, plane: np.ndarray, top: float, tile: int) -> list[Image.Image]:
     image = Image.fromarray(paper.to_uint8(picture[None, :, None])[0, 0])
     factor = tile / max(image.size)
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     image = image.resize(size, Image.Resampling.LANCZOS)
+    middle = [] if components is None else [_components(components).resize(size, Image.Resampling.NEAREST)]
     return [
         image,
-        _components(components).resize(size, Image.Resampling.NEAREST),
+        *middle,
         Image.fromarray(heat(plane / top)).resize(size, Image.Resampling.NEAREST),
         lit(image, plane),
     ]

@@ -1,0 +1,125 @@
+"""Which arms there are, how long each is trained, and what is measured on it.
+
+An arm is a recipe and the keys that it changes. Everything else, prompts, noise, iterations and learning rate, is equal
+between arms of one seed. ``tables.py`` says which arms make which table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from measures import structure
+
+Measures = Callable[[Any, Any], dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is spent on each arm."""
+
+    seeds: int
+    iterations: int
+    every: int  # iterations between evaluations, and all that the short arms get
+    prompts: int  # of evaluation
+
+
+SETTING = Setting(seeds=3, iterations=24, every=12, prompts=64)
+QUICK = Setting(seeds=1, iterations=2, every=1, prompts=8)
+
+SMALLER = ("prompts.group_size=8", "evaluation.samples_per_prompt=3")
+"""48 pictures an iteration instead of the quickstart's 96: more arms for the same time."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to train.
+
+    recipe: file in ``recipes/``. changes: its keys. every: iterations between evaluations, if not the setting's.
+    measures: more numbers per prompt, from the untrained and the present evaluation. seeds: if not the setting's.
+    short: trained up to the first evaluation only, to be compared with the others there.
+    """
+
+    changes: tuple[str, ...] = ()
+    recipe: str = "quickstart.yaml"
+    every: int | None = None
+    measures: Measures | None = None
+    seeds: int | None = None
+    short: bool = False
+    trained: bool = True
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return SMALLER + self.changes
+
+
+def structuring(short: bool = True, **changes: object) -> Arm:
+    return Arm(tuple(f"structuring.{key}={value}" for key, value in changes.items()), short=short)
+
+
+def source(*names: str, short: bool = True) -> Arm:
+    return structuring(short, sources=f"[{', '.join(names)}]")
+
+
+def backbone(stride: int, resolution: int) -> Arm:
+    return structuring(backbone_options=f"{{stride: {stride}, resolution: {resolution}}}")
+
+
+def clipped(credit: str, clip_range: str) -> Arm:
+    """Four optimiser steps an iteration at half the learning rate: three of them are off-policy, so clipping acts."""
+    keys = ("optimizer.per_iteration=4", "optimizer.learning_rate=5e-4", f"objective.clip_range={clip_range}")
+    return Arm((f"credit={credit}", *keys), short=True)
+
+
+def rate(credit: str, learning_rate: str) -> Arm:
+    return Arm((f"credit={credit}", f"optimizer.learning_rate={learning_rate}"), seeds=1, short=True)
+
+
+def redness(credit: str) -> Arm:
+    return Arm((f"credit={credit}",), recipe="redness.yaml", every=4, measures=structure)
+
+
+ARMS: dict[str, Arm] = {
+    "untrained": Arm(trained=False, seeds=1),
+    "sample": Arm(("credit=sample",)),
+    "vipo": Arm(),
+    "source-deviation": source("deviation", short=False),
+    "source-deviation-perceptual": source("deviation", "perceptual", short=False),
+    "redness-sample": redness("sample"),
+    "redness-vipo": redness("advantage_map"),
+    "source-disagreement": source("disagreement"),
+    "source-text": source("text_relevance"),
+    "source-gradient": source("reward_gradient"),
+    "source-gradient-perceptual": source("reward_gradient", "perceptual"),
+    "reward-map": Arm(("credit=reward_map",), short=True),
+    "average": structuring(aggregation="average"),
+    "minmax": structuring(normalization="minmax"),
+    "stride-16": backbone(16, 128),
+    "stride-32": backbone(32, 224),
+    "sample-rate-5e-4": rate("sample", "5e-4"),
+    "sample-rate-2e-3": rate("sample", "2e-3"),
+    "vipo-rate-5e-4": rate("advantage_map", "5e-4"),
+    "vipo-rate-2e-3": rate("advantage_map", "2e-3"),
+    "sample-clip-1e-4": clipped("sample", "1e-4"),
+    "uniform-clip-1e-4": clipped("uniform", "1e-4"),
+    "vipo-clip-1e-4": clipped("advantage_map", "1e-4"),
+    "sample-clip-1e-2": clipped("sample", "1e-2"),
+    "uniform-clip-1e-2": clipped("uniform", "1e-2"),
+    "vipo-clip-1e-2": clipped("advantage_map", "1e-2"),
+    "components-1": structuring(components=1),
+    "components-2": structuring(components=2),
+    "components-5": structuring(components=5),
+    "components-8": structuring(components=8),
+    "first": structuring(aggregation="first"),
+    "sigma-0": structuring(smoothing_sigma=0),
+    "sigma-0.5": structuring(smoothing_sigma=0.5),
+    "sigma-2": structuring(smoothing_sigma=2),
+    "orientation-border": structuring(orientation="border"),
+    "orientation-skewness": structuring(orientation="skewness"),
+    "orientation-release": structuring(orientation="release"),
+}
+"""Name -> arm, the most telling ones first: results are made in this order."""
+
+BLOCKS = (5, 7, 16, len(ARMS))
+"""Up to which arm each block of them goes; a block is trained with every seed before the next begins."""
