@@ -14,6 +14,7 @@ from vipo.build import build_map_source
 from vipo.map_sources import Deviation, Disagreement, Perceptual, Product, RewardGradient, TextRelevance
 from vipo.recipe import StructuringSection
 from vipo.rollout import sample_groups
+from vipo.structuring import deviation_map
 from vipo.types import MapSource, Prompt, Rollout, UserError
 
 
@@ -145,3 +146,8 @@ def test_each_trains(model_folder: Path, source: str) -> None:
     maps = build_map_source(section, plain.generator, plain.scorer, "cpu")
     step = tiny.trainer(model_folder, credit="advantage_map", map_source=maps).step()
     assert step.metrics["grad_norm"] > 0 and step.metrics["map/mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_deviation_map_refuses_half_a_group() -> None:
+    with pytest.raises(ValueError, match="5 samples do not divide into groups of group_size=2"):
+        deviation_map(torch.zeros(5, 2, 1, 2, 2), 2)

@@ -162,3 +162,10 @@ def test_a_recipe_is_frozen(file: Path) -> None:
 
 def test_precision_no_is_a_name_not_false() -> None:
     assert load_recipe("quickstart", ["training.precision=no"]).training.precision == "no"
+
+
+def test_comparing_samples_needs_them_to_start_from_one_noise() -> None:
+    with pytest.raises(UserError, match="names deviation, which compares the samples of a group"):
+        load_recipe("quickstart", ["solver.same_noise=false"])
+    assert load_recipe("quickstart", ["solver.same_noise=false", "structuring.sources=[perceptual]"])
+    assert load_recipe("quickstart", ["solver.same_noise=false", "credit=sample"])

@@ -175,7 +175,7 @@ def test_unknown_names_and_options_are_user_errors() -> None:
 
 def test_every_reward_says_what_it_is() -> None:
     for entry in rewards.REWARDS.values():
-        assert all((entry.summary, entry.value_range, entry.licence, entry.needs)) and callable(entry.factory)
+        assert all((entry.summary, entry.value_range, entry.licence, entry.size)) and callable(entry.factory)
 
 
 # --- the embedded scorers --------------------------------------------------------------------------------------------

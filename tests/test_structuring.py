@@ -233,11 +233,12 @@ def test_the_first_of_three_components_is_the_only_one(rule: Orientation) -> Non
 
 def test_smoothing_is_a_gaussian_that_keeps_the_edge_bright() -> None:
     flat = torch.ones(1, 6, 8, dtype=torch.float64)
-    torch.testing.assert_close(structuring._smooth(flat, 1.0), flat)
+    torch.testing.assert_close(structuring.smooth(flat, 1.0), flat)
     point = torch.zeros(1, 15, 15, dtype=torch.float64)
     point[0, 7, 7] = 1.0
-    smooth = structuring._smooth(point, 1.0)[0]
-    assert smooth[7, 8] / smooth[7, 7] == pytest.approx(np.exp(-0.5)) and smooth.sum() == pytest.approx(1, abs=1e-4)
+    smoothed = structuring.smooth(point, 1.0)[0]
+    assert smoothed[7, 8] / smoothed[7, 7] == pytest.approx(np.exp(-0.5))
+    assert smoothed.sum() == pytest.approx(1, abs=1e-4)
 
 
 def test_half_precision_features_and_autocast_are_computed_in_full() -> None:

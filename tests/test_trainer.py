@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def full(model: Any) -> Policy:
 
 def credited(trainer: Trainer) -> tuple[Rollout, Tensor, Tensor]:
     """The first iteration up to its update: rollout, weight on each ratio, advantage."""
-    rollout = trainer._sample(0, 0)
+    rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
     scores = trainer.scorer(rollout.media, rollout.prompts)
     return rollout, *trainer._weights(scores, trainer._maps(rollout), rollout)
 
@@ -124,6 +125,47 @@ def test_a_map_on_one_side_moves_that_side(model_folder: Path) -> None:
     assert not weight[..., 5:].any()
 
 
+def test_parts_scored_while_the_next_is_sampled_give_the_scores_of_one_after_the_other(model_folder: Path) -> None:
+    whole, parts = (tiny.trainer(model_folder, prompts_at_once=count).step() for count in (None, 1))
+    assert [p.text for p in parts.rollout.prompts] == [p.text for p in whole.rollout.prompts]
+    assert torch.allclose(parts.rollout.media, whole.rollout.media, atol=1e-4)
+    assert torch.allclose(parts.scores.total, whole.scores.total, atol=1e-4)
+    assert torch.equal(parts.rollout.transitions.sample.sort().values, whole.rollout.transitions.sample.sort().values)
+    assert parts.metrics["grad_norm"] == pytest.approx(whole.metrics["grad_norm"], rel=1e-3)
+    assert parts.metrics["ratio_deviation"] < 1e-4
+
+
+def test_a_part_is_scored_in_the_background(model_folder: Path) -> None:
+    threads: list[str] = []
+
+    def redness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        threads.append(threading.current_thread().name)
+        return tiny.redness(media, prompts)
+
+    tiny.trainer(model_folder, scorer=tiny.scorer(redness), prompts_at_once=1).step()
+    tiny.trainer(model_folder, scorer=tiny.scorer(redness)).step()
+    assert [name.startswith("vipo-reward") for name in threads] == [True, True, False]
+
+
+def test_a_reward_that_fails_in_the_background_stops_the_run(model_folder: Path) -> None:
+    def broken(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
+        raise RuntimeError("no eyes")
+
+    with pytest.raises(UserError, match="no eyes"):
+        tiny.trainer(model_folder, scorer=tiny.scorer(broken), prompts_at_once=1).step()
+
+
+def test_several_rewards_tell_how_each_agrees_with_their_sum(model_folder: Path) -> None:
+    def blueness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return -tiny.redness(media, prompts)
+
+    weights = {"redness": 3.0, "blueness": 1.0}
+    metrics = tiny.trainer(model_folder, scorer=tiny.scorer(tiny.redness, blueness, weights=weights)).step().metrics
+    assert metrics["agreement/redness"] == pytest.approx(1, abs=1e-3)
+    assert metrics["agreement/blueness"] == pytest.approx(-1, abs=1e-3)
+    assert "agreement/redness" not in tiny.trainer(model_folder).step().metrics
+
+
 def test_a_group_of_equal_rewards_has_no_gradient(model_folder: Path) -> None:
     step = tiny.trainer(model_folder, scorer=tiny.scorer(tiny.constant)).step()
     assert step.metrics["grad_norm"] == 0 and step.metrics["flat_groups"] == 1
@@ -152,7 +194,7 @@ def test_several_rewards_are_combined_as_asked(model_folder: Path, combine: str)
     weights = {"redness": 1.0, "brightness": 0.5}
     both = tiny.scorer(tiny.redness, tiny.brightness, weights=weights)
     trainer = tiny.trainer(model_folder, scorer=both, combine=combine)
-    rollout = trainer._sample(0, 0)
+    rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
     scores = both(rollout.media, rollout.prompts)
     red, bright = scores.by_name["redness"], scores.by_name["brightness"]
     expected = (
@@ -172,7 +214,7 @@ def test_weights_are_clipped_at_the_advantage_clip(model_folder: Path) -> None:
 @pytest.mark.parametrize("steps", [2, 3, 8])
 def test_several_updates_use_each_recorded_step_once(model_folder: Path, steps: int) -> None:
     trainer = tiny.trainer(model_folder, per_iteration=steps)
-    rollout = trainer._sample(0, 0)
+    rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
     shares = trainer._split(rollout, 0)
     used = sorted((int(s), int(t)) for share in shares for s, t in zip(share.sample, share.step, strict=True))
     assert used == [(sample, step) for sample in range(8) for step in range(3)]

@@ -195,6 +195,7 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
         group_size=recipe.prompts.group_size,
         seed=recipe.seed,
         rollout_batch_size=recipe.training.rollout_batch_size,
+        prompts_at_once=recipe.training.prompts_at_once,
     )
     judge = RewardSuite({**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights})
     return Session(recipe, trainer, judge, tuple(evaluation_prompts))

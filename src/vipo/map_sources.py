@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo import randomness
-from vipo.structuring import Normalization, PerceptualStructuring, align_frames, normalise, smooth
+from vipo.structuring import Normalization, PerceptualStructuring, align_frames, deviation_map, normalise, smooth
 from vipo.types import Generator, MapSource, Prompt, Reward, Rollout, UserError
 
 
@@ -110,35 +110,31 @@ class TextRelevance:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Where a sample differs from its group: nothing else can explain why it scored more or less than the others.
-
-    The squared difference of its clean latents from the group's mean, summed over channels. Samples of a group should
-    start from one noise (``solver.same_noise``), or they differ everywhere.
-    """
+    """Where a sample differs from its group, :func:`vipo.structuring.deviation_map`."""
 
     smoothing_sigma: float = 1.0
     normalization: Normalization = "unit_mean"
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, "N T H W"]:
-        return normalise(smooth(_squared_deviation(rollout), self.smoothing_sigma), self.normalization)
+        return deviation_map(
+            rollout.latents,
+            rollout.group_size,
+            smoothing_sigma=self.smoothing_sigma,
+            normalization=self.normalization,
+        )
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Where the samples of a group differ from each other: the mean of their deviations, one map for the group."""
+    """Where the samples of a group differ from each other: the variance of their latents, one map for the group."""
 
     smoothing_sigma: float = 1.0
     normalization: Normalization = "unit_mean"
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, "N T H W"]:
-        squared = _squared_deviation(rollout).unflatten(0, (-1, rollout.group_size)).mean(1)
-        maps = normalise(smooth(squared, self.smoothing_sigma), self.normalization)
+        variance = rollout.latents.unflatten(0, (-1, rollout.group_size)).var(1, correction=0).sum(1)
+        maps = normalise(smooth(variance, self.smoothing_sigma), self.normalization)
         return maps.repeat_interleave(rollout.group_size, 0)
-
-
-def _squared_deviation(rollout: Rollout) -> Float[Tensor, "N T H W"]:
-    grouped = rollout.latents.unflatten(0, (-1, rollout.group_size))
-    return (grouped - grouped.mean(1, keepdim=True)).square().sum(2).flatten(0, 1)
 
 
 @dataclass(frozen=True)

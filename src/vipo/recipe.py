@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from vipo.objective import CreditKind
+from vipo.objective import NEEDS_MAPS, CreditKind
 from vipo.rollout import Schedule, Solver, Window
 from vipo.sde import Kind, Reduce
 from vipo.structuring import Aggregation, Normalization, Orientation, Scope
@@ -141,12 +141,17 @@ class TrainingSection(Section):
     iterations: PositiveInt = Field(description="in all")
     precision: Precision = Field("bf16", description="autocast: no or bf16; trained weights stay float32")
     rollout_batch_size: PositiveInt | None = Field(None, description="samples per network call; null means all")
+    prompts_at_once: PositiveInt | None = Field(
+        None, description="sampled together; with fewer, a part is scored while the next is sampled; null means all"
+    )
     replay_batch_size: PositiveInt | None = Field(None, description="transitions per replay; null means a whole step")
     gradient_checkpointing: bool = Field(False, description="less memory, a second forward")
     checkpoint_every: PositiveInt = Field(10, description="iterations")
     keep_checkpoints: PositiveInt = Field(2, description="the newest so many stay")
     maps_every: PositiveInt = Field(10, description="iterations between pictures of allocation maps")
     max_failed_share: float = Field(0.5, ge=0, lt=1, description="a reward failing on more samples stops the run")
+    reward_retries: int = Field(2, ge=0, description="further tries of a reward that cannot be reached")
+    reward_pause_seconds: float = Field(15.0, ge=0, description="before each of them")
 
 
 class EvaluationSection(Section):
@@ -183,6 +188,12 @@ class Recipe(Section):
             raise ValueError("solver.kind=ode has no likelihood to train on; choose dance, flow or cps")
         if self.solver.eta == 0:
             raise ValueError("solver.eta=0 has no likelihood to train on; give a positive noise strength")
+        between = {"deviation", "disagreement"} & set(self.structuring.sources)
+        if between and self.credit in NEEDS_MAPS and not self.solver.same_noise:
+            raise ValueError(
+                f"structuring.sources names {sorted(between)[0]}, which compares the samples of a group, but with"
+                " solver.same_noise=false they differ everywhere; set it to true or take another source"
+            )
         self._check_counts()
         return self
 
@@ -224,7 +235,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     raw = _read(_locate(path))
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return parse_recipe(raw, source=str(path))
 
 
@@ -278,7 +289,8 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``key=value``, dots for nested keys, in a nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")

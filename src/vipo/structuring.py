@@ -339,6 +339,34 @@ def allocation_map(
     return normalise(resample(structure, grid), normalization)
 
 
+@torch.no_grad()
+def deviation_map(
+    latents: Float[Tensor, "N C T H W"],
+    group_size: int,
+    *,
+    smoothing_sigma: float = 1.0,
+    normalization: Normalization = "unit_mean",
+) -> Float[Tensor, "N T H W"]:
+    """Where each sample differs from its group: |latents - the group's mean|^2, summed over channels.
+
+    Not in the paper. Of samples that started from one noise, nothing else can explain why one scored more than another;
+    docs/results.md measures what that is worth. Samples from different noises differ everywhere.
+
+    Args:
+        latents: clean ones, groups consecutive.
+        smoothing_sigma: width of the Gaussian in latent cells; 0 is none.
+        normalization: as in ``allocation_map``. A sample that equals its group's mean gets ones.
+
+    Raises:
+        ValueError: the samples do not divide into groups.
+    """
+    if group_size < 1 or len(latents) % group_size:
+        raise ValueError(f"{len(latents)} samples do not divide into groups of group_size={group_size}")
+    grouped = latents.float().unflatten(0, (-1, group_size))
+    squared = (grouped - grouped.mean(1, keepdim=True)).square().sum(2).flatten(0, 1)
+    return normalise(smooth(squared, smoothing_sigma), normalization)
+
+
 def align_frames(
     maps: Float[Tensor, "B F H W"], latent_frames: int, *, temporal_stride: int, causal: bool = True
 ) -> Float[Tensor, "B T H W"]:

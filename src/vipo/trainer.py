@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,8 +22,9 @@ from torch import Tensor
 from vipo import objective, randomness, sde
 from vipo.policy import Policy
 from vipo.prompts import PromptSampler
+from vipo.rewards.background import Background
 from vipo.rollout import Solver, replay, sample_groups
-from vipo.types import Batched, Generator, MapSource, Rollout, Scorer, Scores, TrainStep, Transitions, UserError
+from vipo.types import Batched, Generator, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep, Transitions, UserError
 
 Combination = Literal["advantage", "reward"]
 
@@ -98,6 +100,8 @@ class Trainer:
         scorer: media and prompts to :class:`Scores`.
         map_source: a rollout to allocation maps; required by the credits in ``objective.NEEDS_MAPS``, else unused.
         rollout_batch_size: samples per network call while sampling; None means all.
+        prompts_at_once: groups sampled together; None means all. With fewer, each part is scored while the next is
+            sampled, with the same result as one after the other.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class Trainer:
         group_size: int,
         seed: int,
         rollout_batch_size: int | None = None,
+        prompts_at_once: int | None = None,
     ) -> None:
         ranks = accelerator.num_processes
         if prompts.per_iteration % ranks:
@@ -124,6 +129,7 @@ class Trainer:
         self.solver, self.objective, self.update = solver, objective, update
         self.group_size, self.seed, self.rollout_batch_size = group_size, seed, rollout_batch_size
         self.groups_here = prompts.per_iteration // ranks
+        self.prompts_at_once = prompts_at_once or self.groups_here
         self.iteration = 0
         self.guard = GradientGuard(update.guard_factor)
         self.optimizer = torch.optim.AdamW(
@@ -143,10 +149,7 @@ class Trainer:
         """
         clock, iteration = Stopwatch(), self.iteration
         first_group = self.accelerator.process_index * self.groups_here
-        with clock("rollout"):
-            rollout = self._sample(iteration, first_group)
-        with clock("reward"):
-            scores = self.scorer(rollout.media, rollout.prompts)
+        rollout, scores = self._sample_and_score(iteration, first_group, clock)
         with clock("map"):
             maps = self._maps(rollout)
         with clock("update"):
@@ -159,11 +162,29 @@ class Trainer:
         events += [f"reward {name}: {why}" for name, why in scores.failures.items()]
         return TrainStep(iteration, metrics, clock.seconds, tuple(events), rollout, scores, maps)
 
-    def _sample(self, iteration: int, first_group: int) -> Rollout:
+    def _sample_and_score(self, iteration: int, first_group: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
+        """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
         dealt = self.prompts.groups(iteration)[first_group : first_group + self.groups_here]
+        starts = range(0, len(dealt), self.prompts_at_once)
+        rollouts: list[Rollout] = []
+        waiting: list[Future[Scores]] = []
+        with Background(self.scorer) if len(starts) > 1 else nullcontext() as background:
+            for start in starts:
+                with clock("rollout"):
+                    part = dealt[start : start + self.prompts_at_once]
+                    rollouts.append(self._sample(part, iteration, first_group + start))
+                if background is not None:
+                    waiting.append(background.submit(rollouts[-1].media, rollouts[-1].prompts))
+            with clock("reward"):  # of a background one, only what has to be waited for
+                scores = [future.result() for future in waiting]
+                if background is None:
+                    scores = [self.scorer(rollouts[0].media, rollouts[0].prompts)]
+        return Rollout.join(rollouts), Scores.join(scores)
+
+    def _sample(self, prompts: Sequence[Prompt], iteration: int, first_group: int) -> Rollout:
         return sample_groups(
             self.generator,
-            dealt,
+            prompts,
             self.solver,
             group_size=self.group_size,
             seed=self.seed,
@@ -288,6 +309,9 @@ class Trainer:
             numbers[f"reward/{name}"] = values.nanmean()
             numbers[f"spread/{name}"] = grouped.var(1).nanmean().sqrt() if self.group_size > 1 else torch.zeros(())
             numbers[f"unscored/{name}"] = values.isnan().float().mean()
+            if len(scores.by_name) > 1:  # normalised in its groups: how far this reward pulls where the sum goes
+                own = objective.group_advantage(values, self.group_size)
+                numbers[f"agreement/{name}"] = torch.cosine_similarity(own.float(), advantage.float(), dim=0)
         flat = objective.groups_without_spread(scores.total, self.group_size)
         numbers["reward"] = scores.total.nanmean()
         numbers["flat_groups"] = flat.float().mean()

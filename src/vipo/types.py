@@ -21,7 +21,7 @@ otherwise (token packing, value ranges, time scaling) happens inside that model'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -95,6 +95,23 @@ class Rollout:
         frames, height, width = self.latents.shape[2:]
         return frames, height, width
 
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Rollouts of consecutive groups as one."""
+        offset, recorded = 0, []
+        for part in parts:
+            recorded.append(replace(part.transitions, sample=part.transitions.sample + offset))
+            offset += len(part.prompts)
+        return cls(
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            group_size=parts[0].group_size,
+            conditioning=type(parts[0].conditioning).cat([part.conditioning for part in parts]),
+            latents=torch.cat([part.latents for part in parts]),
+            media=torch.cat([part.media for part in parts]),
+            transitions=Transitions.cat(recorded),
+            model_passes=sum(part.model_passes for part in parts),
+        )
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -108,6 +125,16 @@ class Scores:
     def total(self) -> Float[Tensor, " N"]:
         """The weighted sum of the raw rewards; NaN where any part is."""
         return torch.stack([self.weights[name] * values for name, values in self.by_name.items()]).sum(0)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Scores of consecutive groups as one."""
+        failures: dict[str, str] = {}
+        for part in parts:
+            for name, why in part.failures.items():
+                failures[name] = f"{failures[name]}; {why}" if name in failures else why
+        by_name = {name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name}
+        return cls(by_name, parts[0].weights, failures)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class DinoV2:
             raise ValueError(f"layer={layer}: this network has hidden states 0 to {config.num_hidden_layers}")
         self.resolution, self.layer, self.batch_size = resolution, layer, batch_size
 
+    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 Y X"]) -> FeatureMap:
         """Pictures in [0, 1] to one token per patch."""
         check_images(images)

@@ -59,6 +59,7 @@ class EfficientNetLite:
         self.stride, self.resolution, self.batch_size, self.dtype = stride, resolution, batch_size, DTYPES[dtype]
         self.network = freeze(FoldedTrunk(load_unfolded(), stride)).to(self.dtype)
 
+    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 Y X"]) -> FeatureMap:
         """Pictures in [0, 1] to 16, 24, 40, 112 or 320 features per cell."""
         check_images(images)

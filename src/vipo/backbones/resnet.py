@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,6 +47,7 @@ class ResNet:
         self.stride = 4 * first * 2 ** (layer - 1)
         self.resolution, self.layer, self.batch_size = resolution, layer, batch_size
 
+    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 Y X"]) -> FeatureMap:
         """Pictures in [0, 1] to the chosen stage's activations."""
         check_images(images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -50,6 +51,7 @@ class Sam:
             raise ValueError(f"layer={layer}: this network has hidden states 0 to {config.num_hidden_layers}")
         self.layer, self.batch_size = layer, batch_size
 
+    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 Y X"]) -> FeatureMap:
         """Pictures in [0, 1] to one feature per 16-px cell that shows some of the picture."""
         check_images(images)

@@ -1,7 +1,7 @@
 """Rewards by name: media and prompts to one number per sample, higher is better.
 
-A new reward is one class, one entry here and one test. Factories import their file only when called. A reward of the
-user's own needs no entry: ``path/to/file.py:function`` is a name too.
+A new reward is one class or function, one entry here and one test. Its file is imported when it is built. A reward of
+the user's own needs no entry: ``path/to/file.py:function`` is a name too.
 """
 
 from __future__ import annotations
@@ -9,93 +9,188 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+from vipo.rewards.answer import Answer, RewardUnavailable
 from vipo.rewards.scoring import score
 from vipo.rewards.user_file import is_user_file, load_user_reward
 from vipo.types import Reward, UserError
 
-__all__ = ["REWARDS", "RewardEntry", "build", "score"]
+__all__ = ["REWARDS", "Answer", "RewardEntry", "RewardUnavailable", "build", "score", "state"]
 
 
 @dataclass(frozen=True)
 class RewardEntry:
-    """What is known about a reward before it is built. ``value_range`` is written for people, higher is better."""
+    """What is known about a reward before it is built. ``value_range`` is written for people, higher is better.
+
+    Args:
+        factory: takes the options of the reward.
+        size: of what is downloaded, for people.
+        weights: hub id and a file of each model that is needed.
+        package, extra: what must be importable, and the extra of vipo that installs it.
+        needs: what the user must give, if anything.
+    """
 
     factory: Callable[..., Reward]
     summary: str
     value_range: str
-    licence: str
-    needs: str
+    licence: str = "part of vipo"
+    size: str = "none"
+    weights: tuple[tuple[str, str], ...] = ()
+    package: str | None = None
+    extra: str | None = None
+    needs: str | None = None
 
 
-def _redness(**options: Any) -> Reward:
-    from vipo.rewards.rules import Redness
+def _lazy(module: str, name: str) -> Callable[..., Reward]:
+    """``vipo.rewards.MODULE.NAME``, imported when it is called."""
 
-    return Redness(**options)
+    def factory(**options: Any) -> Reward:
+        reward: Reward = getattr(import_module(f"vipo.rewards.{module}"), name)(**options)
+        return reward
 
-
-def _brightness(**options: Any) -> Reward:
-    from vipo.rewards.rules import Brightness
-
-    return Brightness(**options)
+    return factory
 
 
-def _jpeg_compressibility(**options: Any) -> Reward:
-    from vipo.rewards.rules import JpegCompressibility
-
-    return JpegCompressibility(**options)
-
-
-def _emoji_match(**options: Any) -> Reward:
-    from vipo.rewards.embedded import EmojiMatch
-
-    return EmojiMatch(**options)
-
-
-def _emoji_judge(**options: Any) -> Reward:
-    from vipo.rewards.embedded import EmojiJudge
-
-    return EmojiJudge(**options)
-
-
-def _emoji_layout(**options: Any) -> Reward:
-    from vipo.rewards.embedded import EmojiLayout
-
-    return EmojiLayout(**options)
-
-
+CLIP_L = ("openai/clip-vit-large-patch14", "model.safetensors")
+VOCABULARY = "captions of the embedded vocabulary"
 REWARDS: dict[str, RewardEntry] = {
-    "redness": RewardEntry(
-        _redness, "mean of red minus the mean of green and blue", "-1 to 1", "part of vipo", "nothing"
-    ),
-    "brightness": RewardEntry(_brightness, "mean luma", "0 to 1", "part of vipo", "nothing"),
+    "redness": RewardEntry(_lazy("rules", "Redness"), "mean of red minus the mean of green and blue", "-1 to 1"),
+    "brightness": RewardEntry(_lazy("rules", "Brightness"), "mean luma", "0 to 1"),
     "jpeg_compressibility": RewardEntry(
-        _jpeg_compressibility, "minus the kilobytes of a JPEG of quality 95", "below 0", "part of vipo", "nothing"
+        _lazy("rules", "JpegCompressibility"), "minus the kilobytes of a JPEG of quality 95", "below 0"
     ),
     "emoji_match": RewardEntry(
-        _emoji_match,
+        _lazy("embedded", "EmojiMatch"),
         "log-probability that the named objects are there; for training the embedded model",
         "below 0",
         "Apache-2.0",
-        "captions of the embedded vocabulary",
+        needs=VOCABULARY,
     ),
     "emoji_judge": RewardEntry(
-        _emoji_judge,
+        _lazy("embedded", "EmojiJudge"),
         "probability that the named objects are there; a held-out judge from other drawings",
         "0 to 1",
         "Apache-2.0",
-        "captions of the embedded vocabulary",
+        needs=VOCABULARY,
     ),
     "emoji_layout": RewardEntry(
-        _emoji_layout,
+        _lazy("embedded", "EmojiLayout"),
         "share of a caption's claims that hold: objects, relation, ground colour; held out",
         "0 to 1",
         "Apache-2.0",
-        "captions of the embedded vocabulary",
+        needs=VOCABULARY,
+    ),
+    "hpsv2.1": RewardEntry(
+        _lazy("clip_family", "HpsV21"),
+        "human preference: cosine of picture and prompt",
+        "0.1 to 0.4",
+        "Apache-2.0 (code)",
+        "3.9 GB",
+        (("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("openai/clip-vit-large-patch14", "tokenizer.json")),
+    ),
+    "pickscore": RewardEntry(
+        _lazy("clip_family", "PickScore"),
+        "human preference: scaled cosine",
+        "18 to 25",
+        "MIT (code)",
+        "3.9 GB",
+        (("yuvalkirstain/PickScore_v1", "model.safetensors"),),
+    ),
+    "imagereward": RewardEntry(
+        _lazy("image_reward", "ImageReward"),
+        "human preference: a BLIP that reads the prompt",
+        "-2.3 to 2",
+        "Apache-2.0",
+        "1.8 GB",
+        (("zai-org/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")),
+    ),
+    "clipscore": RewardEntry(
+        _lazy("clip_family", "ClipScore"),
+        "agreement with the prompt: cosine; scale=hessel or percent",
+        "0.15 to 0.35",
+        "MIT",
+        "1.7 GB",
+        (CLIP_L,),
+    ),
+    "aesthetic": RewardEntry(
+        _lazy("aesthetic", "Aesthetic"),
+        "LAION's aesthetic predictor; reads no prompt",
+        "3 to 8",
+        "Apache-2.0 (head), MIT (CLIP)",
+        "1.7 GB",
+        (CLIP_L,),
+    ),
+    "videoalign": RewardEntry(
+        _lazy("qwen_vl", "VideoAlign"),
+        "video quality VQ, motion MQ, text TA or Overall; raw or normalised",
+        "about -5 to 5",
+        "MIT (code), Apache-2.0 (weights)",
+        "5 GB",
+        (("KwaiVGI/VideoReward", "model_config.json"), ("Qwen/Qwen2-VL-2B-Instruct", "config.json")),
+        needs="its prompt template, from its repository",
+    ),
+    "hpsv3": RewardEntry(
+        _lazy("qwen_vl", "HpsV3"),
+        "human preference: a Qwen2-VL 7B",
+        "-2 to 13",
+        "MIT (code)",
+        "16.6 GB",
+        (("MizzenAI/HPSv3", "HPSv3.safetensors"), ("Qwen/Qwen2-VL-7B-Instruct", "config.json")),
+        needs="its prompt template, from its repository",
+    ),
+    "ocr": RewardEntry(
+        _lazy("ocr", "Ocr"),
+        "share of the text in double quotes that can be read in the picture",
+        "0 to 1",
+        "Apache-2.0",
+        "31 MB",
+        package="rapidocr",
+        extra="ocr",
+        needs="prompts with a text in double quotes",
+    ),
+    "geneval_hf": RewardEntry(
+        _lazy("geneval", "GenEvalHf"),
+        "GenEval's checks of objects, counts, colours, positions; another detector",
+        "0 to 1",
+        "MIT (both)",
+        "2 GB",
+        (("facebook/mask2former-swin-small-coco-instance", "model.safetensors"), CLIP_L),
+        package="scipy",
+        extra="geneval",
+        needs="prompts with GenEval's metadata, such as set:geneval",
+    ),
+    "remote": RewardEntry(
+        _lazy("remote", "Remote"), "whatever `vipo serve-reward` serves at url=", "the served reward's", needs="url="
+    ),
+    "openai_judge": RewardEntry(
+        _lazy("openai_judge", "OpenAiJudge"),
+        "a score that a vision language model writes, behind an OpenAI-compatible server",
+        "low= to high=",
+        "the model's",
+        needs="base_url= and model=",
     ),
 }
 """Name -> entry. The factory takes the options of the class of that name."""
+
+
+def state(entry: RewardEntry) -> str:
+    """Whether it can be built here and now, and if not, what is missing and how to get it."""
+    if entry.package is not None and find_spec(entry.package) is None:
+        return f"missing: pip install 'vipo[{entry.extra}]'"
+    absent = [repository for repository, file in entry.weights if not _downloaded(repository, file)]
+    if absent:
+        return f"no weights here: hf download {' and '.join(absent)}, or name a folder in its options"
+    ready = "weights found" if entry.weights else "ready"
+    return f"{ready}; needs {entry.needs}" if entry.needs else ready
+
+
+def _downloaded(repository: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, file), str)
 
 
 def build(name: str, **options: Any) -> Reward:

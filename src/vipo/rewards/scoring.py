@@ -1,17 +1,28 @@
 """Run several rewards over one rollout's media and keep the books: what scored, what did not, and why.
 
-A score is never invented: what a reward could not score is NaN, counted and explained in ``Scores.failures``.
+One policy for every failure. A score is never invented: what a reward could not score is NaN, counted and explained in
+``Scores.failures``. A reward that cannot be reached (``RewardUnavailable``) is asked again after a pause, only about
+the samples it has not seen; those it never sees are NaN too. A reward with a fault (any other exception, a wrong shape)
+stops the run at once, and so does one that scored nothing. How many samples may go without is the caller's to say.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vipo.rewards.answer import Answer, Explaining, RewardUnavailable
 from vipo.types import Prompt, Reward, Scores, UserError
+
+NAMED_SAMPLES = 8  # how many sample numbers, and
+NAMED_CAUSES = 3  # how many causes a failure spells out
 
 
 def score(
@@ -19,8 +30,15 @@ def score(
     weights: Mapping[str, float],
     media: Float[Tensor, "N 3 F Y X"],
     prompts: Sequence[Prompt],
+    *,
+    retries: int = 2,
+    pause_seconds: float = 15.0,
 ) -> Scores:
     """Every reward on every sample, float32, without gradients.
+
+    Args:
+        retries: how often a reward that cannot be reached is asked again.
+        pause_seconds: before each of them. Longer than the cool-down of a remote reward, or it would not be asked.
 
     Raises:
         UserError: rewards and weights do not have the same names, a reward raised, it returned the wrong shape, or it
@@ -29,12 +47,41 @@ def score(
     _check(rewards, weights, media, prompts)
     by_name, failures = {}, {}
     for name, reward in rewards.items():
-        values = _run(name, reward, media, prompts)
-        missing = ~values.isfinite()
-        by_name[name] = values.masked_fill(missing, torch.nan)
+        answer = ask(name, reward, media, prompts)
+        for _ in range(retries if answer.unreached else 0):
+            time.sleep(pause_seconds)
+            answer = _ask_again(name, reward, media, prompts, answer)
+            if not answer.unreached:
+                break
+        missing = ~answer.scores.isfinite()
+        by_name[name] = answer.scores.masked_fill(missing, torch.nan)
         if missing.any():
-            failures[name] = _failure(name, missing)
+            failures[name] = _failure(name, missing, answer.causes)
     return Scores(by_name, dict(weights), failures)
+
+
+def ask(name: str, reward: Reward, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Answer:
+    """One reward, once, without gradients; if it cannot be reached, that is the answer.
+
+    Raises:
+        UserError: the reward raised anything but ``RewardUnavailable``, or did not return (N,) real numbers.
+    """
+    try:
+        with torch.no_grad():
+            said = (reward.explain if isinstance(reward, Explaining) else reward)(media, prompts)
+    except RewardUnavailable as error:
+        said = Answer.unreachable(len(prompts), str(error))
+    except UserError as error:
+        raise UserError(f"reward {name!r}: {error}") from error
+    except Exception as error:
+        raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+    values = _checked(name, said.scores if isinstance(said, Answer) else said, len(prompts)).to(media.device)
+    return replace(said, scores=values) if isinstance(said, Answer) else Answer(values)
+
+
+def _ask_again(name: str, reward: Reward, media: Tensor, prompts: Sequence[Prompt], answer: Answer) -> Answer:
+    rows = answer.unreached
+    return answer.updated(rows, ask(name, reward, media[list(rows)], [prompts[row] for row in rows]))
 
 
 def _check(
@@ -48,26 +95,30 @@ def _check(
         raise ValueError(f"media {tuple(media.shape)} must be (N, 3, F, Y, X) with N = {len(prompts)} prompts")
 
 
-def _run(name: str, reward: Reward, media: Tensor, prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
-    try:
-        with torch.no_grad():
-            values = reward(media, prompts)
-    except Exception as error:
-        raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+def _checked(name: str, values: Any, count: int) -> Float[Tensor, " N"]:
     if not isinstance(values, Tensor):
-        raise UserError(f"reward {name!r} returned {type(values).__name__}; it must return a tensor ({len(prompts)},)")
-    if values.shape != (len(prompts),) or values.is_complex():
+        raise UserError(f"reward {name!r} returned {type(values).__name__}; it must return a tensor ({count},)")
+    if values.shape != (count,) or values.is_complex():
         raise UserError(
             f"reward {name!r} returned {tuple(values.shape)} of {values.dtype};"
-            f" it must return one real number per sample, shape ({len(prompts)},)"
+            f" it must return one real number per sample, shape ({count},)"
         )
-    return values.detach().float().to(media.device)
+    return values.detach().float()
 
 
-def _failure(name: str, missing: Tensor) -> str:
-    count, total = int(missing.sum()), missing.numel()
-    where = ", ".join(map(str, missing.nonzero().flatten().tolist()[:8])) + (", ..." if count > 8 else "")
-    sentence = f"reward {name!r} gave no finite score for {count} of {total} samples (indices {where})"
+def _failure(name: str, missing: Tensor, causes: Mapping[int, str]) -> str:
+    samples = missing.nonzero().flatten().tolist()
+    count, total = len(samples), missing.numel()
+    where = ", ".join(map(str, samples[:NAMED_SAMPLES])) + (", ..." if count > NAMED_SAMPLES else "")
+    why = _counted(Counter(causes[sample] for sample in samples if sample in causes))
+    sentence = f"reward {name!r} gave no finite score for {count} of {total} samples (indices {where}){why}"
     if count == total:
         raise UserError(f"{sentence}: there is nothing to learn from. Check the reward on a picture you know")
     return f"{sentence}; they are left out of their groups"
+
+
+def _counted(causes: Counter[str]) -> str:
+    """``, because CAUSE (3 times), CAUSE (once)``, the most frequent first; empty if no cause is known."""
+    spelled = [f"{cause} ({times} times)" if times > 1 else f"{cause} (once)" for cause, times in causes.most_common()]
+    more = ["..."] if len(spelled) > NAMED_CAUSES else []
+    return ", because " + ", ".join(spelled[:NAMED_CAUSES] + more) if spelled else ""

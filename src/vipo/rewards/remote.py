@@ -1,0 +1,57 @@
+"""A reward that runs in another process, perhaps on another machine with packages of its own: ``vipo serve-reward``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vipo.rewards import wire
+from vipo.rewards.answer import Answer, RewardUnavailable
+from vipo.rewards.http import JsonClient
+from vipo.types import Prompt, UserError
+
+
+class Remote:
+    """The scores of the reward that ``url`` serves. Samples that the server does not score are NaN with its reason.
+
+    Args:
+        url: of the server, as it prints it.
+        batch_size: samples per request. A request that fails for good costs only its own samples.
+        encoding: "8bit" sends pictures as PNG, which is what scorers are trained on; "exact" sends float32.
+        connection: time-outs, retries, token and cool-down, see :class:`vipo.rewards.http.JsonClient`.
+    """
+
+    def __init__(self, *, url: str, batch_size: int = 8, encoding: str = "8bit", **connection: Any) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
+        if encoding not in wire.ENCODINGS:
+            raise ValueError(f"encoding={encoding!r} must be one of {', '.join(wire.ENCODINGS)}")
+        self.batch_size, self.encoding = batch_size, cast(wire.Encoding, encoding)
+        self.client = JsonClient(url, **connection)
+
+    def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
+        return self.explain(media, prompts).complete().to(media.device)
+
+    def explain(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Answer:
+        """Scores, and for each sample without one the reason.
+
+        Raises:
+            UserError: the server refused the request, or its answer breaks the protocol.
+        """
+        starts = range(0, len(prompts), self.batch_size)
+        batches = (slice(start, start + self.batch_size) for start in starts)
+        return Answer.cat([self._ask(media[batch], prompts[batch]) for batch in batches])
+
+    def _ask(self, media: Tensor, prompts: Sequence[Prompt]) -> Answer:
+        body = wire.encode_request(media, prompts, encoding=self.encoding)
+        try:
+            return wire.decode_answer(self.client.post("/score", body), len(prompts))
+        except RewardUnavailable as error:
+            return Answer.unreachable(len(prompts), str(error))
+        except wire.WireError as error:
+            raise UserError(
+                f"{self.client.url} answered against the protocol: {error}. Is it served by `vipo serve-reward`?"
+            ) from error

@@ -1,0 +1,222 @@
+"""The JSON between a reward's client and its server, version 1. No pickle, no lossy pictures.
+
+    POST /score  {"version": 1, "items": [{"id", "prompt", "index", "metadata", "media": {"kind", "data"}}]}
+    answer       {"scores": [{"id", "score": number or null, "error": text or null}]}
+
+``data`` is base64 of a PNG (kind "png": one RGB frame) or of a NumPy file (kind "npy": (3, F, Y, X), float32 in [0, 1],
+or uint8 where 255 is 1). All media of a request have one shape; the answer has each id once, in any order. Whatever
+does not fit raises ``WireError``, one sentence.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from vipo.rewards.answer import Answer
+from vipo.types import Prompt, UserError
+
+VERSION = 1
+MAX_PIXELS = 2**26  # of one PNG: 8192 x 8192
+QUOTED_CHARACTERS = 200  # of a parser's complaint
+LARGEST = float(np.finfo(np.float32).max)
+NO_REASON = "the server gave no score and no reason"
+ENCODINGS = ("8bit", "exact")
+Encoding = Literal["8bit", "exact"]  # "exact" is float32, four times the bytes and more
+
+
+class WireError(ValueError):
+    """A message that does not follow the protocol."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server is asked to score."""
+
+    ids: tuple[str, ...]
+    media: Float[Tensor, "N 3 F Y X"]
+    prompts: tuple[Prompt, ...]
+
+
+def encode_request(media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt], *, encoding: Encoding) -> bytes:
+    """The body of POST /score; ids are the places in the batch.
+
+    Raises:
+        UserError: a prompt's metadata holds something that JSON has no word for.
+    """
+    items = [
+        {
+            "id": str(place),
+            "prompt": prompt.text,
+            "index": prompt.index,
+            "metadata": dict(prompt.metadata),
+            "media": _encode(sample, encoding),
+        }
+        for place, (sample, prompt) in enumerate(zip(media.detach().float().cpu(), prompts, strict=True))
+    ]
+    try:
+        return json.dumps({"version": VERSION, "items": items}, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"a prompt's metadata cannot be sent to a reward server: {error}; keep to text, numbers and lists of them"
+        ) from error
+
+
+def decode_request(content: bytes) -> Request:
+    """Read and check the body of POST /score."""
+    raw = _parsed(content)
+    if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
+        raise WireError(f'the body must be an object with "version": {VERSION}')
+    items = raw.get("items")
+    if not isinstance(items, list) or not items:
+        raise WireError('"items" must be a list of at least one item')
+    ids = tuple(_text(item, place, "id") for place, item in enumerate(items))
+    if len(set(ids)) < len(ids):
+        raise WireError("every item needs an id of its own, and some are the same")
+    media = [_decode(item.get("media"), place) for place, item in enumerate(items)]
+    shapes = {tuple(sample.shape) for sample in media}
+    if len(shapes) > 1:
+        raise WireError(f"all media of a request must have one shape, not {sorted(shapes)}; send them apart")
+    return Request(ids, torch.stack(media), tuple(_prompt(item, place) for place, item in enumerate(items)))
+
+
+def encode_answer(ids: Sequence[str], answer: Answer) -> dict[str, Any]:
+    """The body of a 200; a score that is not finite is null."""
+    scores: list[dict[str, Any]] = []
+    for place, (name, value) in enumerate(zip(ids, answer.scores.tolist(), strict=True)):
+        if math.isfinite(value):
+            scores.append({"id": name, "score": value, "error": None})
+        else:
+            why = answer.causes.get(place, "the reward gave no finite score")
+            scores.append({"id": name, "score": None, "error": why})
+    return {"scores": scores}
+
+
+def decode_answer(raw: Any, count: int) -> Answer:
+    """Check what a server says about the ids that ``encode_request`` gave to ``count`` samples."""
+    scores = raw.get("scores") if isinstance(raw, Mapping) else None
+    if not isinstance(scores, list) or not all(isinstance(entry, Mapping) for entry in scores):
+        raise WireError('it lacks "scores", a list of objects')
+    by_id = {entry.get("id"): entry for entry in scores if isinstance(entry.get("id"), str)}
+    expected = [str(place) for place in range(count)]
+    if len(scores) != count or set(by_id) != set(expected):
+        raise WireError(f"it has {len(scores)} scores for {count} items, or other ids than those it was sent")
+    values = torch.tensor([_score(by_id[name]) for name in expected])
+    unscored = values.isnan().nonzero().flatten().tolist()
+    return Answer(values, {place: str(by_id[str(place)].get("error") or NO_REASON) for place in unscored})
+
+
+def _score(entry: Mapping[str, Any]) -> float:
+    value = entry.get("score", "missing")
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise WireError(f"the score of id {entry['id']!r} is {value!r:.40}, neither a finite number nor null")
+    return float(value)
+
+
+def to_8bit(media: Float[Tensor, "*shape"]) -> np.ndarray:
+    """[0, 1] to 0 ... 255, the nearest."""
+    return (media.clamp(0, 1) * 255).round().byte().numpy()
+
+
+def png(frame: Float[Tensor, "3 Y X"]) -> bytes:
+    """One frame in [0, 1] on the CPU as an RGB PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_8bit(frame.permute(1, 2, 0))).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _encode(sample: Float[Tensor, "3 F Y X"], encoding: Encoding) -> dict[str, str]:
+    """A sample that is not finite goes as it is: 8 bits would make a picture of it."""
+    kind = "npy"
+    if encoding == "exact" or not sample.isfinite().all():
+        data = _npy(sample.numpy())
+    elif sample.shape[1] == 1:
+        kind, data = "png", png(sample[:, 0])
+    else:
+        data = _npy(to_8bit(sample))
+    return {"kind": kind, "data": base64.b64encode(data).decode()}
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _decode(media: Any, place: int) -> Float[Tensor, "3 F Y X"]:
+    kind, data = (media.get("kind"), media.get("data")) if isinstance(media, Mapping) else (None, None)
+    if not isinstance(kind, str) or kind not in _READERS or not isinstance(data, str):
+        raise WireError(f'item {place}: "media" must have a "kind" of {" or ".join(_READERS)}, and "data"')
+    try:
+        return _READERS[kind](base64.b64decode(data, validate=True))
+    except Exception as error:  # the bytes are a stranger's, and parsers raise what they like
+        why = " ".join(str(error).split())[:QUOTED_CHARACTERS]
+        raise WireError(f'item {place}: "media" is not base64 of a whole {kind}: {why}') from error
+
+
+def _read_png(data: bytes) -> Float[Tensor, "3 1 Y X"]:
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.mode != "RGB" or picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.mode} {picture.size} is not RGB of at most {MAX_PIXELS} pixels")
+            pixels = np.array(picture)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"over {MAX_PIXELS} pixels") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(1).float() / 255
+
+
+def _read_npy(data: bytes) -> Float[Tensor, "3 F Y X"]:
+    """The header is believed only once it agrees with the number of bytes: reading allocates what it says."""
+    buffer = io.BytesIO(data)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(buffer)
+    if version not in readers:
+        raise ValueError(f"version {version} of the format, not 1.0 or 2.0")
+    shape, _, dtype = readers[version](buffer)
+    if dtype not in (np.float32, np.uint8) or len(shape) != 4 or shape[0] != 3 or 0 in shape:
+        raise ValueError(f"{dtype} {shape} is not float32 or uint8 of shape (3, F, Y, X)")
+    if math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
+        raise ValueError(f"{len(data) - buffer.tell()} bytes are not {dtype} {shape}")
+    buffer.seek(0)
+    array = torch.from_numpy(np.ascontiguousarray(np.load(buffer, allow_pickle=False)))
+    return array.float() / 255 if dtype == np.uint8 else array
+
+
+_READERS = {"png": _read_png, "npy": _read_npy}
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the body is not JSON: {error}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _text(item: Any, place: int, key: str) -> str:
+    if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
+        raise WireError(f'item {place} must be an object whose "{key}" is text')
+    return str(item[key])
+
+
+def _prompt(item: Mapping[str, Any], place: int) -> Prompt:
+    index, metadata = item.get("index", place), item.get("metadata", {})
+    if not isinstance(index, int) or not isinstance(metadata, Mapping):
+        raise WireError(f'item {place}: "index" must be a whole number and "metadata" an object')
+    return Prompt(_text(item, place, "prompt"), index, metadata)
