@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import tiny
 from vipo import rewards
 from vipo.embedded import VOCABULARY, make_caption, parse_caption
 from vipo.rewards.embedded import EmojiLayout, EmojiMatch, centroid, nearest_ground, to_lab
@@ -176,6 +178,28 @@ def test_unknown_names_and_options_are_user_errors() -> None:
 def test_every_reward_says_what_it_is() -> None:
     for entry in rewards.REWARDS.values():
         assert all((entry.summary, entry.value_range, entry.licence, entry.size)) and callable(entry.factory)
+
+
+@pytest.mark.parametrize("name", rewards.REWARDS)
+def test_every_entry_leads_to_a_reward_that_refuses_what_it_does_not_know(name: str) -> None:
+    with pytest.raises(UserError, match=f"reward '{re.escape(name)}' refused its options {{'nonsense': 1}}"):
+        rewards.build(name, nonsense=1)
+
+
+def test_the_state_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    entry = rewards.RewardEntry(tiny.redness, "a", "b", weights=(("owner/model", "model.safetensors"),))
+    assert rewards.state(rewards.REWARDS["redness"]) == "ready"
+    assert rewards.state(rewards.REWARDS["emoji_match"]) == "ready; needs captions of the embedded vocabulary"
+    assert rewards.state(entry) == "no weights here: hf download owner/model; or name a folder in its options"
+    missing = rewards.RewardEntry(tiny.redness, "a", "b", package="no_such_package", extra="ocr")
+    assert rewards.state(missing) == "missing: pip install 'vipo[ocr]'"
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    (tmp_path / "models--owner--model" / "refs").mkdir()
+    (tmp_path / "models--owner--model" / "refs" / "main").write_text("abc")
+    assert rewards.state(entry) == "weights found"
 
 
 # --- the embedded scorers --------------------------------------------------------------------------------------------

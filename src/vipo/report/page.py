@@ -97,9 +97,18 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Iterations", str(run.iterations_done), _of_planned(run)),
     ]
     if credit in ("advantage_map", "reward_map") and structuring:
-        remark = f"{structuring.get('components', 3)} components, {structuring.get('normalization', 'default')} maps"
-        facts.insert(2, ("Seen through", str(structuring.get("backbone", "not recorded")), remark))
+        facts.insert(2, _map_fact(structuring))
     return facts
+
+
+def _map_fact(structuring: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Where the allocation map comes from; a record without sources is older than they are."""
+    sources = structuring.get("sources") or ["perceptual"]
+    remark = f"normalised by {structuring.get('normalization', 'default')}"
+    if "perceptual" in sources:
+        seen = f"{structuring.get('backbone', 'not recorded')}, {structuring.get('components', 3)} components"
+        remark = f"perceptual: {seen}; {remark}"
+    return "Map", " x ".join(map(str, sources)), remark
 
 
 def _of_planned(run: RunRecord) -> str:

@@ -182,7 +182,8 @@ def state(entry: RewardEntry) -> str:
         return f"missing: pip install 'vipo[{entry.extra}]'"
     absent = [repository for repository, file in entry.weights if not _downloaded(repository, file)]
     if absent:
-        return f"no weights here: hf download {' and '.join(absent)}, or name a folder in its options"
+        commands = "; ".join(f"hf download {repository}" for repository in absent)
+        return f"no weights here: {commands}; or name a folder in its options"
     ready = "weights found" if entry.weights else "ready"
     return f"{ready}; needs {entry.needs}" if entry.needs else ready
 

@@ -101,7 +101,7 @@ class VideoAlign:
         sha256: str | None = None,
     ) -> None:
         if dimension not in get_args(Dimension):
-            raise UserError(f"video_align has no dimension={dimension!r}; choose from {', '.join(get_args(Dimension))}")
+            raise UserError(f"videoalign has no dimension={dimension!r}; choose from {', '.join(get_args(Dimension))}")
         self.wanted = PARTS if dimension == "Overall" else (dimension,)
         self.model = shared_model(
             ModelOptions(pretrained, media_fps, fps, template, base, tokenizer, batch_size, dtype, offload, sha256)

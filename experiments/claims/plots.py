@@ -1,0 +1,219 @@
+"""The page's drawings: curves with a band over seeds, and intervals on one common scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from markupsafe import Markup, escape
+from results import SCALAR, Results, Signal, Spread, gain, levels, paired, signals, spread
+from tables import CLIPPED, REDNESS, SCORES, SOURCES, STRUCTURE, clipped_share, last, rival
+
+from vipo.report.figures import Panel
+from vipo.report.page import fixed, signed
+from vipo.report.svg import Frame, Line, chart, number, tick_labels, ticks
+
+WIDTH, HEIGHT, BOTTOM = 340, 220, 36
+BEST_SOURCES = 2
+STYLES = {"sample": "s1", "vipo": "s0", "uniform": "s2", "deviation": "s3"}
+CURVE_SHARES = tuple(k / 10 for k in range(11))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over seeds at each x, and the smallest and largest seed as a band. ``style`` is a CSS class."""
+
+    name: str
+    style: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def curve(name: str, style: str, points: Sequence[tuple[float, Spread]]) -> Curve:
+    x, found = [at for at, _ in points], [spread for _, spread in points]
+    low, high = [s.range[0] for s in found], [s.range[1] for s in found]
+    return Curve(name, style, x, [s.mean for s in found], low, high)
+
+
+def plot(curves: Sequence[Curve], *, across: str, label: str) -> Markup:
+    """``across`` names the horizontal axis; ``label`` describes the plot to who cannot see it."""
+    x_range = _padded([v for c in curves for v in c.x], 0.0)
+    y_range = _padded([v for c in curves for v in (*c.low, *c.high)], 0.07)
+    names = tick_labels(ticks(*y_range))
+    frame = Frame(x_range, y_range, 14 + 6.6 * max(map(len, names)), WIDTH - 10.0, 10.0, HEIGHT - BOTTOM)
+    body = [*_axes(frame, names, across), *(_band(frame, c) for c in curves), *(_line(frame, c) for c in curves)]
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" class="chart">'
+    return Markup(f"{head}{''.join(body)}</svg>")
+
+
+def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = share * (high - low) or (0.0 if high > low else 0.5)
+    return low - pad, high + pad
+
+
+def _axes(frame: Frame, names: Sequence[str], across: str) -> list[str]:
+    parts = []
+    for value, name in zip(ticks(*frame.y_range), names, strict=True):
+        y, style = frame.y(value), "rule zero" if abs(value) < 1e-12 else "rule"
+        parts.append(f'<line class="{style}" x1="{frame.left:.1f}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{frame.left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
+    along = ticks(*frame.x_range)
+    parts += [_under(frame.x(v), frame.bottom + 17, n) for v, n in zip(along, tick_labels(along), strict=True)]
+    return [*parts, _under((frame.left + frame.right) / 2, frame.bottom + 33, across)]
+
+
+def _under(x: float, y: float, text: str) -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
+
+
+def _points(frame: Frame, x: Sequence[float], y: Sequence[float]) -> list[str]:
+    return [f"{frame.x(a):.1f} {frame.y(b):.1f}" for a, b in zip(x, y, strict=True)]
+
+
+def _band(frame: Frame, c: Curve) -> str:
+    edge = _points(frame, c.x, c.high) + _points(frame, c.x, c.low)[::-1]
+    return f'<path class="band {c.style}" d="M{"L".join(edge)}Z"/>'
+
+
+def _line(frame: Frame, c: Curve) -> str:
+    points = _points(frame, c.x, c.y)
+    rows = zip(points, c.x, c.y, c.low, c.high, strict=True)
+    dots = [
+        f'<circle class="{c.style}" cx="{p.split()[0]}" cy="{p.split()[1]}" r="3"><title>{escape(c.name)} at '
+        f"{number(x)}: {number(y)}, seeds {number(low)} to {number(high)}</title></circle>"
+        for p, x, y, low, high in rows
+    ]
+    return f'<path class="line {c.style}" d="M{"L".join(points)}"/>{"".join(dots)}'
+
+
+def described(curves: Sequence[Curve], what: str) -> str:
+    ends = "; ".join(f"{c.name} ends at {number(c.y[-1])}" for c in curves)
+    return f"{what}: {ends}."
+
+
+def gain_panels(results: Results) -> list[Panel]:
+    """A panel per score: the gain over training of both methods and of the sources that ended highest."""
+    arms = {"sample": "s1", "vipo": "s0"} | dict(zip(best_sources(results), ("s2", "s3"), strict=False))
+    panels = []
+    for score in SCORES:
+        curves = [c for arm, style in arms.items() if (c := _gain_curve(results, arm, style, score))]
+        if curves:
+            svg = plot(curves, across="iteration", label=described(curves, f"Gain in {score}"))
+            panels.append(Panel(score, "", svg, tuple((c.style, c.name) for c in curves)))
+    return panels
+
+
+def best_sources(results: Results) -> list[str]:
+    """The sources trained as long as ViPO whose reward rose most."""
+    end = last(results, "vipo")
+    found = {arm: gain(results, arm, SCORES[0], end) for arm in SOURCES if end}
+    means = {arm: spread.mean for arm, spread in found.items() if spread}
+    return sorted(means, key=lambda arm: -means[arm])[:BEST_SOURCES]
+
+
+def _gain_curve(results: Results, arm: str, style: str, score: str) -> Curve | None:
+    found = [(k, gain(results, arm, score, k)) for k in results.iterations(arm)]
+    points = [(float(k), spread) for k, spread in found if spread]
+    if not points:
+        return None
+    nothing = Spread(0.0, dict.fromkeys(points[0][1].per_seed, 0.0), 0.0, 0.0)
+    return curve(f"{arm} ({count(points[-1][1].seeds)})", style, [(0.0, nothing), *points])
+
+
+def count(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds != 1)}"
+
+
+def structure_panels(results: Results) -> list[Panel]:
+    """A panel per measure against the redness gained, as far as every run got."""
+    trained = [arm for arm in REDNESS if results.arms.get(arm)]
+    reached = levels(results, trained, CURVE_SHARES)
+    panels = []
+    for name in STRUCTURE if reached else ():
+        curves = []
+        for arm in trained:
+            found = [(level.gain, spread(level.measures[arm].get(name, {}))) for level in reached]
+            points = [(gained, values) for gained, values in found if values]
+            if points:
+                curves.append(curve(f"{arm} ({count(points[-1][1].seeds)})", STYLES[arm.split("-")[1]], points))
+        if curves:
+            svg = plot(curves, across="redness gained", label=described(curves, f"{name} against redness"))
+            panels.append(Panel(name, "", svg, tuple((c.style, c.name) for c in curves)))
+    return panels
+
+
+def clipping_panels(results: Results) -> list[Panel]:
+    """A panel per clip range: the clipped share at each iteration, mean over seeds."""
+    panels = []
+    for clip_range in dict.fromkeys(arm.split("-clip-")[1] for arm in CLIPPED):
+        lines, legend = [], []
+        for arm in (a for a in CLIPPED if a.endswith(f"-clip-{clip_range}")):
+            shares = list(clipped_share(results, arm).values())
+            if not shares:
+                continue
+            mean = torch.stack([s[: min(map(len, shares))] for s in shares]).mean(0).tolist()
+            style = STYLES[arm.split("-")[0]]
+            lines.append(Line([float(k + 1) for k in range(len(mean))], mean, style))
+            legend.append((style, f"{arm} ({count(len(shares))})"))
+        if lines:
+            label = f"Clipped share over iterations at a clip range of {clip_range}"
+            svg = chart(lines, label=label, width=WIDTH, height=HEIGHT, from_zero=True)
+            panels.append(Panel(f"Clip range {clip_range}", "", svg, tuple(legend)))
+    return panels
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One line of a forest plot: what it is, its interval on the scale that all lines share, and the figure."""
+
+    name: str
+    svg: Markup
+    text: str
+
+
+def forest(results: Results) -> list[Mark]:
+    """Each map's signal, the clearest first; the rule is scalar GRPO."""
+    if results.gradient is None or SCALAR not in results.gradient["maps"]:
+        return []
+    found = sorted(signals(results.gradient).items(), key=lambda item: -item[1].ratio_to_noise)
+    rows = {name: (s.low, s.ratio_to_noise, s.high) for name, s in found}
+    return marks(rows, rows[SCALAR][1], {name: _in_words(s) for name, s in found})
+
+
+def _in_words(signal: Signal) -> str:
+    ratio, low, high = (fixed(v, 2) for v in (signal.relative, signal.relative_low, signal.relative_high))
+    return f"{fixed(signal.ratio_to_noise, 2)}, {ratio} x [{low}, {high}]"
+
+
+def differences(results: Results, arms: Sequence[str], base: str) -> list[Mark]:
+    """Each arm's reward minus that of ``base`` where its own training ended; the rule is no difference."""
+    ends = {arm: last(results, arm) for arm in arms}
+    found = {arm: paired(results, arm, rival(arm, base), SCORES[0], end) for arm, end in ends.items() if end}
+    known = {f"{arm}, {ends[arm]} iterations, {count(s.seeds)}": s for arm, s in found.items() if s}
+    rows = {name: (s.low, s.mean, s.high) for name, s in known.items()}
+    return marks(rows, 0.0, {name: signed(s.mean) for name, s in known.items()})
+
+
+def marks(rows: Mapping[str, tuple[float, float, float]], rule: float, texts: Mapping[str, str]) -> list[Mark]:
+    """Lines of (low, middle, high) on one scale, which holds the rule and zero."""
+    low, high = (side(0.0, rule, *(v for row in rows.values() for v in row)) for side in (min, max))
+    span = (high - low) or 1.0
+    return [
+        Mark(name, _mark(row, lambda value: 6 + (value - low) / span * 288, rule), texts[name])
+        for name, row in rows.items()
+    ]
+
+
+def _mark(row: tuple[float, float, float], at: Callable[[float], float], rule: float) -> Markup:
+    label = f"{number(row[1])}, 95 % interval {number(row[0])} to {number(row[2])}"
+    low, middle, high = map(at, row)
+    return Markup(
+        f'<svg viewBox="0 0 300 18" role="img" aria-label="{escape(label)}" class="interval far">'
+        f'<title>{escape(label)}</title><line class="zero" x1="{at(rule):.1f}" x2="{at(rule):.1f}" y1="0" y2="18"/>'
+        f'<line class="bar" x1="{low:.1f}" x2="{high:.1f}" y1="9" y2="9"/><circle cx="{middle:.1f}" cy="9" r="4"/>'
+        "</svg>"
+    )

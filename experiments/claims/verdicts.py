@@ -1,0 +1,115 @@
+"""The paper's six claims and one of ours, each decided by intervals and by nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cells import Cell, Table, effect_cell
+from results import Results, Spread, gain, levels, paired
+from tables import SCALAR_REDNESS, SCORES, kept_more
+
+from vipo.report.page import signed
+
+Verdict = Literal["holds", "does not hold", "cannot be told apart", "not measured yet"]
+FEWEST_SEEDS = 2
+"""With one seed an interval covers the prompts only, and says nothing about training again."""
+STRUCTURE = ("edges_kept", "features_kept", "emoji_judge", "emoji_layout")
+RANGE = "1e-4"  # the published one; at a wide one clipping does not act, and a map of ones is scalar GRPO
+SHIPPED = "source-deviation-perceptual"  # what the recipes have as ``structuring.sources``
+FROM_PAPER = "abcdef"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One difference that a claim speaks of. ``above``: the claim wants it above zero, not below."""
+
+    what: str
+    effect: Spread | None
+    above: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.effect is None:
+            return "not measured yet"
+        sides = (self.effect.low, self.effect.high) if self.above else (-self.effect.high, -self.effect.low)
+        if self.effect.seeds < FEWEST_SEEDS or sides[0] <= 0 <= sides[1]:
+            return "cannot be told apart"
+        return "holds" if sides[0] > 0 else "does not hold"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """It holds if every part does, and does not hold if one part does not."""
+
+    letter: str
+    text: str
+    parts: tuple[Part, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        found = {part.verdict for part in self.parts}
+        order: tuple[Verdict, ...] = ("does not hold", "not measured yet", "cannot be told apart")
+        return next((verdict for verdict in order if verdict in found), "holds")
+
+
+def claims(results: Results) -> list[Claim]:
+    """(a) to (f) of the paper, and (g) on what the recipes ship."""
+    trained, judges = SCORES[0], SCORES[1:]
+    held_out = [_versus(results, "vipo", "sample", score) for score in judges]
+    fallen = [_below_start(results, "sample", score) for score in judges]
+    ones = _versus(results, f"uniform-clip-{RANGE}", f"sample-clip-{RANGE}", trained, above=False)
+    shipped = [_versus(results, SHIPPED, "sample", score) for score in SCORES]
+    return [
+        Claim("a", "ViPO beats scalar GRPO on the reward", (_versus(results, "vipo", "sample", trained),)),
+        Claim(
+            "b",
+            "ViPO beats scalar GRPO on held-out judges, where scalar GRPO falls below the untrained model",
+            (*held_out, *fallen),
+        ),
+        Claim("c", "A map of ones is no better than scalar GRPO", (ones,)),
+        Claim("d", "An advantage map beats a reward map", (_versus(results, "vipo", "reward-map", trained),)),
+        Claim("e", "Variance beats average aggregation", (_versus(results, "vipo", "average", trained),)),
+        Claim("f", "Under redness ViPO keeps structure at equal redness", _kept(results)),
+        Claim("g", "Not the paper's: deviation x its map beats scalar GRPO on reward and judges", tuple(shipped)),
+    ]
+
+
+def _versus(results: Results, arm: str, other: str, score: str, *, above: bool = True) -> Part:
+    """At the last iteration that both arms were evaluated at."""
+    shared = [k for k in results.iterations(arm) if k in results.iterations(other)]
+    what = f"{score}: {arm} minus {other}"
+    if not shared:
+        return Part(what, None, above)
+    return Part(f"{what}, {shared[-1]} iterations", paired(results, arm, other, score, shared[-1]), above)
+
+
+def _below_start(results: Results, arm: str, score: str) -> Part:
+    found = results.iterations(arm)
+    what = f"{score}: {arm} minus untrained"
+    if not found:
+        return Part(what, None, above=False)
+    return Part(f"{what}, {found[-1]} iterations", gain(results, arm, score, found[-1]), above=False)
+
+
+def _kept(results: Results) -> tuple[Part, ...]:
+    """At the largest gain in redness that every run of the two methods reached."""
+    reached = levels(results, (SCALAR_REDNESS, "redness-vipo"), (1.0,))
+    at = f"at {signed(reached[0].gain)} redness" if reached else "at equal redness"
+    what = {name: f"{name}: redness-vipo minus {SCALAR_REDNESS} {at}" for name in STRUCTURE}
+    return tuple(
+        Part(text, kept_more(reached[0], name, "redness-vipo") if reached else None) for name, text in what.items()
+    )
+
+
+def claims_table(found: list[Claim]) -> Table:
+    note = "A difference whose 95 % interval (bootstrap over seeds and prompts) holds zero, or that rests on one seed, "
+    note += "cannot be told from none. A claim of several parts holds if all do, and does not if one does not."
+    lines: list[tuple[Cell, ...]] = []
+    for claim in found:
+        for number, part in enumerate(claim.parts):
+            head = ((f"({claim.letter}) {claim.text}", ""), (claim.verdict, "")) if number == 0 else (("", ""),) * 2
+            seeds = str(part.effect.seeds) if part.effect else "0"
+            lines.append((*head, (part.what, ""), effect_cell(part.effect), (seeds, ""), (part.verdict, "")))
+    columns = ("Claim", "Verdict", "Difference", "Mean [95 %]", "Seeds", "By itself")
+    return Table("claims", "The claims", note, columns, tuple(lines))
