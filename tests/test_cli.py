@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,8 +20,9 @@ import tiny
 from vipo.cli import app, main
 from vipo.recipe import parse_recipe
 from vipo.run import Run
+from vipo.vbench import DIMENSIONS
 
-COMMANDS = ["train", "sample", "maps", "evaluate", "report", "compare", "export", "list"]
+COMMANDS = ["train", "sample", "maps", "evaluate", "vbench", "report", "compare", "export", "list"]
 
 
 class Said(NamedTuple):
@@ -214,6 +217,13 @@ def test_pictures_are_sampled_from_a_run_and_from_a_plain_model(
         (["sample", "MODEL", "--prompts", "a cat", "--size", "-8"], ["size"]),
         (["evaluate", "MODEL"], ["--rewards"]),
         (["evaluate", "RUN", "--rewards", "rednes"], ["there is no reward 'rednes'"]),
+        (["evaluate", "MODEL", "--rewards", "redness", "--size", "32"], ["--prompts"]),
+        (["evaluate", "RUN", "--lora", "EMPTY"], ["policy of its own"]),
+        (["evaluate", "RUN", "--resume"], ["--output"]),
+        (["evaluate", "RUN", "--pictures"], ["--output"]),
+        (["evaluate", "RUN", "--prompts", "set:hpd"], ["no prompt set 'hpd'", "set:geneval"]),
+        (["sample", "RUN", "--prompts", "this/that", "--names", "prompt"], ["'this/that' cannot be a file name"]),
+        (["vbench", "lost.json"], ["'lost.json'", "VBench result"]),
         (["export", "EMPTY"], ["is not a run directory"]),
         (["export", "RUN", "--output", "EMPTY"], ["exists already"]),
     ],
@@ -237,6 +247,77 @@ def test_evaluate_sets_a_policy_beside_its_base_model(vipo: Vipo, finished: Path
     assert rows[3]["gain"]["mean"] == pytest.approx(policy - base, abs=1e-5) and rows[2]["gain"] is None
     table = vipo("evaluate", finished, "--rewards", "brightness", "--prompts", "a cat", "--count", 1)
     assert table.code == 0 and "gain over base" in table.out
+
+
+def test_evaluate_keeps_a_folder_that_can_be_gone_on_with(
+    vipo: Vipo, finished: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    plain = ["evaluate", model_folder, "--size", 32, "--steps", 2, "--rewards", "redness", "--count", 1]
+    ours = [*plain, "--lora", finished / "export", "--prompts", "a cat", "--prompts", "a red car"]
+    folder = tmp_path / "evaluation"
+    said = vipo(*ours, "--output", folder, "--pictures", "--json")
+    rows = json.loads(said.out)
+    assert [(row["model"], row["scored"], row["samples"]) for row in rows] == [("base", 2, 2), ("policy", 2, 2)]
+    assert json.loads((folder / "evaluation.json").read_text())["summary"] == rows
+    assert len((folder / "scores.csv").read_text().splitlines()) == 5
+    assert len(list((folder / "pictures").glob("*/*.png"))) == 4 and (folder / "before-after.png").is_file()
+    assert_refused(vipo(*ours, "--output", folder), "already holds an evaluation", "--resume")
+    shutil.rmtree(folder / "parts")
+    before = (folder / "evaluation.json").read_bytes()
+    assert vipo(*ours, "--output", folder, "--resume").code == 0
+    assert (folder / "evaluation.json").read_bytes() == before
+    other = [*plain, "--prompts", "a dog", "--output", folder, "--resume"]
+    assert_refused(vipo(*other), "cannot resume", "weights", "prompts", "--output")
+
+
+def test_what_was_not_scored_is_counted_and_explained(vipo: Vipo, model_folder: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "cats.py"
+    reward.write_text(
+        "import torch\ndef cats(media, prompts):\n"
+        "    return torch.tensor([1.0 if 'cat' in p.text else float('nan') for p in prompts])\n"
+    )
+    plain = ["evaluate", model_folder, "--size", 32, "--steps", 1, "--rewards", f"{reward}:cats", "--count", 1]
+    said = vipo(*plain, "--prompts", "a cat", "--prompts", "a dog", "--batch", 1)
+    assert said.code == 0 and "1 of 2" in said.out and "no score for 1 of 1 samples from prompt 1 on" in said.err
+    none = vipo(*plain, "--prompts", "a dog")
+    assert none.code == 0 and "0 of 1" in none.out
+
+
+def test_samples_are_named_by_number_or_by_prompt(vipo: Vipo, model_folder: Path, tmp_path: Path) -> None:
+    plain = [
+        "sample",
+        model_folder,
+        "--steps",
+        1,
+        "--size",
+        32,
+        "--prompts",
+        "A cat",
+        "--prompts",
+        "a dog",
+        "--count",
+        2,
+    ]
+    assert vipo(*plain, "--output", tmp_path / "n", "--batch", 2).code == 0
+    assert sorted(path.name for path in (tmp_path / "n").iterdir()) == [
+        "00000-0-a-cat.png", "00000-1-a-cat.png", "00001-0-a-dog.png", "00001-1-a-dog.png"
+    ]  # fmt: skip
+    assert vipo(*plain, "--output", tmp_path / "p", "--names", "prompt").code == 0
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [
+        "A cat-0.png", "A cat-1.png", "a dog-0.png", "a dog-1.png"
+    ]  # fmt: skip
+
+
+def test_vbench_prints_the_three_totals_and_names_what_is_missing(vipo: Vipo, tmp_path: Path) -> None:
+    results = {name: [dimension.high, []] for name, dimension in DIMENSIONS.items()}
+    (tmp_path / "a.json").write_text(json.dumps(results))
+    said = vipo("vbench", tmp_path / "a.json")
+    assert said.code == 0 and re.search(r"Total\D+100\.00", said.out) and "subject_consistency" in said.out
+    del results["scene"]
+    (tmp_path / "a.json").write_text(json.dumps(results))
+    assert_refused(vipo("vbench", tmp_path / "a.json"), "lack scene", "--partial")
+    partial = json.loads(vipo("vbench", tmp_path / "a.json", "--partial", "--json").out)
+    assert partial["quality"] == pytest.approx(1.0) and partial["total"] is None and partial["missing"] == ["scene"]
 
 
 def test_export_writes_what_training_wrote(vipo: Vipo, finished: Path, tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from vipo.prompts import PromptSampler, read_prompts
+from vipo.prompts import PromptSampler, names_prompts, read_prompts, shipped_set, shipped_sets
 from vipo.types import Prompt, UserError
 
 KINDS = {
     "p.txt": "a cat\n\n  a dog  \n",
     "p.jsonl": '{"prompt": "a cat", "mood": 3}\n\n{"text": "a dog"}\n',
     "p.csv": 'caption,mood\na cat,3\n"a dog",\n',
+    "p.tsv": "Prompt\tMood\na cat\t3\n a dog\t\n",
+    "p.json": '["a cat", {"text": "a dog"}]',
 }
 
 
@@ -49,12 +51,14 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path, name: str) ->
         ("p.jsonl", "", "holds no prompt"),
         ("p.csv", "prompt\n", "holds no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read"),
+        ("p.json", '{"prompt": "a"}', "cannot be read: it must be a list"),
+        ("p.json", "[3]", "entry 1 of .* is not an object"),
         ("p.jsonl", '["a cat"]\n', "entry 1 of .* is not an object"),
         ("p.jsonl", '{"prompt": "a"}\n{"words": "b"}\n', "entry 2 of .* has no text under prompt or text or caption"),
         ("p.jsonl", '{"prompt": 3}\n', "entry 1 of .* has no text"),
         ("p.csv", "words\na cat\n", "entry 1 of .* has no text"),
         ("p.txt", b"\xff\xfe\x00cat", "cannot be read"),
-        ("p.yaml", "a cat\n", r"must end in one of \.txt, \.jsonl, \.csv, \.parquet"),
+        ("p.yaml", "a cat\n", r"must end in one of \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_a_bad_file_is_named_in_one_sentence(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
@@ -62,6 +66,68 @@ def test_a_bad_file_is_named_in_one_sentence(tmp_path: Path, name: str, content:
     with pytest.raises(UserError, match=says) as raised:
         read_prompts(path)
     assert "\n" not in str(raised.value) and name in str(raised.value)
+
+
+def test_quotation_marks_of_partiprompts_are_part_of_the_prompt(tmp_path: Path) -> None:
+    rows = 'Prompt\tCategory\tChallenge\tNote\n"G I G G L E" painted as graffiti\tIllustrations\tWriting & Symbols\t\n'
+    (prompt,) = read_prompts(write(tmp_path, "PartiPrompts.tsv", rows))
+    assert prompt.text == '"G I G G L E" painted as graffiti' and prompt.metadata["Category"] == "Illustrations"
+
+
+def test_drawbench_has_its_prompts_under_prompts(tmp_path: Path) -> None:
+    (prompt,) = read_prompts(write(tmp_path, "drawbench.csv", "Prompts,Category\nA red colored car.,Colors\n"))
+    assert prompt == Prompt("A red colored car.", 0, {"Category": "Colors"})
+
+
+def test_a_folder_of_hpd_files_keeps_the_style_of_each_prompt(tmp_path: Path) -> None:
+    write(tmp_path, "photo.json", '["a cat"]')
+    write(tmp_path, "anime.json", '["a dog", "a car"]')
+    write(tmp_path, "notes.txt", "not a prompt")
+    prompts = read_prompts(tmp_path)
+    assert [(p.text, p.index, p.metadata["style"]) for p in prompts] == [
+        ("a dog", 0, "anime"), ("a car", 1, "anime"), ("a cat", 2, "photo")
+    ]  # fmt: skip
+    write(tmp_path, "photo.json", "[3]")
+    with pytest.raises(UserError, match=r"entry 3 of .* is not an object"):
+        read_prompts(tmp_path)
+
+
+def test_a_folder_without_prompts_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no \.json file of prompts"):
+        read_prompts(tmp_path)
+
+
+SETS = {"geneval": 553, "ocr": 1018, "vbench": 946}
+
+
+def test_the_shipped_sets_are_whole_and_their_licences_beside_them() -> None:
+    assert {name: len(read_prompts(path)) for name, path in shipped_sets().items()} == SETS
+    notice = (shipped_set("ocr").parent / "README.md").read_text()
+    assert all(f"`set:{name}` | {count}" in notice for name, count in SETS.items())
+    assert "Copyright (c) 2023 Dhruba Ghosh" in notice and "Copyright (c) 2025 Jie Liu" in notice
+
+
+def test_the_shipped_sets_say_what_their_judges_need() -> None:
+    geneval, ocr = read_prompts(shipped_set("geneval")), read_prompts(shipped_set("ocr"))
+    assert geneval[0] == Prompt(
+        "a photo of a bench", 0, {"tag": "single_object", "include": [{"class": "bench", "count": 1}]}
+    )
+    assert Counter(prompt.metadata["tag"] for prompt in geneval)["position"] == 100
+    assert all(prompt.text.count('"') >= 2 for prompt in ocr)
+
+
+def test_a_set_that_does_not_ship_is_named() -> None:
+    with pytest.raises(UserError, match="no prompt set 'hpd'; choose from set:geneval, set:ocr, set:vbench"):
+        shipped_set("hpd")
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_file"),
+    [("set:ocr", True), ("mine.tsv", True), ("a cat", False), ("a cat. " * 100, False), ("v1.5 look", False)],
+)
+def test_a_prompt_is_told_from_a_prompt_file(entry: str, is_file: bool, tmp_path: Path) -> None:
+    assert names_prompts(entry) is is_file
+    assert names_prompts(str(tmp_path))
 
 
 def test_a_missing_file_is_named() -> None:

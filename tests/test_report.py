@@ -19,7 +19,7 @@ from vipo.report.compare import compare_runs, html_table, markdown_table, text_t
 from vipo.report.maps import heat, lit, map_sheet
 from vipo.report.outcome import change_of, changes, headline, judge_gain
 from vipo.report.page import fixed, signed, write_report
-from vipo.report.pictures import contact_sheet, labelled_grid, load_sheet, save_pictures, save_sheet, to_uint8
+from vipo.report.pictures import contact_sheet, labelled_grid, load_sheet, save_sheet, to_uint8
 from vipo.report.run import EvaluationRecord, read_run
 from vipo.types import UserError
 
@@ -101,14 +101,6 @@ def test_a_sheet_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     contact_sheet(media, 1).save(tmp_path / "s.png")
     with pytest.raises(UserError, match="does not describe"):
         load_sheet(tmp_path / "s.png")
-
-
-def test_pictures_are_saved_under_readable_names(tmp_path: Path) -> None:
-    paths = save_pictures(tmp_path, torch.rand(2, 3, 1, 4, 4), ["A cat, on teal!", "日本"])
-    assert [path.name for path in paths] == ["000-a-cat-on-teal.png", "001-picture.png"]
-    (video,) = save_pictures(tmp_path, torch.rand(1, 3, 4, 8, 8), ["clip"])
-    with Image.open(video) as opened:
-        assert (video.suffix, getattr(opened, "n_frames", 1)) == (".webp", 4)
 
 
 def test_a_labelled_grid_scales_and_takes_uneven_rows_and_long_words() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vipo import backbones, embedded, generators, map_sources, rewards
 from vipo.objective import NEEDS_MAPS
 from vipo.policy import Policy
-from vipo.prompts import PromptSampler, read_prompts
+from vipo.prompts import SHIPPED, PromptSampler, read_prompts, shipped_set
 from vipo.recipe import GeneratorSection, Recipe, RewardSection, SourceName, StructuringSection
 from vipo.rollout import Solver, Window
 from vipo.structuring import PerceptualStructuring
@@ -33,9 +33,13 @@ class RewardSuite:
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
     max_failed_share: float = 1.0
+    retries: int = 2
+    pause_seconds: float = 15.0
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Scores:
-        scores = rewards.score(self.rewards, self.weights, media, prompts)
+        scores = rewards.score(
+            self.rewards, self.weights, media, prompts, retries=self.retries, pause_seconds=self.pause_seconds
+        )
         for name, values in scores.by_name.items():
             failed = float(values.isnan().float().mean())
             if failed > self.max_failed_share:
@@ -65,9 +69,11 @@ class Session:
 
 
 def prompt_file(name: str) -> Path:
-    """A prompt file's path; ``embedded:NAME`` is one that ships with the package."""
+    """A prompt file's path; ``embedded:NAME`` and a benchmark's ``set:NAME`` ship with the package."""
     if name.startswith(EMBEDDED):
         return Path(embedded.__file__).parent / f"{name.removeprefix(EMBEDDED)}.txt"
+    if name.startswith(SHIPPED):
+        return shipped_set(name.removeprefix(SHIPPED))
     return Path(name).expanduser()
 
 
@@ -130,12 +136,12 @@ def build_map_source(section: StructuringSection, generator: Generator, scorer: 
     return sources[0] if len(sources) == 1 else map_sources.Product(sources, section.normalization)
 
 
-def build_rewards(sections: Mapping[str, RewardSection], *, max_failed_share: float = 1.0) -> RewardSuite:
-    """Rewards by name with their weights."""
+def build_rewards(sections: Mapping[str, RewardSection], **policy: Any) -> RewardSuite:
+    """Rewards by name with their weights; ``policy`` is what :class:`RewardSuite` does about failures."""
     return RewardSuite(
         {name: rewards.build(name, **section.options) for name, section in sections.items()},
         {name: section.weight for name, section in sections.items()},
-        max_failed_share,
+        **policy,
     )
 
 
@@ -171,7 +177,11 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
     accelerator = accelerator or Accelerator(mixed_precision=recipe.training.precision)
     training_prompts = read_prompts(prompt_file(recipe.prompts.file))
     evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
-    scorer = build_rewards(recipe.rewards, max_failed_share=recipe.training.max_failed_share)
+    trying: dict[str, Any] = {
+        "retries": recipe.training.reward_retries,
+        "pause_seconds": recipe.training.reward_pause_seconds,
+    }
+    scorer = build_rewards(recipe.rewards, max_failed_share=recipe.training.max_failed_share, **trying)
     held_out = build_rewards(dict.fromkeys(recipe.judges, RewardSection()))
     device = str(accelerator.device)
     generator = build_generator(recipe.generator, device=device)
@@ -197,5 +207,5 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
         rollout_batch_size=recipe.training.rollout_batch_size,
         prompts_at_once=recipe.training.prompts_at_once,
     )
-    judge = RewardSuite({**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights})
+    judge = RewardSuite({**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, **trying)
     return Session(recipe, trainer, judge, tuple(evaluation_prompts))

@@ -8,8 +8,9 @@ from pydantic import BaseModel
 
 from vipo.backbones import NOTES
 from vipo.generators import GENERATORS
+from vipo.prompts import read_prompts, shipped_sets
 from vipo.recipe import Recipe, load_recipe, nested_section, shipped_recipes
-from vipo.rewards import REWARDS
+from vipo.rewards import REWARDS, state
 
 Row = dict[str, str]
 
@@ -27,9 +28,20 @@ def _backbones() -> list[Row]:
 
 def _rewards() -> list[Row]:
     return [
-        {"reward": name, "what": e.summary, "range": e.value_range, "licence": e.licence, "needs": e.needs}
-        for name, e in REWARDS.items()
+        {
+            "reward": name,
+            "what": entry.summary,
+            "range": entry.value_range,
+            "licence": entry.licence,
+            "size": entry.size,
+            "state": state(entry),
+        }
+        for name, entry in REWARDS.items()
     ]
+
+
+def _prompts() -> list[Row]:
+    return [{"prompts": f"set:{name}", "count": str(len(read_prompts(path)))} for name, path in shipped_sets().items()]
 
 
 def _recipes() -> list[Row]:
@@ -66,6 +78,7 @@ CATALOGUES: dict[str, Callable[[], list[Row]]] = {
     "generators": _generators,
     "backbones": _backbones,
     "rewards": _rewards,
+    "prompts": _prompts,
     "recipes": _recipes,
     "keys": _keys,
 }

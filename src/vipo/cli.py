@@ -7,8 +7,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,7 +21,6 @@ from rich.table import Table
 from vipo.types import UserError
 
 if TYPE_CHECKING:
-    from vipo.evaluate import Evaluation
     from vipo.types import Prompt
 
 app = typer.Typer(
@@ -69,46 +72,59 @@ def train(
 
 
 def _read_texts(prompts: list[str]) -> list[Prompt]:
-    """Each argument is a prompt file if there is such a file, else a prompt."""
+    """Each argument is a prompt file if it looks like one, else a prompt."""
     from vipo.build import EMBEDDED, prompt_file
-    from vipo.prompts import read_prompts
+    from vipo.prompts import names_prompts, read_prompts
     from vipo.types import Prompt
 
     found: list[Prompt] = []
     for entry in prompts:
-        is_file = entry.startswith(EMBEDDED) or Path(entry).suffix in (".txt", ".jsonl", ".csv", ".parquet")
+        is_file = entry.startswith(EMBEDDED) or names_prompts(entry)
         found += read_prompts(prompt_file(entry)) if is_file else [Prompt(entry)]
     return found
 
 
 Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
 Prompts = Annotated[
-    list[str] | None, typer.Option("--prompts", help="A prompt file or a prompt; may be given several times.")
+    list[str] | None,
+    typer.Option("--prompts", help="A prompt file, set:NAME, embedded:NAME or a prompt; may be given several times."),
 ]
+Lora = Annotated[
+    Path | None, typer.Option(help="A diffusers-format LoRA, file or folder, as the policy of a plain model.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Samples at a time; fewer need less memory.")]
 
 
 @app.command()
 def sample(
     target: Target,
     prompts: Prompts = None,
+    lora: Lora = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps; default as trained, or 28.")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels, for a plain model; default the model's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    names: Annotated[
+        Literal["number", "prompt"], typer.Option(help="Name files by number, or by the prompt as VBench wants them.")
+    ] = "number",
+    video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
+    fps: Annotated[float, typer.Option(min=1, help="Of videos.")] = 8.0,
+    batch: Batch = 64,
 ) -> None:
-    """Sample pictures from a run's policy or from any model folder.
+    """Sample pictures or videos from a run's policy or from any model folder.
 
     Example: `vipo sample runs/quickstart --prompts "a cat on a teal background" --count 4`
     """
-    from vipo.report.pictures import save_pictures
+    from vipo.samples import sample_names, save_samples
     from vipo.target import open_target
 
-    model = open_target(target, size=size)
     texts = _read_texts(prompts or ["embedded:prompts_eval"])
-    pictures = model.sample(texts, count=count, steps=steps, seed=seed)
-    paths = save_pictures(output, pictures.media, [prompt.text for prompt in pictures.prompts])
-    console.print(f"{len(paths)} pictures in {output}")
+    files = iter(sample_names([prompt.text for prompt in texts], count, names))
+    model = open_target(target, size=size, lora=lora)
+    for part in model.sample(texts, count=count, steps=steps, seed=seed, batch_size=batch):
+        save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps)
+    console.print(f"{len(texts) * count} pictures in {output}")
 
 
 @app.command()
@@ -143,50 +159,120 @@ def evaluate(
     target: Target,
     rewards: Annotated[str | None, typer.Option(help="Comma-separated; default all of the run's.")] = None,
     prompts: Prompts = None,
+    lora: Lora = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels, for a plain model.")] = None,
+    batch: Batch = 64,
+    output: Annotated[Path | None, typer.Option(help="Folder for scores and sheets, see docs/evaluate.md.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in --output.")] = False,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Keep every picture in --output too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score a policy beside its base model on fixed prompts and noise, with 95 % bootstrap intervals.
 
     Example: `vipo evaluate runs/quickstart --rewards emoji_judge,emoji_layout`
     """
+    from vipo.evaldir import EvaluationFolder
+    from vipo.evaluate import summary
+    from vipo.tables import evaluation_table
     from vipo.target import open_target
 
-    model = open_target(target, size=size)
-    texts = _read_texts(prompts) if prompts else model.evaluation_prompts
-    names = rewards.split(",") if rewards else model.reward_names
-    if not names:
+    if output is None and (resume or pictures):
+        raise UserError("--resume and --pictures need a folder to work in; name it with --output")
+    given = _read_texts(prompts) if prompts else None
+    model = open_target(target, size=size, lora=lora)
+    texts, asked = given or model.evaluation_prompts, rewards.split(",") if rewards else list(model.rewards)
+    if not asked:
         raise UserError("this model has no run behind it, so name what to score with --rewards A,B")
-    results = model.evaluate(texts, names, count=count, steps=steps)
-    rows = _evaluation_rows(results)
+    if not texts:
+        raise UserError("this model has no run behind it, so name prompts with --prompts FILE")
+    shared: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch}
+    folder = None
+    if output is not None:
+        settings = model.settings(texts, asked, **shared)
+        folder = EvaluationFolder(output, settings, resume=resume, pictures=pictures)
+    with _counting(len(texts)) as done:
+        judgement = model.evaluate(texts, asked, **shared, keeper=folder, progress=done)
+    if folder is not None:
+        folder.finish(judgement)
+    rows = summary(judgement)
+    _show(rows, evaluation_table(rows), as_json=as_json)
+    for failure in judgement.failures:
+        Console(stderr=True).print(failure, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _counting(prompts: int) -> Iterator[Callable[[int], None]]:
+    """A line on a terminal's error stream that says how many prompts are done."""
+    with Console(stderr=True).status(f"0 of {prompts} prompts") as status:
+        yield lambda done: status.update(f"{done} of {prompts} prompts")
+
+
+def _show(document: Any, table: Table, *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        return
-    table = Table("reward", "model", "mean", "95 % interval", "gain over base")
-    for row in rows:
-        gain = row["gain"]
-        change = f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" if gain else ""
-        table.add_row(
-            row["reward"], row["model"], f"{row['mean']:.4f}", f"[{row['low']:.4f}, {row['high']:.4f}]", change
-        )
-    console.print(table)
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        console.print(table)
 
 
-def _evaluation_rows(results: dict[str, Evaluation]) -> list[dict[str, Any]]:
-    """One row per reward and model; a policy's gain over the base is paired picture by picture."""
-    from dataclasses import asdict
+@app.command()
+def vbench(
+    files: Annotated[list[Path], typer.Argument(help="VBench's *_eval_results.json, or folders of them.")],
+    partial: Annotated[bool, typer.Option("--partial", help="Go on with dimensions missing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Aggregate VBench's results to Quality, Semantic and Total, as its leaderboard does.
 
-    from vipo.evaluate import estimate
+    Example: `vipo vbench evaluation_results`
+    """
+    from vipo.tables import vbench_table
+    from vipo.vbench import aggregate, read_results, table
 
-    rows = []
-    for model, evaluation in results.items():
-        for reward, values in evaluation.scores.items():
-            per = evaluation.samples_per_prompt
-            gain = asdict(estimate(values - results["base"].scores[reward], per)) if model != "base" else None
-            rows.append({"reward": reward, "model": model, **asdict(estimate(values, per)), "gain": gain})
-    return sorted(rows, key=lambda row: str(row["reward"]))
+    scores = read_results(files)
+    totals = aggregate(scores)
+    if totals.missing and not partial:
+        raise UserError(f"these results lack {', '.join(totals.missing)}; add their files, or go on with --partial")
+    rows = table(scores)
+    _show({**asdict(totals), "dimensions": rows}, vbench_table(rows, totals), as_json=as_json)
+
+
+@app.command("serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="See `vipo list rewards`, or file.py:function.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    host: Annotated[str, typer.Option(help="Anything but this machine needs --token-env.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8421,
+    token_env: Annotated[str | None, typer.Option(help="Environment variable with the bearer token.")] = None,
+    max_megabytes: Annotated[float, typer.Option(help="Longest request.")] = 256,
+    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one.")] = None,
+) -> None:
+    """Serve a reward to runs in other processes, which name it as the reward `remote` with `url`.
+
+    Example: `vipo serve-reward jpeg_compressibility quality=90 --port 8421`
+    """
+    from vipo.recipe import apply_override
+    from vipo.rewards.server import serve
+
+    parsed: dict[str, Any] = {}
+    for option in options or []:
+        apply_override(parsed, option)
+    serve(name, parsed, host=host, port=port, token_env=token_env, max_megabytes=max_megabytes, device=device)
+
+
+@app.command("convert-reward")
+def convert_reward(
+    name: Annotated[str, typer.Argument(help="hpsv2.1, imagereward or aesthetic.")],
+    source: Annotated[Path, typer.Argument(help="The published checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Turn a published pickle checkpoint into safetensors, once; code in it is never run.
+
+    Example: `vipo convert-reward hpsv2.1 HPS_v2.1_compressed.pt hpsv2.1.safetensors`
+    """
+    from vipo.rewards import convert
+
+    console.print(str(convert.convert_reward(name, source, target)), soft_wrap=True)
 
 
 @app.command()
@@ -234,7 +320,8 @@ def export(
 
 @app.command("list")
 def list_parts(
-    kind: Annotated[str, typer.Argument(help="generators, backbones, rewards, recipes or keys.")], as_json: Json = False
+    kind: Annotated[str, typer.Argument(help="generators, backbones, rewards, prompts, recipes or keys.")],
+    as_json: Json = False,
 ) -> None:
     """List what can be named in a recipe.
 
@@ -245,13 +332,12 @@ def list_parts(
     if kind not in CATALOGUES:
         raise UserError(f"{kind!r} cannot be listed; choose from {', '.join(CATALOGUES)}")
     rows = CATALOGUES[kind]()
-    if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        return
-    table = Table(*rows[0])
+    table = Table()
+    for number, heading in enumerate(rows[0]):  # a name is there to be copied: it must not be cut
+        table.add_column(heading, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    console.print(table)
+    _show(rows, table, as_json=as_json)
 
 
 def _quiet() -> None:

@@ -4,41 +4,79 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vipo import randomness
 from vipo.types import Prompt, UserError
 
-TEXT_KEYS = ("prompt", "text", "caption")  # columns that may hold the prompt, in this order
+TEXT_KEYS = ("prompt", "text", "caption", "prompts")  # columns that may hold the prompt, in this order, in any case
+SHIPPED = "set:"  # before the name of a benchmark's prompts that come with the package
+_SETS = Path(__file__).parent / "prompt_sets"
+
+
+def shipped_sets() -> dict[str, Path]:
+    """The benchmark prompts that ship with the package, by name; ``prompt_sets/README.md`` has sources and licences."""
+    return {path.stem: path for path in sorted(_SETS.iterdir()) if path.suffix in _READERS}
+
+
+def shipped_set(name: str) -> Path:
+    """The file of one of them.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    found = shipped_sets()
+    if name not in found:
+        raise UserError(f"there is no prompt set {name!r}; choose from {', '.join(SHIPPED + known for known in found)}")
+    return found[name]
+
+
+def names_prompts(entry: str) -> bool:
+    """Whether a word is meant as a prompt file or a folder of them, not as a prompt."""
+    return entry.startswith(SHIPPED) or Path(entry).suffix in _READERS or os.path.isdir(entry)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a file: ``.txt`` (one a line), or ``.jsonl``, ``.csv``, ``.parquet`` with a column for them.
+    """Prompts of a file, or of a folder of ``.json`` files.
 
-    Empty lines are skipped. The column is called prompt, text or caption; others become
-    ``Prompt.metadata``.
+    ``.txt`` has one a line; ``.jsonl``, ``.csv``, ``.tsv`` and ``.parquet`` have a column for them; ``.json`` is a list
+    of texts or of objects. The column is called prompt, text, caption or prompts; others become ``Prompt.metadata``.
+    Empty lines are skipped. In a folder every file is one style, as HPD v2 has it: its name becomes the metadata
+    ``style``, in alphabetical order.
 
     Raises:
         UserError: the file is missing, unreadable, of another kind, or holds no prompt.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {str(path)!r} does not exist")
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise UserError(f"prompt file {str(path)!r} must end in one of {', '.join(readers)}")
-    try:
-        rows = list(readers[path.suffix](path))
-    except UserError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, not JSON, not Parquet
-        raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
+    rows = _read_styles(path) if path.is_dir() else _read_rows(path)
     prompts = [_prompt(row, index, path) for index, row in enumerate(rows)]
     if not prompts:
         raise UserError(f"prompt file {str(path)!r} holds no prompt")
     return prompts
+
+
+def _read_styles(folder: Path) -> list[Any]:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise UserError(f"folder {str(folder)!r} has no .json file of prompts; name a prompt file, or such a folder")
+    pairs = [(file.stem, row) for file in files for row in _read_rows(file)]
+    return [{**row, "style": style} if isinstance(row, Mapping) else row for style, row in pairs]
+
+
+def _read_rows(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise UserError(f"prompt file {str(path)!r} does not exist")
+    if path.suffix not in _READERS:
+        raise UserError(f"prompt file {str(path)!r} must end in one of {', '.join(_READERS)}")
+    try:
+        return list(_READERS[path.suffix](path))
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, not JSON, not Parquet
+        raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
 
 
 def _read_text(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -50,9 +88,22 @@ def _read_jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
     return (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
 
 
+def _read_json(path: Path) -> Iterable[Any]:
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise ValueError("it must be a list of texts or of objects")
+    return [{"prompt": row} if isinstance(row, str) else row for row in rows]
+
+
 def _read_csv(path: Path) -> Iterable[Mapping[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
+
+
+def _read_tsv(path: Path) -> Iterable[Mapping[str, Any]]:
+    """Tabs only: in PartiPrompts a quotation mark is part of the prompt."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -67,10 +118,21 @@ def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
 def _prompt(row: object, index: int, path: Path) -> Prompt:
     if not isinstance(row, Mapping):
         raise UserError(f"entry {index + 1} of {str(path)!r} is not an object with a {' or '.join(TEXT_KEYS)} key")
-    key = next((key for key in TEXT_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
+    named = {str(key).lower(): key for key in reversed(row) if isinstance(row[key], str) and row[key].strip()}
+    key = next((named[wanted] for wanted in TEXT_KEYS if wanted in named), None)
     if key is None:
         raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(TEXT_KEYS)}")
     return Prompt(row[key].strip(), index, {k: v for k, v in row.items() if k != key})
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
 
 
 class PromptSampler:

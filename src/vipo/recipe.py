@@ -52,7 +52,7 @@ class GeneratorSection(Section):
 
 
 class PromptsSection(Section):
-    file: str = Field(description=".txt, .jsonl, .csv or .parquet, or embedded:NAME")
+    file: str = Field(description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME or embedded:NAME")
     per_iteration: PositiveInt = Field(description="prompts, and so groups, per iteration over all processes")
     group_size: int = Field(ge=2, description="pictures per prompt")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,6 @@ from vipo.types import UserError
 
 PAPER, INK, MUTED = "#ffffff", "#1c1d21", "#63666e"
 MARGIN, GAP, LABEL_WIDTH, TEXT_SIZE, LEADING = 24, 8, 190, 14, 1.35
-VIDEO_MS = 125  # per frame
 
 
 def to_uint8(media: Float[Tensor, "N 3 F Y X"]) -> UInt8[np.ndarray, "N F Y X 3"]:
@@ -79,29 +77,6 @@ def save_png(path: Path, picture: Image.Image) -> None:
     """Write a picture as a whole or not at all."""
     with written_whole(path) as aside:
         picture.save(aside, format="PNG")
-
-
-def save_pictures(folder: Path, media: Float[Tensor, "N 3 F Y X"], names: Sequence[str]) -> list[Path]:
-    """One lossless file per sample, ``000-a-cat-on-teal.png``; a video becomes an animated WebP of 8 frames/s."""
-    if len(names) != len(media):
-        raise ValueError(f"{len(names)} names for {len(media)} pictures: give one per picture")
-    written = []
-    for number, (frames, name) in enumerate(zip(to_uint8(media), names, strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "picture"
-        path = folder / f"{number:03d}-{slug}.{'png' if len(frames) == 1 else 'webp'}"
-        _save_frames(path, [Image.fromarray(frame) for frame in frames])
-        written.append(path)
-    return written
-
-
-def _save_frames(path: Path, frames: Sequence[Image.Image]) -> None:
-    if len(frames) == 1:
-        return save_png(path, frames[0])
-    with written_whole(path) as aside:
-        frames[0].save(
-            aside, format="WEBP", lossless=True, save_all=True, append_images=frames[1:], duration=VIDEO_MS, loop=0
-        )
-    return None
 
 
 def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:

@@ -1,0 +1,188 @@
+"""The folder that an evaluation writes and goes on from.
+
+``settings.json`` (what is compared with what), ``parts/`` (scores of consecutive prompts, each written whole, so that a
+killed evaluation loses at most one of them), and at the end ``evaluation.json`` (everything), ``scores.csv`` (one row
+per sample), ``summary.csv``, ``sheet-base.png``, ``sheet-policy.png`` and ``before-after.png``; ``pictures/`` if asked
+for.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from vipo.evaluate import ESTIMATES, Evaluation, Judgement, summary
+from vipo.files import write_text, written_whole
+from vipo.judged import Part, plain
+from vipo.report.pictures import labelled_grid, load_sheet, save_png, save_sheet
+from vipo.rundir import environment
+from vipo.samples import save_samples
+from vipo.types import UserError
+
+SHEET_PROMPTS = 16  # how many prompts the sheets show, with their first sample
+SHEET_COLUMNS = 8
+TYPED = ("model", "lora")  # settings as they were typed: the weights tell whether it is the same model
+
+
+class EvaluationFolder:
+    """Where one evaluation is kept.
+
+    Args:
+        root: the folder.
+        settings: everything the scores depend on, as JSON.
+        resume: go on with the evaluation in ``root``; without one, start.
+        pictures: keep every picture too.
+
+    Raises:
+        UserError: ``root`` holds an evaluation and ``resume`` is off, or it is one with other settings.
+    """
+
+    def __init__(
+        self, root: Path, settings: Mapping[str, Any], *, resume: bool = False, pictures: bool = False
+    ) -> None:
+        self.root, self.pictures = root, pictures
+        self.settings = {**settings, "packages": environment()["packages"]}
+        self._settings_file = root / "settings.json"
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{str(root)!r} is a file, not a folder; choose another --output")
+        if self._settings_file.is_file():
+            self._check(resume)
+
+    def _check(self, resume: bool) -> None:
+        if not resume:
+            raise UserError(
+                f"{str(self.root)!r} already holds an evaluation; add --resume to go on, or choose another --output"
+            )
+        old = _read_json(self._settings_file)
+        new = json.loads(_json(self.settings))
+        changed = [key for key in {**old, **new} if key not in TYPED and old.get(key) != new.get(key)]
+        if changed:
+            raise UserError(
+                f"cannot resume {str(self.root)!r}: its {', '.join(changed)} differ from what is asked for now;"
+                " give the same arguments as before, or choose another --output"
+            )
+        self.settings = old
+
+    def _part(self, first: int) -> Path:
+        return self.root / "parts" / f"{first:06d}"
+
+    def read(self, first: int) -> Part | None:
+        """What is known of the prompts from ``first`` on."""
+        file = self._part(first) / "scores.json"
+        return Part(**_read_json(file)) if file.is_file() else None
+
+    def keep(self, first: int, part: Part, results: Mapping[str, Evaluation]) -> None:
+        """Write one part: its scores, its share of the sheets and, if asked for, every picture."""
+        if not self._settings_file.is_file():
+            write_text(self._settings_file, _json(self.settings))
+        for model, result in results.items() if self.pictures else ():
+            per = result.samples_per_prompt
+            names = [f"{first + i // per:05d}-{i % per}" for i in range(len(result.media))]
+            save_samples(self.root / "pictures" / model, result.media, names)
+        with written_whole(self._part(first)) as aside:
+            aside.mkdir()
+            for model, result in results.items():
+                _save_tiles(aside / f"{model}.png", result, SHEET_PROMPTS - first)
+            write_text(aside / "scores.json", _json(asdict(part)))
+
+    def finish(self, judgement: Judgement) -> None:
+        """Write what people and programs read, from the parts alone."""
+        write_text(self.root / "evaluation.json", _json(self._document(judgement)))
+        write_text(self.root / "scores.csv", _csv(_score_rows(judgement)))
+        write_text(self.root / "summary.csv", _csv(_summary_rows(judgement)))
+        self._write_sheets(judgement)
+
+    def _document(self, judgement: Judgement) -> dict[str, Any]:
+        per = judgement.samples_per_prompt
+        return {
+            "settings": self.settings,
+            "environment": environment(),
+            "summary": summary(judgement),
+            "failures": list(judgement.failures),
+            "prompts": [asdict(prompt) for prompt in judgement.prompts],
+            "scores": {
+                model: {name: _rows(plain(values), per) for name, values in by_reward.items()}
+                for model, by_reward in judgement.scores.items()
+            },
+        }
+
+    def _write_sheets(self, judgement: Judgement) -> None:
+        shown = min(SHEET_PROMPTS, len(judgement.prompts))
+        columns = []
+        for model, by_reward in judgement.scores.items():
+            files = sorted(self.root.glob(f"parts/*/{model}.png"))
+            columns.append([tile for file in files for tile in load_sheet(file)[0]])
+            media = torch.cat([_media(tile) for tile in columns[-1]])
+            first = {name: values[:: judgement.samples_per_prompt][:shown] for name, values in by_reward.items()}
+            texts = [prompt.text for prompt in judgement.prompts[:shown]]
+            save_sheet(self.root / f"sheet-{model}.png", media, SHEET_COLUMNS, texts, first)
+        rows = list(zip(*columns, strict=True))
+        labels = [prompt.text for prompt in judgement.prompts[:shown]]
+        save_png(self.root / "before-after.png", labelled_grid(rows, labels, list(judgement.scores)))
+
+
+def _save_tiles(path: Path, result: Evaluation, room: int) -> None:
+    """The first sample of the first ``room`` prompts, losslessly; nothing if there is no room left on the sheets."""
+    shown = slice(0, max(0, room) * result.samples_per_prompt, result.samples_per_prompt)
+    media, texts = result.media[shown], [prompt.text for prompt in result.prompts[shown]]
+    if texts:
+        save_sheet(path, media, SHEET_COLUMNS, texts, {name: values[shown] for name, values in result.scores.items()})
+
+
+def _media(tile: Image.Image) -> Float[Tensor, "1 3 1 Y X"]:
+    width, height = tile.size
+    pixels = torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+    return pixels.permute(2, 0, 1)[None, :, None].float() / 255
+
+
+def _rows(values: Sequence[float | None], per: int) -> list[list[float | None]]:
+    return [list(values[start : start + per]) for start in range(0, len(values), per)]
+
+
+def _score_rows(judgement: Judgement) -> list[list[Any]]:
+    """One row per model, prompt and sample; an empty cell is a sample without a score."""
+    per = judgement.samples_per_prompt
+    names = list(next(iter(judgement.scores.values())))
+    rows: list[list[Any]] = [["model", "prompt_index", "prompt", "sample", *names]]
+    for model, by_reward in judgement.scores.items():
+        values = [plain(by_reward[name]) for name in names]
+        for i, numbers in enumerate(zip(*values, strict=True)):
+            rows.append([model, i // per, judgement.prompts[i // per].text, i % per, *numbers])
+    return rows
+
+
+def _summary_rows(judgement: Judgement) -> list[list[Any]]:
+    head = ["reward", "model", "scored", "samples", *ESTIMATES]
+    rows: list[list[Any]] = [[*head, *(f"gain_{key}" for key in ESTIMATES)]]
+    for row in summary(judgement):
+        gain = row["gain"] or {}
+        rows.append([*(row[key] for key in head), *(gain.get(key) for key in ESTIMATES)])
+    return rows
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error}); delete it, or choose another --output") from error
+    return content

@@ -1,0 +1,76 @@
+"""Samples on disk: their names, and that a video comes back as it was."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from vipo.prompts import read_prompts, shipped_set
+from vipo.report.pictures import to_uint8
+from vipo.samples import sample_names, save_samples
+from vipo.types import UserError
+
+
+def clip(frames: int, height: int = 16, width: int = 32) -> torch.Tensor:
+    """A bright square that moves right."""
+    media = torch.zeros(1, 3, frames, height, width)
+    for k in range(frames):
+        media[:, :, k, 4:12, 2 * k : 2 * k + 8] = torch.tensor([0.9, 0.5, 0.1])[:, None, None]
+    return media
+
+
+def test_names_by_number_and_by_prompt() -> None:
+    texts = ["A cat, on teal!", "…"]
+    assert sample_names(texts, 2, "number") == ["00000-0-a-cat-on-teal", "00000-1-a-cat-on-teal", "00001-0", "00001-1"]
+    assert sample_names(texts, 1, "prompt") == ["A cat, on teal!-0", "…-0"]
+
+
+def test_every_vbench_prompt_can_be_a_file_name() -> None:
+    texts = [prompt.text for prompt in read_prompts(shipped_set("vbench"))]
+    names = sample_names(texts, 5, "prompt")
+    assert names[4] == f"{texts[0]}-4" and max(len(f".{name}.mp4.partial".encode()) for name in names) <= 255
+
+
+@pytest.mark.parametrize("text", ["this/that", ".hidden", "long " * 60])
+def test_a_prompt_that_is_no_file_name_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="cannot be a file name"):
+        sample_names([text], 1, "prompt")
+
+
+def test_pictures_and_webp_videos_are_lossless(tmp_path: Path) -> None:
+    picture, video = torch.rand(1, 3, 1, 4, 6), clip(3)
+    (still,) = save_samples(tmp_path, picture, ["still"])
+    (moving,) = save_samples(tmp_path, video, ["moving"], fps=16)
+    assert (still.name, moving.name) == ("still.png", "moving.webp")
+    with Image.open(still) as opened:
+        assert np.array_equal(np.asarray(opened), to_uint8(picture)[0, 0])
+    with Image.open(moving) as opened:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+        assert opened.info["duration"] in (62, 63)
+    assert np.array_equal(np.stack(frames), to_uint8(video)[0])
+    with pytest.raises(ValueError, match="2 names for 1 samples"):
+        save_samples(tmp_path, picture, ["a", "b"])
+
+
+def test_an_mp4_shows_the_frames(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    (path,) = save_samples(tmp_path, clip(9), ["a cat-0"], video="mp4", fps=16)
+    with av.open(str(path)) as opened:
+        assert float(opened.streams.video[0].average_rate) == 16
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)])
+    assert frames.shape == (9, 16, 32, 3)
+    assert np.abs(frames.astype(float) - to_uint8(clip(9))[0]).mean() < 12  # 4:2:0 blurs the square's edges
+    assert [path.name for path in tmp_path.iterdir()] == ["a cat-0.mp4"]
+    with pytest.raises(UserError, match="needs even sides, these frames are 15 x 32"):
+        save_samples(tmp_path, clip(2, height=15), ["odd"], video="mp4")
+
+
+def test_mp4_without_pyav_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"install vipo\[video\], or take --video webp"):
+        save_samples(tmp_path, clip(2), ["a"], video="mp4")
