@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import tiny
-from vipo.recipe import load_recipe, parse_recipe, shipped_recipes
+from vipo.recipe import load_recipe, parse_recipe, read_judges, shipped_recipes
 from vipo.types import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -169,3 +169,18 @@ def test_comparing_samples_needs_them_to_start_from_one_noise() -> None:
         load_recipe("quickstart", ["solver.same_noise=false"])
     assert load_recipe("quickstart", ["solver.same_noise=false", "structuring.sources=[perceptual]"])
     assert load_recipe("quickstart", ["solver.same_noise=false", "credit=sample"])
+
+
+def test_judges_are_a_list_or_have_options_and_a_reward_may_be_named_twice(tmp_path: Path) -> None:
+    plain, named = load_recipe("quickstart"), "{best: {reward: jpeg_compressibility, options: {quality: 90}}}"
+    assert list(plain.judges) == ["emoji_judge", "emoji_layout"]
+    changed = load_recipe("quickstart", [f"judges={named}"])
+    assert changed.judges["best"].reward == "jpeg_compressibility" and list(changed.judges) == ["best"]
+    file = tmp_path / "judges.yaml"
+    file.write_text("[redness, brightness]")
+    assert list(read_judges(file)) == ["redness", "brightness"]
+    file.write_text("a: {reward: redness, weight: 2}")
+    with pytest.raises(UserError, match=r"unknown key 'judges\.a\.weight'"):
+        read_judges(file)
+    with pytest.raises(UserError, match="does not exist; give a YAML file"):
+        read_judges(tmp_path / "none.yaml")

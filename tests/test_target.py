@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from vipo.evaluate import evaluate, summary
 from vipo.generators.flux import FluxGenerator
-from vipo.recipe import parse_recipe
+from vipo.recipe import parse_recipe, read_judges
 from vipo.rollout import Solver
 from vipo.run import Run
 from vipo.target import PLAIN_STEPS, Model, fingerprint, open_target
@@ -88,6 +88,18 @@ def test_settings_tell_models_prompts_and_rewards_apart(
     assert plain.settings(PROMPTS, [name], **how)["rewards"] != settings["rewards"]
 
 
+def test_one_reward_judges_twice_with_other_options(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "judges.yaml"
+    file.write_text(
+        "coarse: {reward: jpeg_compressibility, options: {quality: 5}}\nfine: {reward: jpeg_compressibility}\n"
+    )
+    model = open_target(str(model_folder), size=SIDE).judged_by(read_judges(file))
+    scores = model.evaluate(PROMPTS[:2], ["coarse", "fine"], count=1, steps=STEPS).scores["base"]
+    assert (scores["coarse"] > scores["fine"]).all()  # fewer kilobytes
+    told = model.settings(PROMPTS[:2], ["coarse", "fine"], count=1, steps=STEPS, batch_size=4)["rewards"]
+    assert told["coarse"]["options"] == {"reward": "jpeg_compressibility", "quality": 5} != told["fine"]["options"]
+
+
 def test_a_fingerprint_sees_the_smallest_training_step() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 3))
     before = fingerprint(network)
@@ -102,7 +114,7 @@ def test_a_run_keeps_the_options_of_its_rewards(model_folder: Path, tmp_path: Pa
     changes = {"training__iterations": 1, "rewards": reward, "evaluation__every": None}
     list(Run(parse_recipe(tiny.recipe(model_folder, tmp_path / "prompts.txt", **changes)), tmp_path / "run"))
     model = open_target(str(tmp_path / "run"))
-    assert model.rewards["jpeg_compressibility"].options == {"quality": 10}
+    assert model.rewards["jpeg_compressibility"].options == {"reward": "jpeg_compressibility", "quality": 10}
     logged = tiny.lines(tmp_path / "run" / "evaluations.jsonl")
     found = model.evaluate(model.evaluation_prompts, list(model.rewards), count=1, steps=None)
     for model_name, line in (("base", logged[0]), ("policy", logged[-1])):

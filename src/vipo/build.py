@@ -16,7 +16,7 @@ from vipo import backbones, embedded, generators, map_sources, rewards
 from vipo.objective import NEEDS_MAPS
 from vipo.policy import Policy
 from vipo.prompts import SHIPPED, PromptSampler, read_prompts, shipped_set
-from vipo.recipe import GeneratorSection, Recipe, RewardSection, SourceName, StructuringSection
+from vipo.recipe import GeneratorSection, JudgeSection, Recipe, RewardSection, SourceName, StructuringSection
 from vipo.rollout import Solver, Window
 from vipo.structuring import PerceptualStructuring
 from vipo.trainer import Objective, Trainer, Update
@@ -136,11 +136,11 @@ def build_map_source(section: StructuringSection, generator: Generator, scorer: 
     return sources[0] if len(sources) == 1 else map_sources.Product(sources, section.normalization)
 
 
-def build_rewards(sections: Mapping[str, RewardSection], **policy: Any) -> RewardSuite:
+def build_rewards(sections: Mapping[str, JudgeSection], **policy: Any) -> RewardSuite:
     """Rewards by name with their weights; ``policy`` is what :class:`RewardSuite` does about failures."""
     return RewardSuite(
-        {name: rewards.build(name, **section.options) for name, section in sections.items()},
-        {name: section.weight for name, section in sections.items()},
+        {name: rewards.build(section.reward or name, **section.options) for name, section in sections.items()},
+        {name: section.weight if isinstance(section, RewardSection) else 1.0 for name, section in sections.items()},
         **policy,
     )
 
@@ -182,7 +182,7 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
         "pause_seconds": recipe.training.reward_pause_seconds,
     }
     scorer = build_rewards(recipe.rewards, max_failed_share=recipe.training.max_failed_share, **trying)
-    held_out = build_rewards(dict.fromkeys(recipe.judges, RewardSection()))
+    held_out = build_rewards(recipe.judges)
     device = str(accelerator.device)
     generator = build_generator(recipe.generator, device=device)
     solver = build_solver(recipe, generator)

@@ -157,7 +157,9 @@ def maps(
 @app.command()
 def evaluate(
     target: Target,
-    rewards: Annotated[str | None, typer.Option(help="Comma-separated; default all of the run's.")] = None,
+    rewards: Annotated[
+        str | None, typer.Option(help="Names, comma-separated, or a YAML file as under `judges`; default the run's.")
+    ] = None,
     prompts: Prompts = None,
     lora: Lora = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 2,
@@ -175,6 +177,7 @@ def evaluate(
     """
     from vipo.evaldir import EvaluationFolder
     from vipo.evaluate import summary
+    from vipo.recipe import read_judges
     from vipo.tables import evaluation_table
     from vipo.target import open_target
 
@@ -182,6 +185,8 @@ def evaluate(
         raise UserError("--resume and --pictures need a folder to work in; name it with --output")
     given = _read_texts(prompts) if prompts else None
     model = open_target(target, size=size, lora=lora)
+    if rewards and rewards.endswith((".yaml", ".yml")):
+        model, rewards = model.judged_by(read_judges(rewards)), None
     texts, asked = given or model.evaluation_prompts, rewards.split(",") if rewards else list(model.rewards)
     if not asked:
         raise UserError("this model has no run behind it, so name what to score with --rewards A,B")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -55,7 +55,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _judged(event: Evaluated, judges: Sequence[str]) -> str:
+def _judged(event: Evaluated, judges: Iterable[str]) -> str:
     """The held-out judges' last word."""
     means = {name: float(event.evaluation.scores[name].nanmean()) for name in judges}
     return "".join(f"  {name} {mean:.3f}" for name, mean in means.items())

@@ -75,9 +75,13 @@ class SolverSection(Section):
     same_noise: bool = Field(True, description="samples of a group start from one noise")
 
 
-class RewardSection(Section):
-    weight: float = Field(1.0, description="in the sum of several")
+class JudgeSection(Section):
+    reward: str | None = Field(None, description="which reward it is; null means that of its own name")
     options: dict[str, Any] = Field({}, description="the reward's own")
+
+
+class RewardSection(JudgeSection):
+    weight: float = Field(1.0, description="in the sum of several")
 
 
 def _weight_alone(value: Any) -> Any:
@@ -85,7 +89,13 @@ def _weight_alone(value: Any) -> Any:
     return {"weight": value} if isinstance(value, int | float) else value
 
 
+def _names_alone(value: Any) -> Any:
+    """``[a, b]`` is short for ``{a: {}, b: {}}``."""
+    return {name: {} for name in value} if isinstance(value, list | tuple) else value
+
+
 Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
+Judges = Annotated[dict[str, JudgeSection], BeforeValidator(_names_alone)]
 
 
 def _word_no(value: Any) -> Any:
@@ -172,7 +182,7 @@ class Recipe(Section):
     prompts: PromptsSection
     solver: SolverSection
     rewards: dict[str, Reward] = Field(description="trained on: name or file.py:function, to its weight")
-    judges: list[str] = Field([], description="held-out rewards, measured and never trained on")
+    judges: Judges = Field({}, description="held-out rewards, measured and never trained on: a list, or with options")
     structuring: StructuringSection = Field(default_factory=StructuringSection)
     policy: PolicySection = Field(default_factory=PolicySection)
     objective: ObjectiveSection
@@ -253,6 +263,28 @@ def parse_section(section: type[S], raw: Mapping[str, Any], *, source: str) -> S
         raise UserError(f"{source}: {problems}") from error
 
 
+class _JudgesFile(Section):
+    judges: Judges
+
+
+def read_judges(path: str | Path) -> dict[str, JudgeSection]:
+    """A YAML file of rewards with options, written as under ``judges`` in a recipe.
+
+    Raises:
+        UserError: the file is missing or is not such a list.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"judges file {str(path)!r} does not exist; give a YAML file, or names separated by commas")
+    return parse_section(_JudgesFile, {"judges": _parsed(Path(path), "judges file")}, source=str(path)).judges
+
+
+def _parsed(path: Path, what: str) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{what} {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
 def _locate(path: str | Path) -> Path:
     if Path(path).is_file():
         return Path(path)
@@ -266,10 +298,7 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe as a mapping, with what it extends; ``children`` are the recipes that extend it."""
     if path.resolve() in children:
         raise UserError(f"recipe {str(path)!r} extends itself, by way of {', '.join(c.name for c in children)}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    raw = _parsed(path, "recipe")
     if not isinstance(raw, dict):
         raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values")
     if "extends" in raw:
@@ -284,7 +313,7 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     """``change`` over ``base``, nested keys one by one; ``rewards`` and ``judges`` are replaced whole."""
     merged = dict(base)
     for key, value in change.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in ("rewards", "judges")
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
 

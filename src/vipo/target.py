@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from vipo.build import build_generator, model_path
+from vipo.build import build_generator, build_rewards, model_path
 from vipo.evaluate import EVALUATION_SEED, Evaluation, Judgement, evaluate
 from vipo.judged import Judges, Keeper, Models, judge_parts
-from vipo.recipe import GeneratorSection, RewardSection, parse_section
+from vipo.recipe import GeneratorSection, JudgeSection, parse_section
 from vipo.rewards import build as build_reward
 from vipo.rewards.user_file import is_user_file
 from vipo.rollout import Solver, sample_groups
@@ -32,7 +32,7 @@ PROBED = 64  # elements of each tensor that a fingerprint looks at
 
 @dataclass(frozen=True)
 class OwnReward:
-    """A reward that comes with the model: a run's own, built with the options of its recipe."""
+    """A reward that comes with the model, a run's own for one, with which reward it is and its options."""
 
     reward: Reward
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -51,6 +51,14 @@ class Model:
     reference: Callable[[], AbstractContextManager[None]] | None = None  # inside, the generator is the base model
     evaluation_prompts: tuple[Prompt, ...] = ()
     rewards: Mapping[str, OwnReward] = field(default_factory=dict)
+
+    def judged_by(self, sections: Mapping[str, JudgeSection]) -> Model:
+        """The same model with these rewards to choose from.
+
+        Raises:
+            UserError: one of them cannot be built.
+        """
+        return replace(self, rewards=_owned(sections, build_rewards(sections).rewards))
 
     @property
     def models(self) -> Models:
@@ -137,8 +145,9 @@ class Model:
 
     def _reward_settings(self, name: str) -> dict[str, Any]:
         options: dict[str, Any] = dict(self.rewards[name].options) if name in self.rewards else {}
-        file = Path(name.rpartition(":")[0]).expanduser()
-        if is_user_file(name) and file.is_file():
+        source = str(options.get("reward", name))
+        file = Path(source.rpartition(":")[0]).expanduser()
+        if is_user_file(source) and file.is_file():
             return {"options": options, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         return {"options": options}
 
@@ -181,10 +190,17 @@ def open_target(target: str, *, size: int | None = None, lora: Path | None = Non
 def _open_run(target: str) -> Model:
     session = load_run(Path(target))
     described = {"model": target, "lora": None, "generator": session.recipe.generator.model_dump(exclude={"path"})}
-    sections = {**dict.fromkeys(session.recipe.judges, RewardSection()), **session.recipe.rewards}
-    rewards = {name: OwnReward(reward, sections[name].options) for name, reward in session.judge.rewards.items()}
+    rewards = _owned({**session.recipe.judges, **session.recipe.rewards}, session.judge.rewards)
     solver, reference = session.trainer.solver, session.policy.reference
     return Model(session.generator, solver, described, reference, session.evaluation_prompts, rewards)
+
+
+def _owned(sections: Mapping[str, JudgeSection], built: Mapping[str, Reward]) -> dict[str, OwnReward]:
+    """Rewards beside what they were built from."""
+    return {
+        name: OwnReward(reward, {"reward": sections[name].reward or name, **sections[name].options})
+        for name, reward in built.items()
+    }
 
 
 def _attach_lora(generator: Generator, lora: Path) -> Callable[[], AbstractContextManager[None]]:
