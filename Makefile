@@ -32,12 +32,11 @@ quickstart: $(VENV)/.installed ## Post-train the embedded FLUX on this machine a
 	@echo "Open $(RUN)/report.html; pictures are in $(RUN)/samples, maps in $(RUN)/maps."
 
 CLAIMS := runs/claims
-PUBLISHED := experiments/claims/results
 
 claims: $(VENV)/.installed ## Rerun every table of docs/results.md into runs/claims (hours; goes on where it was stopped)
 	$(BIN)/python experiments/claims/run.py --out $(CLAIMS)/results --pictures $(CLAIMS)
 	test -f $(CLAIMS)/results/gradient.json || $(BIN)/python experiments/claims/gradient.py --out $(CLAIMS)/results/gradient.json \
-		--directions $(CLAIMS)/sample-0.safetensors $(CLAIMS)/vipo-0.safetensors
+		--directions $(CLAIMS)/sample-rate-1e-3-0.safetensors $(CLAIMS)/vipo-rate-1e-3-0.safetensors
 	$(BIN)/python experiments/claims/page.py --results $(CLAIMS)/results --pictures $(CLAIMS) --html $(CLAIMS)/results.html
 
 claims-quick: $(VENV)/.installed ## The same machinery with one seed and two iterations (minutes); the figures mean nothing

@@ -1,7 +1,7 @@
 """Why a map helps or not: how clearly one iteration's gradient points where the reward is known to rise.
 
     cd runs/claims; python ../../experiments/claims/gradient.py --out gradient.json \\
-        --directions sample-0.safetensors vipo-0.safetensors
+        --directions sample-rate-1e-3-0.safetensors vipo-rate-1e-3-0.safetensors
 
 Training moved the weights by some vectors along which the reward rose; r is the unit vector of their mean. For one
 iteration's samples i, positions p and advantages A_i, an estimator with the weights w_i(p) sees the slope
