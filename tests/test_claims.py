@@ -286,6 +286,8 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "sample": 0.2,
         "vipo": 0.3,
         "source-deviation-perceptual": 0.4,
+        "sample-rate-1e-3": 0.1,
+        "source-deviation-perceptual-rate-1e-3": 0.5,
         "average": 0.4,
         "reward-map": 0.1,
         "sample-clip-1e-4": 0.2,
