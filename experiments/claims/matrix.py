@@ -110,12 +110,12 @@ ARMS: dict[str, Arm] = {
     "minmax": structuring(normalization="minmax"),
     "stride-16": backbone(16, 128),
     "stride-32": backbone(32, 224),
-    "redness-sample": redness("credit=sample"),
-    "redness-vipo": redness(),
-    "redness-deviation": redness("structuring.sources=[deviation]"),
     "sample-clip-1e-4": clipped("sample", "1e-4"),
     "uniform-clip-1e-4": clipped("uniform", "1e-4"),
     "vipo-clip-1e-4": clipped("advantage_map", "1e-4"),
+    "redness-sample": redness("credit=sample"),
+    "redness-vipo": redness(),
+    "redness-deviation": redness("structuring.sources=[deviation]"),
     "sample-clip-1e-2": clipped("sample", "1e-2", seeds=1),
     "uniform-clip-1e-2": clipped("uniform", "1e-2", seeds=1),
     "vipo-clip-1e-2": clipped("advantage_map", "1e-2", seeds=1),
@@ -133,5 +133,5 @@ ARMS: dict[str, Arm] = {
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 25, len(ARMS))
+BLOCKS = (13, 22, 25, 28, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""
