@@ -67,10 +67,11 @@ def test_a_reward_without_gradient_is_refused_by_name(rollout: Rollout) -> None:
 def test_samples_without_a_score_do_not_spoil_the_gradient_of_the_others(rollout: Rollout) -> None:
     def sometimes(media: Tensor, prompts: list[Prompt]) -> Tensor:
         values = corner(media, prompts)
-        return values + torch.tensor([torch.nan if i == 1 else 0.0 for i in range(len(values))])
+        return values * torch.tensor([torch.nan if i == 1 else 1.0 for i in range(len(values))])
 
-    source = RewardGradient({"sometimes": sometimes}, {"sometimes": 1.0})
-    assert torch.allclose(source(rollout)[0], RewardGradient({"c": corner}, {"c": 1.0})(rollout)[0], atol=1e-5)
+    maps = RewardGradient({"sometimes": sometimes}, {"sometimes": 1.0})(rollout)
+    assert torch.allclose(maps[0], RewardGradient({"c": corner}, {"c": 1.0})(rollout)[0], atol=1e-5)
+    assert torch.equal(maps[1], torch.ones_like(maps[1]))  # it has advantage 0, so any finite map will do
 
 
 def test_disagreement_is_where_the_group_differs_and_the_same_for_all_of_it(rollout: Rollout) -> None:
