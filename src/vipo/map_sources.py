@@ -72,12 +72,16 @@ class RewardGradient:
         media = media.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             total = torch.zeros((), device=media.device)
+            scored = torch.ones(len(media), dtype=torch.bool, device=media.device)
             for name, reward in self.rewards.items():
-                values = reward(media, prompts)
+                values = reward(media, prompts).to(media.device)
                 if not values.requires_grad:
                     raise UserError(f"reward {name!r} has no gradient; structuring.sources takes another source then")
-                total = total + self.weights[name] * values[values.isfinite()].sum().to(media.device)
-            return torch.autograd.grad(total, media)[0]
+                scored &= values.isfinite()
+                total = total + self.weights[name] * values[values.isfinite()].sum()
+            gradient = torch.autograd.grad(total, media)[0]
+        # The way back through a missing score may be NaN. Such a sample has advantage 0, so any finite map will do.
+        return gradient.where(scored[:, None, None, None, None], torch.zeros_like(gradient))
 
 
 @dataclass(frozen=True)
