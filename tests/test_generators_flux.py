@@ -12,7 +12,8 @@ from diffusers import FluxPipeline
 import tiny
 from vipo import objective, sde
 from vipo.generators import factory
-from vipo.generators.flux import FluxGenerator, pack, unpack
+from vipo.generators.common import pack_patches, unpack_patches
+from vipo.generators.flux import FluxGenerator
 from vipo.rollout import Solver, sample_groups
 from vipo.types import Prompt, UserError
 
@@ -61,9 +62,9 @@ def test_pictures_are_those_of_the_diffusers_pipeline(model_folder: Path, genera
 
 def test_packing_is_diffusers_packing_and_loses_nothing() -> None:
     latents = noise(2)
-    tokens = pack(latents)
+    tokens = pack_patches(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents[:, :, 0], 2, 4, 6, 10))
-    assert torch.equal(unpack(tokens, 6, 10), latents)
+    assert torch.equal(unpack_patches(tokens, 6, 10), latents)
 
 
 def test_one_at_a_time_equals_a_batch(generator: FluxGenerator) -> None:

@@ -98,12 +98,18 @@ def build_generator(section: GeneratorSection, *, device: str) -> Generator:
     for key in section.options:
         if key not in accepted:
             raise UserError(f"generator {section.name!r} takes no option {key!r}; it takes {', '.join(accepted)}")
+    video = {"frames": section.frames} if generators.makes_video(section.name) else {}
+    if not video and section.frames != 1:
+        raise UserError(
+            f"generator {section.name!r} makes pictures, but generator.frames={section.frames}; set it to 1"
+        )
     return load(
         model_path(section.path),
         device=device,
         dtype=DTYPES[section.dtype],
         height=section.height,
         width=section.width,
+        **video,
         **section.options,
     )
 

@@ -47,6 +47,7 @@ class GeneratorSection(Section):
     path: str = Field(description="pipeline folder, hub id, or embedded:NAME")
     height: PositiveInt = Field(description="pixels")
     width: PositiveInt = Field(description="pixels")
+    frames: PositiveInt = Field(1, description="of a video, in pixel space; 1 for a picture")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
 

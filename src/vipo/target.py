@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from vipo.build import build_generator, build_rewards, model_path
 from vipo.evaluate import EVALUATION_SEED, Evaluation, Judgement, evaluate
+from vipo.generators import GENERATORS, adapter_of
 from vipo.judged import Judges, Keeper, Models, judge_parts
 from vipo.recipe import GeneratorSection, JudgeSection, parse_section
 from vipo.rewards import build as build_reward
@@ -26,7 +27,6 @@ from vipo.types import Generator, Prompt, Reward, Rollout, UserError
 
 BATCH = 64
 PLAIN_STEPS = 28  # what FLUX.1-dev is usually sampled with
-ADAPTERS = {"FluxPipeline": "flux"}  # pipeline class in model_index.json -> adapter
 PROBED = 64  # elements of each tensor that a fingerprint looks at
 
 
@@ -240,9 +240,11 @@ def _adapter(path: str) -> str:
             raise UserError(f"{path!r} is neither a run directory nor a diffusers pipeline folder")
         return "flux"
     name = str(json.loads(index.read_text())["_class_name"])
-    if name not in ADAPTERS:
-        raise UserError(f"{path!r} is a {name}; vipo adapts {', '.join(ADAPTERS)}")
-    return ADAPTERS[name]
+    adapter = adapter_of(name)
+    if adapter is None:
+        known = ", ".join(sorted(pipeline for entry in GENERATORS.values() for pipeline in entry.pipelines))
+        raise UserError(f"{path!r} is a {name}; vipo adapts {known}")
+    return adapter
 
 
 def _side(path: str) -> int:

@@ -17,12 +17,31 @@ class GeneratorEntry:
     """Where an adapter lives and what it adapts. Importing is left until it is built."""
 
     target: str  # "module:class"; the class has ``from_pretrained(path, *, device, dtype, **options)``
+    pipelines: tuple[str, ...]  # the diffusers classes it reads, as model_index.json names them
     summary: str
 
 
 GENERATORS: dict[str, GeneratorEntry] = {
-    "flux": GeneratorEntry("vipo.generators.flux:FluxGenerator", "FLUX.1 (dev, schnell) and the embedded emoji-flux"),
+    "flux": GeneratorEntry(
+        "vipo.generators.flux:FluxGenerator", ("FluxPipeline",), "FLUX.1 (dev, schnell) and the embedded emoji-flux"
+    ),
+    "sd3": GeneratorEntry(
+        "vipo.generators.sd3:StableDiffusion3Generator", ("StableDiffusion3Pipeline",), "Stable Diffusion 3 and 3.5"
+    ),
+    "flux2": GeneratorEntry(
+        "vipo.generators.flux2:Flux2KleinGenerator", ("Flux2KleinPipeline",), "FLUX.2 klein, base and distilled"
+    ),
+    "qwen_image": GeneratorEntry("vipo.generators.qwen_image:QwenImageGenerator", ("QwenImagePipeline",), "Qwen-Image"),
+    "z_image": GeneratorEntry("vipo.generators.z_image:ZImageGenerator", ("ZImagePipeline",), "Z-Image"),
+    "wan": GeneratorEntry(
+        "vipo.generators.wan:WanGenerator", ("WanPipeline",), "Wan2.1 and Wan2.2 5B text to video, and emoji-wan"
+    ),
 }
+
+
+def adapter_of(pipeline: str) -> str | None:
+    """The adapter that reads a diffusers pipeline class, if there is one."""
+    return next((name for name, entry in GENERATORS.items() if pipeline in entry.pipelines), None)
 
 
 def _adapter(name: str) -> Any:
@@ -44,6 +63,11 @@ def factory(name: str) -> Callable[..., Generator]:
 
 
 def options(name: str) -> list[str]:
-    """What the adapter takes beyond the picture's size, by name."""
-    common = {"pipeline", "height", "width"}
+    """What the adapter takes beyond the size of its media, by name."""
+    common = {"pipeline", "height", "width", "frames"}
     return [key for key in inspect.signature(_adapter(name)).parameters if key not in common]
+
+
+def makes_video(name: str) -> bool:
+    """Whether the adapter called ``name`` takes a number of frames."""
+    return "frames" in inspect.signature(_adapter(name)).parameters
