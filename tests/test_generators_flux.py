@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
 
+import adapters
 import tiny
-from vipo import objective, sde
+from vipo import sde
 from vipo.generators import factory
 from vipo.generators.common import pack_patches, unpack_patches
 from vipo.generators.flux import FluxGenerator
 from vipo.rollout import Solver, sample_groups
 from vipo.types import Prompt, UserError
 
-SHAPE = (4, 1, 6, 10)
-STEPS, GUIDANCE = 4, 3.5
+PROMPTS = ["a cat", "a red car on a blue background"]
+CHANNELS, STRIDE = 4, 4  # of the tiny autoencoder; FLUX.1's has 16 and 8
+STEPS = 4
+
+JOINT = {f"transformer_blocks.attn.{layer}" for layer in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+ATTENTION = JOINT | {
+    f"{blocks}.attn.{layer}"
+    for blocks in ("transformer_blocks", "single_transformer_blocks")
+    for layer in ("to_q", "to_k", "to_v")
+}
+ATTENTION |= {"transformer_blocks.attn.to_out"}
 
 
 @pytest.fixture(scope="module")
@@ -26,91 +37,140 @@ def generator(model_folder: Path) -> FluxGenerator:
     return tiny.generator(model_folder)
 
 
-def noise(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture
+def pipeline(model_folder: Path) -> FluxPipeline:
+    """A pipeline that the test may change."""
+    return FluxPipeline.from_pretrained(model_folder)
 
 
-def ours(generator: FluxGenerator, prompts: list[str], start: torch.Tensor) -> torch.Tensor:
-    """The adapter run through our own ODE."""
-    conditioning = generator.encode(prompts)
-    sigmas, z = sde.shifted_sigmas(STEPS, generator.shift), start
-    with torch.no_grad():
-        for now, after in pairwise(sigmas):
-            velocity = generator.velocity(z, now.expand(len(z)), conditioning)
-            z = sde.transition(velocity, z, now, after, kind="ode", eta=0.0).mean
-    return generator.decode(z)
+def draw(pipeline: Any, *, height: int = tiny.HEIGHT, width: int = tiny.WIDTH, **options: Any) -> Tensor:
+    """The pipeline's own pictures from :func:`adapters.noise`."""
+    pipeline.set_progress_bar_config(disable=True)
+    rows, columns = height // STRIDE, width // STRIDE
+    rng = torch.Generator().manual_seed(0)
+    start = torch.stack([torch.randn(CHANNELS, rows, columns, generator=rng) for _ in PROMPTS])
+    packed = FluxPipeline._pack_latents(start, len(PROMPTS), CHANNELS, rows, columns)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 3.5, "output_type": "pt", **options}
+    return pipeline(PROMPTS, height=height, width=width, max_sequence_length=16, latents=packed, **settings).images
 
 
-def test_pictures_are_those_of_the_diffusers_pipeline(model_folder: Path, generator: FluxGenerator) -> None:
-    prompts, start = ["a cat", "a red car on a blue background"], noise(2)
-    pipeline = FluxPipeline.from_pretrained(model_folder)
-    theirs = pipeline(
-        prompts,
-        height=tiny.HEIGHT,
-        width=tiny.WIDTH,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        max_sequence_length=generator.max_sequence_length,
-        latents=FluxPipeline._pack_latents(start[:, :, 0], 2, *SHAPE[:1], *SHAPE[2:]),
-        output_type="pt",
-    ).images
-    mine = ours(generator, prompts, start)
-    assert mine.shape == (2, 3, 1, tiny.HEIGHT, tiny.WIDTH)
-    assert mine.std() > 0.05  # two grey pictures would agree too
-    assert torch.allclose(mine[:, :, 0], theirs, atol=1e-4)
+def adapted(pipeline: Any, *, height: int = tiny.HEIGHT, width: int = tiny.WIDTH, **options: Any) -> FluxGenerator:
+    return FluxGenerator(pipeline, height=height, width=width, max_sequence_length=16, **options)
 
 
-def test_packing_is_diffusers_packing_and_loses_nothing() -> None:
-    latents = noise(2)
+def ours(generator: FluxGenerator) -> Tensor:
+    return adapters.ode(generator, PROMPTS, adapters.noise(generator, len(PROMPTS)), STEPS)[:, :, 0]
+
+
+def by_size(pipeline: Any) -> Any:
+    """The scheduler of FLUX.1-dev: the shift depends on the size of the picture."""
+    pipeline.scheduler.register_to_config(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    return pipeline
+
+
+def test_pictures_are_those_of_the_diffusers_pipeline(pipeline: FluxPipeline, generator: FluxGenerator) -> None:
+    theirs = draw(pipeline)
+    assert generator.shift == 3 and theirs.shape == (2, 3, tiny.HEIGHT, tiny.WIDTH)
+    adapters.same_pictures(ours(generator), theirs)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (96, 48)])
+def test_with_a_shift_by_size_the_pictures_are_the_pipelines(pipeline: FluxPipeline, size: tuple[int, int]) -> None:
+    height, width = size
+    model = adapted(by_size(pipeline), height=height, width=width)
+    adapters.same_pictures(ours(model), draw(pipeline, height=height, width=width))
+
+
+@pytest.mark.parametrize("size", [(512, 512), (720, 720), (1024, 1024), (768, 1344)])
+def test_at_full_size_the_grid_is_the_one_the_pipeline_works_out(
+    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    """``size`` is FLUX.1's; the tiny autoencoder's stride is half, so half the pixels make the same tokens."""
+    height, width = size[0] // 2, size[1] // 2
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states),))
+    model = adapted(by_size(pipeline), height=height, width=width)
+    draw(pipeline, height=height, width=width, output_type="latent")
+    assert model.latent_shape()[2:] == (size[0] // 8, size[1] // 8)
+    assert torch.allclose(sde.shifted_sigmas(STEPS, model.shift), pipeline.scheduler.sigmas, atol=1e-6)
+    assert model.shift > 1.8  # 512 pixels and more
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+def test_a_model_without_distilled_guidance_draws_the_pipelines_pictures(
+    pipeline: FluxPipeline, guidance_scale: float
+) -> None:
+    """FLUX.1-schnell: no guidance, no shift."""
+    config = {**pipeline.transformer.config, "guidance_embeds": False}
+    pipeline.register_modules(transformer=FluxTransformer2DModel.from_config(config))
+    pipeline.scheduler.set_shift(1.0)
+    pipeline.scheduler.register_to_config(shift=1.0)
+    model = adapted(pipeline, guidance_scale=guidance_scale)
+    assert model.shift == 1
+    adapters.same_pictures(ours(model), draw(pipeline, guidance_scale=0.0))
+
+
+def test_a_bfloat16_network_is_fed_what_the_pipeline_feeds_it(model_folder: Path) -> None:
+    """Time, guidance and positions to the last bit; only the latents, which we keep in float32, may differ."""
+    pipeline = FluxPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
+    fed: list[dict[str, Tensor]] = []
+    pipeline.transformer.register_forward_pre_hook(lambda _module, _, given: fed.append(given), with_kwargs=True)
+    draw(pipeline)
+    theirs, model = fed[:], adapted(pipeline)
+    fed.clear()
+    ours(model)
+    assert len(fed) == len(theirs) == STEPS
+    for mine, other in zip(fed, theirs, strict=True):
+        for name in ("timestep", "guidance", "img_ids", "txt_ids", "pooled_projections", "encoder_hidden_states"):
+            assert torch.equal(mine[name], other[name]) and mine[name].dtype == other[name].dtype, name
+        assert mine["hidden_states"].dtype == torch.bfloat16
+    assert len({float(mine["timestep"][0]) for mine in fed}) == STEPS
+
+
+def test_a_bfloat16_network_is_close(model_folder: Path, generator: FluxGenerator) -> None:
+    pipeline = FluxPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
+    adapters.bfloat16_is_close(generator, adapted(pipeline), PROMPTS)
+
+
+def test_packing_is_diffusers_packing_and_loses_nothing(generator: FluxGenerator) -> None:
+    latents = adapters.noise(generator, 2)
     tokens = pack_patches(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents[:, :, 0], 2, 4, 6, 10))
     assert torch.equal(unpack_patches(tokens, 6, 10), latents)
 
 
 def test_one_at_a_time_equals_a_batch(generator: FluxGenerator) -> None:
-    prompts = ["a cat", "a fox", "a sun"]
-    together = ours(generator, prompts, noise(3))
-    for i, prompt in enumerate(prompts):
-        assert torch.allclose(ours(generator, [prompt], noise(3)[i : i + 1]), together[i : i + 1], atol=1e-4)
-
-
-def test_decoding_in_parts_changes_nothing(generator: FluxGenerator) -> None:
-    whole = generator.decode(noise(5))
-    generator.decode_batch_size, before = 2, generator.decode_batch_size
-    assert torch.allclose(generator.decode(noise(5)), whole, atol=1e-4)
-    generator.decode_batch_size = before
+    adapters.one_equals_many(generator, [*PROMPTS, "a sun"])
 
 
 def test_a_hot_map_cell_asks_for_a_change_of_its_own_position_only(generator: FluxGenerator) -> None:
-    """Through the packing: the loss of a map with one hot cell depends on the velocity there and nowhere else."""
-    z, conditioning = noise(2), generator.encode(["a cat", "a fox"])
-    with torch.no_grad():
-        velocity = generator.velocity(z, torch.full((2,), 0.8), conditioning)
-    velocity.requires_grad_()
-    step = sde.transition(velocity, z, 0.8, 0.6, kind="dance", eta=0.5)
-    nexts = sde.sample(step, noise(2, seed=1)).detach()
-    maps = torch.zeros(2, *SHAPE[1:])
-    maps[:, 0, 3, 7] = 1.0
-    log_prob = sde.log_prob(nexts, step)
-    weight = objective.spatial_advantage(torch.tensor([1.0, -1.0]), maps)
-    objective.clipped_surrogate(log_prob, log_prob.detach(), weight, clip_range=0.2).loss.backward()
-    assert velocity.grad is not None
-    asked = velocity.grad.abs().sum((0, 1, 2)) > 0
-    assert asked.sum() == 1 and asked[3, 7]
+    """Through the packing: cell (3, 7) of 6 x 10 is in token (1, 3) of 3 x 5."""
+    adapters.hot_cell(generator, PROMPTS, (0, 3, 7), token=1 * 5 + 3)
 
 
-def test_guidance_reaches_the_network(model_folder: Path, generator: FluxGenerator) -> None:
-    other = FluxGenerator.from_pretrained(
-        model_folder, device="cpu", dtype=torch.float32, height=24, width=40, guidance_scale=1.0
-    )
-    z, sigma, rows = noise(1), torch.tensor([0.7]), generator.encode(["a cat"])
-    with torch.no_grad():
-        assert not torch.allclose(other.velocity(z, sigma, rows), generator.velocity(z, sigma, rows))
+def test_gradient_checkpointing_changes_no_gradient(model_folder: Path) -> None:
+    adapters.checkpointing_same_gradient(tiny.generator(model_folder), PROMPTS)
 
 
-def test_sizes_the_packing_cannot_hold_are_refused(model_folder: Path) -> None:
+def test_lora_choices_are_the_layers_they_say(model_folder: Path) -> None:
+    adapters.lora_sits_on(tiny.generator(model_folder), "attention", ATTENTION)
+    model = tiny.generator(model_folder)
+    linear = [name for name, module in model.network.named_modules() if isinstance(module, torch.nn.Linear)]
+    blocks = {
+        ".".join(part for part in name.split(".") if not part.isdigit())
+        for name in linear
+        if name.split(".")[0] in ("transformer_blocks", "single_transformer_blocks")
+    }
+    adapters.lora_sits_on(model, "blocks", blocks)
+
+
+def test_guidance_reaches_the_network(pipeline: FluxPipeline, generator: FluxGenerator) -> None:
+    other = adapted(pipeline, guidance_scale=1.0)
+    assert not torch.allclose(adapters.velocity(other, PROMPTS), adapters.velocity(generator, PROMPTS))
+
+
+def test_sizes_the_packing_cannot_hold_are_refused(pipeline: FluxPipeline) -> None:
     with pytest.raises(UserError, match="multiples of 8 pixels"):
-        FluxGenerator.from_pretrained(model_folder, device="cpu", dtype=torch.float32, height=24, width=44)
+        adapted(pipeline, width=44)
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
@@ -124,8 +184,8 @@ def test_an_unknown_generator_names_the_nearest() -> None:
 
 
 def test_everything_but_the_trained_weights_is_frozen(generator: FluxGenerator) -> None:
-    parts = (generator.pipeline.vae, generator.pipeline.text_encoder, generator.pipeline.text_encoder_2)
-    assert not any(p.requires_grad for part in (*parts, generator.network) for p in part.parameters())
+    assert len(generator.text_encoders) == 2
+    adapters.text_is_frozen(generator)
 
 
 def test_the_embedded_pipeline_samples_through_the_adapter() -> None:

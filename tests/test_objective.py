@@ -156,3 +156,12 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         objective.assign_credit("advantage_map", torch.zeros(4), torch.zeros(4), None, 2)
     with pytest.raises(ValueError, match="clip_range"):
         objective.clipped_surrogate(torch.zeros(4), torch.zeros(4), torch.zeros(4), clip_range=0.0)
+
+
+def test_extremes_are_the_best_and_the_worst_of_each_group() -> None:
+    advantage = torch.tensor([0.0, 3.0, -2.0, 1.0, 5.0, 5.0, 5.0, 5.0])
+    assert objective.extremes(advantage, 4, 2).tolist() == [False, True, True, False, True, False, False, True]
+    assert objective.extremes(advantage, 4, 4).all()
+    for keep in (0, 3, 6):
+        with pytest.raises(ValueError, match="half best, half worst"):
+            objective.extremes(advantage, 4, keep)

@@ -128,6 +128,14 @@ def test_loaded_weights_give_the_saved_policy(model: FluxGenerator, model_folder
     assert torch.equal(velocity(other), velocity(model))
 
 
+def test_full_weights_need_no_second_copy_unless_the_reference_is_asked_for(model: FluxGenerator) -> None:
+    kept, bare = Policy.full(model.network), Policy.full(model.network, keep_reference=False)
+    assert sum(t.numel() for t in kept._base.values()) == sum(p.numel() for p in model.network.parameters())
+    assert not bare._base
+    with pytest.raises(ValueError, match="keep_reference=True"), bare.reference():
+        pass
+
+
 @pytest.mark.parametrize("spoil", ["shape", "name"])
 def test_weights_of_another_policy_are_refused_and_nothing_is_written(model: FluxGenerator, spoil: str) -> None:
     policy = tiny.nudged(tiny.lora(model))

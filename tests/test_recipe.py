@@ -101,6 +101,8 @@ def test_an_override_that_is_no_yaml_is_refused(file: Path) -> None:
         ("solver.train_fraction=0.4", "no step to train on"),
         ("optimizer.per_iteration=7", "optimizer.per_iteration=7 .* 6 samples"),
         ("prompts.group_size=1", "prompts.group_size"),
+        ("training.keep_per_group=1", "half best and half worst"),
+        ("training.keep_per_group=4", "at most prompts.group_size=3"),
         ("optimizer.learning_rate=fast", r"optimizer.learning_rate: .*number.* \(given: 'fast'\)"),
         ("credit=vipo", "credit: .*'advantage_map'"),
         ("rewards={}", "rewards is empty"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from vipo.evaluate import Estimate
 from vipo.report import figures, gallery, svg
+from vipo.report.clips import cut, spaced
 from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
-from vipo.report.maps import heat, lit, map_sheet
+from vipo.report.embed import clip_uri
+from vipo.report.maps import clip_map_sheet, heat, lit, map_sheet, shown_frames
 from vipo.report.outcome import change_of, changes, headline, judge_gain
 from vipo.report.page import fixed, signed, write_report
 from vipo.report.pictures import contact_sheet, labelled_grid, load_sheet, save_sheet, to_uint8
@@ -27,10 +31,11 @@ PROMPTS, PER_PROMPT, ITERATIONS = 18, 2, 6
 TEXTS = [f"a <b>thing</b> number {i // PER_PROMPT}" for i in range(PROMPTS * PER_PROMPT)]
 
 
-def write_run(root: Path, *, gain: float = 0.3, name: str = "small", judge: float = 0.0) -> Path:
+def write_run(root: Path, *, gain: float = 0.3, name: str = "small", judge: float = 0.0, frames: int = 1) -> Path:
     """A finished run of 6 iterations, evaluated at 0, 3 and 6, whose reward rises by ``gain`` give or take 0.01."""
     recipe = {"name": name, "credit": "advantage_map", "seed": 3, "generator": {"name": "flux", "path": "embedded:x"}}
     recipe |= {"rewards": {"match": {"weight": 1.0}}, "judges": ["judge"], "training": {"iterations": ITERATIONS}}
+    recipe["generator"] |= {"frames": frames, "fps": 4.0} if frames > 1 else {}
     root.mkdir(parents=True, exist_ok=True)
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (root / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2"}}))
@@ -47,20 +52,23 @@ def write_run(root: Path, *, gain: float = 0.3, name: str = "small", judge: floa
             )
             timing.write(json.dumps({"iteration": i, "rollout": 3.0, "update": 1.0}) + "\n")
     for iteration in (0, ITERATIONS // 2, ITERATIONS):
-        write_evaluation(root, iteration, gain * iteration / ITERATIONS, judge * iteration / ITERATIONS)
+        write_evaluation(root, iteration, gain * iteration / ITERATIONS, judge * iteration / ITERATIONS, frames)
     sheet = map_sheet(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 2, 2), torch.rand(2, 4, 4), ["one", "two"])
+    if frames > 1:
+        clips, maps = torch.rand(2, 3, frames, 8, 8), torch.rand(2, frames, 4, 4)
+        sheet = clip_map_sheet(clips, maps, ["one", "two"], temporal_stride=1)
     (root / "maps").mkdir(exist_ok=True)
     sheet.save(root / "maps" / "step-000000.png")
     return root
 
 
-def write_evaluation(root: Path, iteration: int, gain: float, judge: float) -> None:
+def write_evaluation(root: Path, iteration: int, gain: float, judge: float, frames: int) -> None:
     count = PROMPTS * PER_PROMPT
     ramp = torch.linspace(0, 1, count)
     wobble = 0.01 * torch.sin(torch.arange(count) * 1.7) * (iteration > 0)
     values = {"match": (ramp + gain + wobble).tolist(), "judge": (ramp + judge + wobble).tolist()}
     values["judge"][5] = None if iteration else values["judge"][5]
-    media = torch.rand(count, 3, 1, 8, 8, generator=torch.Generator().manual_seed(iteration))
+    media = torch.rand(count, 3, frames, 8, 8, generator=torch.Generator().manual_seed(iteration))
     scores = {key: [float("nan") if v is None else v for v in row] for key, row in values.items()}
     save_sheet(root / "samples" / f"step-{iteration:06d}.png", media, 8, TEXTS, scores)
     record = {"iteration": iteration, "samples_per_prompt": PER_PROMPT, "prompts": TEXTS, "values": values}
@@ -288,3 +296,107 @@ def test_smoothing_keeps_a_constant_and_long_lines_are_thinned() -> None:
 def test_any_line_can_be_drawn(y: list[float]) -> None:
     drawn = svg.chart([svg.Line(list(range(len(y))), y, "raw")], label='odd "line"', from_zero=True)
     assert "nan" not in drawn and "&#34;line&#34;" in drawn
+
+
+def pixels(clip: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(frame.convert("RGB")) for frame in clip])
+
+
+def unpacked(uri: str) -> list[Image.Image]:
+    """All frames of a picture or clip that a page holds."""
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as opened:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+
+
+def test_a_sheet_of_clips_gives_back_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media = torch.rand(3, 3, 5, 6, 9)
+    save_sheet(tmp_path / "s.png", media, 8, list("abc"), {})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard, which a sheet of clips soon exceeds
+    strips, info = load_sheet(tmp_path / "s.png")
+    assert Image.MAX_IMAGE_PIXELS == 100
+    assert np.array_equal(np.stack([pixels(cut(strip, 5)) for strip in strips]), to_uint8(media))
+    assert info == {"columns": 5, "tile": [6, 9], "frames": 5, "prompts": list("abc"), "scores": {}}
+    with pytest.raises(ValueError, match="45 pixels does not hold 4 frames"):
+        cut(strips[0], 4)
+
+
+def test_evenly_spaced_values_have_both_ends() -> None:
+    assert spaced(range(9), 3) == [0, 4, 8] and spaced(range(2), 3) == [0, 1] and spaced(range(9), 1) == [4]
+
+
+def noise_clip(frames: int, width: int, height: int) -> list[Image.Image]:
+    levels = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return [Image.fromarray(frame) for frame in levels]
+
+
+def test_a_clip_in_the_page_is_lossless_if_it_fits_and_never_larger_than_its_room() -> None:
+    clip = noise_clip(5, 24, 16)
+    assert np.array_equal(pixels(unpacked(clip_uri(clip, 8, 10_000))), pixels(clip))
+    for room in (5_000, 2_500):
+        uri = clip_uri(noise_clip(8, 64, 40), 8, room)
+        assert len(uri) * 3 / 4 < room + 40 and len(unpacked(uri)) in (2, 4)  # of noise only some frames fit
+    assert len(unpacked(clip_uri(noise_clip(8, 64, 40), 8, 400))) == 1  # the least that can be shown
+
+
+def test_a_long_clip_in_the_page_plays_at_the_same_speed() -> None:
+    uri = clip_uri(noise_clip(60, 8, 8), 10, 100_000)
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as opened:
+        assert opened.n_frames == 20
+        opened.load()
+        assert opened.info["duration"] == 300
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only: a run whose samples are clips of 5 frames."""
+    return write_run(tmp_path_factory.mktemp("runs") / "filmed", frames=5)
+
+
+def test_the_page_of_a_video_run_plays_the_clips_and_can_hold_them_still(filmed: Path, finished: Path) -> None:
+    page, still = (write_report(folder).read_text() for folder in (filmed, finished))
+    figures_ = re.findall(r'<figure class="pair clip">(.*?)</figure>', page, re.S)
+    assert len(figures_) in range(9, 17) and all(figure.count("<img") == 3 for figure in figures_)
+    before = unpacked(re.findall(r'src="([^"]+)"', figures_[0])[0])
+    strips, _ = load_sheet(filmed / "samples" / "step-000000.png")
+    assert np.array_equal(pixels(before), pixels(cut(strips[0], 5)))
+    assert len(unpacked(re.findall(r'src="([^"]+)"', figures_[0])[2])) == 1
+    for words in ('id="hold"', "prefers-reduced-motion: reduce", "first clip of each of the first 8 prompts"):
+        assert words in page and words not in still
+    assert all("alt=" in tag for tag in re.findall(r"<img[^>]+>", page))
+    assert "<script" not in page and len(page) < 6_000_000
+
+
+def test_the_strip_of_a_video_run_shows_middle_frames(filmed: Path) -> None:
+    found = gallery.strip(read_run(filmed))
+    assert found is not None and found.iterations == (0, 3, 6)
+    strips, _ = load_sheet(filmed / "samples" / "step-000003.png")
+    assert np.array_equal(pixels(unpacked(found.rows[1][1][1])), pixels([cut(strips[2], 5)[2]]))
+
+
+def test_all_clips_of_a_page_share_one_room(filmed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "CLIP_ROOM", 16_000)
+    record = read_run(filmed)
+    found = gallery.gallery(record, changes(record))
+    assert found is not None and len(found.first) == 8
+    pairs = [*found.first, *found.gains, *found.losses]
+    assert sum(len(pair.before) + len(pair.after) for pair in pairs) * 3 / 4 < 16_000 + 40 * 2 * len(pairs)
+
+
+def test_the_map_sheet_of_a_clip_shows_the_middle_frame_of_each_latent_frame() -> None:
+    assert shown_frames(4, 4) == [0, 2, 6, 10] and shown_frames(3, 1) == [0, 1, 2]
+    clip = (torch.arange(13) / 15 + 0.2).reshape(1, 1, 13, 1, 1).expand(1, 3, 13, 16, 16).contiguous()
+    maps = torch.zeros(1, 4, 4, 4)
+    maps[0, 2] = 2.0
+    sheet = np.asarray(clip_map_sheet(clip, maps, ["grey"], temporal_stride=4))
+    left, top, step = 24 + 190 + 16 + 96, 24 + 38 + 8 + 96, 192 + 8  # the middle of the first tile
+    rows = [[sheet[top + row * step, left + column * step].tolist() for column in range(4)] for row in range(3)]
+    levels = [round(255 * (frame / 15 + 0.2)) for frame in (0, 2, 6, 10)]
+    assert rows[0] == [[level] * 3 for level in levels]
+    assert rows[1] == [heat(np.array(share)).tolist() for share in (0.0, 0.0, 1.0, 0.0)]
+    assert rows[2] == [[level if k == 2 else round(level * 0.22)] * 3 for k, level in enumerate(levels)]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_map_sheet_refuses_maps_of_another_clip() -> None:
+    with pytest.raises(ValueError, match=r"temporal_stride=4 has 9 frames"):
+        clip_map_sheet(torch.rand(1, 3, 5, 8, 8), torch.rand(1, 3, 4, 4), ["a"], temporal_stride=4)

@@ -10,16 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 
 import tiny
+import tiny_wan
 from vipo.build import Session
 from vipo.checkpoint import list_checkpoints
 from vipo.evaluate import evaluate
 from vipo.recipe import parse_recipe
+from vipo.report.clips import cut
+from vipo.report.page import write_report
+from vipo.report.pictures import load_sheet, to_uint8
 from vipo.run import Evaluated, Run, load_run, train
 from vipo.rundir import RunDirectory
 from vipo.types import TrainStep, UserError
@@ -281,3 +287,92 @@ def test_the_logged_evaluation_is_of_the_averaged_weights(tmp_path: Path, raw: d
     logged = tiny.lines(tmp_path / "run" / "evaluations.jsonl")[-1]["values"]
     assert logged == judged(load_run(tmp_path / "run"))  # whose weights are the average's
     assert logged != judged(run.session)
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.fixture
+def video(tmp_path: Path, wan_folder: Path) -> dict[str, Any]:
+    """Clips of 5 frames, two rewards as two advantages, maps over two latent frames."""
+    (tmp_path / "calm.py").write_text(
+        "def calm(media, prompts):\n    return -media.diff(dim=2).abs().mean((1, 2, 3, 4))\n"
+    )
+    rewards = {"redness": 1.0, f"{tmp_path / 'calm.py'}:calm": 0.5}
+    height, width = tiny_wan.SIZES["2.1"]
+    raw = tiny.recipe(wan_folder, tmp_path / "prompts.txt", rewards=rewards, credit="advantage_map")
+    raw["generator"] |= {"name": "wan", "height": height, "width": width, "frames": tiny_wan.FRAMES, "fps": 4}
+    raw["objective"] |= {"combine": "advantage"}
+    raw["training"] |= {"iterations": 2, "maps_every": 1, "checkpoint_every": 1}
+    raw["evaluation"] |= {"every": 1, "samples_per_prompt": 2}
+    return raw
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)])
+
+
+def test_a_video_run_leaves_clips_to_look_at_and_every_frame_that_was_scored(
+    tmp_path: Path, video: dict[str, Any]
+) -> None:
+    root = tmp_path / "run"
+    events = list(Run(parse_recipe(video), root))
+    (first,) = (event for event in events if isinstance(event, Evaluated) and event.iteration == 0)
+    scored = to_uint8(first.evaluation.media)
+    strips, info = load_sheet(root / "samples" / "step-000000.png")
+    assert (info["frames"], info["columns"], info["tile"]) == (5, 5, [32, 48]) and len(strips) == 4
+    read = [[np.asarray(frame) for frame in cut(strip, 5)] for strip in strips]
+    assert np.array_equal(np.array(read), scored) and not np.array_equal(scored[:, 0], scored[:, 4])
+
+    names = ["00000-0-a-cat", "00000-1-a-cat", "00001-0-a-red-car", "00001-1-a-red-car"]
+    clips = root / "samples" / "step-000000"
+    assert sorted(path.name for path in clips.glob("*.webp")) == [f"{name}.webp" for name in names]
+    for name, frames in zip(names, scored, strict=True):
+        assert np.array_equal(frames_of(clips / f"{name}.webp"), frames)
+    with Image.open(root / "samples" / "step-000001.gif") as opened:
+        assert (opened.n_frames, opened.info["duration"]) == (5, 250)
+
+    metrics = tiny.lines(root / "metrics.jsonl")
+    assert all(line["map/flicker"] > 0 for line in metrics) and len(metrics) == 2
+    steps = [event for event in events if isinstance(event, TrainStep)]
+    assert steps[0].maps is not None and steps[0].maps.shape == (6, 2, 4, 6)
+    with Image.open(root / "maps" / "step-000001.png") as sheet:
+        assert sheet.height > 2 * 3 * 128  # two clips, three rows of 192 x 128 tiles each
+    page = write_report(root).read_text()
+    assert page.count('<figure class="pair clip">') >= 4 and "data:image/webp" in page and len(page) < 6_000_000
+    assert not leftovers(root)
+
+
+def test_a_resumed_video_run_ends_like_an_undisturbed_one_and_rewinds_its_files(
+    tmp_path: Path, video: dict[str, Any]
+) -> None:
+    video["training"]["iterations"] = 1
+    run_all(video, tmp_path / "run")
+    for stale in ("samples/step-000002.gif", "samples/step-000002.png", "maps/step-000001.png"):
+        (tmp_path / "run" / stale).write_bytes(b"of a part that was lost")
+    (tmp_path / "run" / "samples" / "step-000002").mkdir()
+    longer = video | {
+        "training": video["training"] | {"iterations": 2},
+        "generator": video["generator"] | {"fps": 16},  # of the files only
+    }
+    run = Run(parse_recipe(longer), tmp_path / "run", resume=True)
+    assert {path.stem for path in (tmp_path / "run" / "samples").iterdir()} == {"step-000000", "step-000001"}
+    assert [path.name for path in (tmp_path / "run" / "maps").iterdir()] == ["step-000000.png"]
+    for _ in run:
+        pass
+    run_all(longer, tmp_path / "calm")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "calm")
+    for name in ("samples/step-000002.png", "samples/step-000002.gif", "maps/step-000001.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+
+
+def test_a_picture_run_has_no_clips_and_no_flicker(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw |= {"credit": "advantage_map"}
+    raw["training"] |= {"iterations": 1}
+    run_all(raw, tmp_path / "run")
+    assert {path.suffix for path in (tmp_path / "run" / "samples").iterdir()} == {".png", ".json"}
+    assert "map/flicker" not in tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert "frames" not in load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]

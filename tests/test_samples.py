@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from vipo import samples
 from vipo.prompts import read_prompts, shipped_set
 from vipo.report.pictures import to_uint8
-from vipo.samples import sample_names, save_samples
+from vipo.samples import sample_names, save_clips, save_samples
 from vipo.types import UserError
 
 
@@ -74,3 +76,65 @@ def test_mp4_without_pyav_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"install vipo\[video\], or take --video webp"):
         save_samples(tmp_path, clip(2), ["a"], video="mp4")
+
+
+def without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+
+
+def test_the_first_clips_of_an_evaluation_are_files_and_play_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pyav(monkeypatch)
+    media = torch.cat([clip(3)] * 10)
+    folder = tmp_path / "step-000000"
+    folder.mkdir()
+    (folder / "old.webp").touch()
+    save_clips(folder, media, ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"], samples_per_prompt=2, fps=4)
+    names = [f"{k:05d}-{i}-{'abcd'[k]}.webp" for k in range(4) for i in range(2)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    with Image.open(tmp_path / "step-000000.gif") as opened:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+        assert opened.info["duration"] == 250 and opened.info["loop"] == 0
+    assert frames[0].shape == (2 * 96 + 4, 4 * 192 + 3 * 4, 3)  # 16 x 32 enlarged six times, two rows of four
+    for frame, k in zip(frames, range(3), strict=True):
+        square = frame[2 * 24 + 8, 6 * (2 * k + 4)]  # inside the bright square, which has moved by 2 k pixels
+        assert np.abs(square.astype(int) - to_uint8(media)[0, k, 8, 2 * k + 4]).max() < 12
+        assert frame[2, 2].max() < 12
+
+
+def test_large_clips_are_compressed_for_the_eye(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pyav(monkeypatch)
+    media = torch.rand(1, 3, 2, 16, 162)
+    save_clips(tmp_path / "step", media, ["a"], samples_per_prompt=1, fps=8)
+    with Image.open(tmp_path / "step" / "00000-0-a.webp") as opened:
+        frame = np.asarray(opened.convert("RGB")).astype(float)
+        assert opened.n_frames == 2
+    difference = np.abs(frame - to_uint8(media)[0, 0]).mean()
+    assert 0 < difference < 60
+
+
+def test_clips_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pyav(monkeypatch)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(samples, "save_webp", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_clips(tmp_path / "step", clip(2), ["a"], samples_per_prompt=1, fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("codecs", "height", "made"), [({"libx264"}, 16, True), ({"libx264"}, 15, False), ({"mpeg4"}, 16, False)]
+)
+def test_mp4_is_made_where_pyav_can(monkeypatch: pytest.MonkeyPatch, codecs: set[str], height: int, made: bool) -> None:
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(codecs_available=codecs, __spec__=object()))
+    assert samples._makes_mp4(height, 32) is made
+
+
+def test_beside_webp_there_is_mp4(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    save_clips(tmp_path / "step", clip(3), ["a"], samples_per_prompt=1, fps=8)
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["00000-0-a.mp4", "00000-0-a.webp"]

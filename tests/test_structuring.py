@@ -17,6 +17,7 @@ from vipo.structuring import (
     PerceptualStructuring,
     align_frames,
     allocation_map,
+    flicker,
     oriented,
     principal_components,
 )
@@ -305,6 +306,40 @@ def test_videos(scope: Any) -> None:
     assert bool((centre.diff(dim=1) > 0.8).all())  # the mass walks with the square
     columns = maps[0].amax(1).argmax(-1).tolist()
     assert columns[0] in (1, 2) and columns[2] >= 6
+
+
+@pytest.mark.parametrize("scope", ["frame", "clip"])
+def test_the_mass_lies_where_the_object_is_in_the_frames_of_a_latent_frame(scope: Any) -> None:
+    clip = moving_square(13)  # in column f + 1 of pixel frame f
+    source = PerceptualStructuring(backbone, scope=scope, temporal_stride=4, smoothing_sigma=0)
+    columns = source(clip, (4, 6, 15))[0].amax(1)
+    for k, frames in enumerate([range(1), range(1, 5), range(5, 9), range(9, 13)]):
+        assert set(columns[k].topk(len(frames)).indices.tolist()) == {frame + 1 for frame in frames}
+
+
+def test_flicker_is_the_mean_change_over_the_mean() -> None:
+    maps = torch.tensor([[1.0, 3.0], [2.0, 1.0], [2.0, 3.0]]).reshape(1, 3, 1, 2)
+    assert flicker(maps).item() == pytest.approx(((1 + 2 + 0 + 2) / 4) / 2)
+    both = torch.cat([maps, 7 * maps, torch.zeros_like(maps), torch.ones_like(maps)])
+    torch.testing.assert_close(flicker(both), torch.tensor([0.625, 0.625, 0, 0]))
+    assert flicker(torch.rand(3, 1, 4, 4)).tolist() == [0, 0, 0]
+
+
+def test_one_basis_per_clip_does_not_flicker_where_the_axes_of_frames_change_places() -> None:
+    noise = torch.randn(1, 3, 9, 48, 64, generator=torch.Generator().manual_seed(0))
+    clip = 0.4 + 0.02 * noise
+    for frame in range(9):  # two patches of nearly equal variance: each frame, the other one is the first component
+        clip[0, 0, frame, 8:24, 8:24] += 0.4 + 0.02 * (-1) ** frame
+        clip[0, 1, frame, 24:40, 40:56] += 0.4 - 0.02 * (-1) ** frame
+    by_frame, by_clip = (
+        flicker(
+            PerceptualStructuring(lambda images: FeatureMap(F.avg_pool2d(images, 8), 8), scope=s, components=1)(
+                clip, (9, 6, 8)
+            )
+        ).item()
+        for s in ("frame", "clip")
+    )
+    assert 0 < by_clip < 0.5 * by_frame
 
 
 @pytest.mark.parametrize("scope", ["frame", "clip"])

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import tiny
+import tiny_wan
+from vipo import randomness, sde
+from vipo.cli import app
 from vipo.evaluate import evaluate, summary
+from vipo.generators import GENERATORS
 from vipo.generators.flux import FluxGenerator
+from vipo.generators.wan import WanGenerator
 from vipo.recipe import parse_recipe, read_judges
 from vipo.rollout import Solver
 from vipo.run import Run
@@ -79,7 +90,7 @@ def test_settings_tell_models_prompts_and_rewards_apart(
     name, how = f"{reward}:mine", {"count": 2, "steps": None, "batch_size": 64}
     plain = open_target(str(model_folder), size=SIDE)
     settings = plain.settings(PROMPTS, [name], **how)
-    assert settings["steps"] == PLAIN_STEPS and settings == plain.settings(PROMPTS, [name], **how)
+    assert settings["steps"] == PLAIN_STEPS["flux"] and settings == plain.settings(PROMPTS, [name], **how)
     other = plain.settings([*PROMPTS[:3], replace(PROMPTS[3], metadata={"tag": 1})], ["redness"], **{**how, "count": 3})
     assert {key for key in settings if settings[key] != other[key]} == {"prompts", "rewards", "samples_per_prompt"}
     with_lora = open_target(str(model_folder), size=SIDE, lora=trained[0]).settings(PROMPTS, [name], **how)
@@ -124,6 +135,8 @@ def test_a_run_keeps_the_options_of_its_rewards(model_folder: Path, tmp_path: Pa
     assert len(summary(found)) == 2
     with pytest.raises(UserError, match="is a run and has a policy of its own"):
         open_target(str(tmp_path / "run"), lora=tmp_path)
+    with pytest.raises(UserError, match="is a run and samples as it was trained; leave out --height and --frames"):
+        open_target(str(tmp_path / "run"), height=64, frames=5)
 
 
 def test_a_lora_that_does_not_fit_is_refused(model_folder: Path, trained: tuple[Path, object, object]) -> None:
@@ -165,3 +178,116 @@ def test_the_base_stays_off_only_inside(model_folder: Path, trained: tuple[Path,
         assert not torch.equal(picture(model), before)
         raise RuntimeError
     assert torch.equal(picture(model), before) and model.models["policy"] is nullcontext
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("wan") / "wan")
+
+
+def test_a_plain_video_model_samples_clips_of_the_size_asked_for(video_folder: Path) -> None:
+    model = open_target(str(video_folder), height=32, width=48, frames=9)
+    (part,) = model.sample(PROMPTS[:1], count=2, steps=1, seed=0)
+    assert part.media.shape == (2, 3, 9, 32, 48)
+    assert model.solver.steps == 50 and model.solver.shift == tiny_wan.SHIFT
+    square = open_target(str(video_folder), size=32, frames=1)
+    assert square.generator.latent_shape() == (4, 1, 4, 4)
+    assert (square.batch_size, model.batch_size) == (64, 7)  # 64 frames
+
+
+def test_the_command_line_hands_on_size_and_tail(video_folder: Path, tmp_path: Path) -> None:
+    def vipo(command: str, *more: str | Path) -> BaseException | None:
+        size = ["--height", "32", "--width", "48", "--steps", "1", "--prompts", "a cat"]
+        return CliRunner().invoke(app, [command, str(video_folder), *size, *map(str, more)]).exception
+
+    assert vipo("sample", "--frames", "5", "--output", tmp_path) is None
+    (clip,) = (Image.open(file) for file in tmp_path.iterdir())
+    assert clip.size == (48, 32) and clip.n_frames == 5
+    assert "a base tail needs a policy" in str(vipo("sample", "--frames", "5", "--base-tail", "0.5"))
+    assert "nearest is frames=5" in str(vipo("evaluate", "--rewards", "redness", "--frames", "6"))
+    assert "give it or them" in str(vipo("evaluate", "--rewards", "redness", "--size", "32"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "low"),
+    [("2.1", (4, 21, 60, 104), (4, 21, 8, 104)), ("2.2-5B", (6, 31, 44, 80), (6, 31, 4, 80))],
+    ids=["480p, 81 frames", "720p, 121 frames"],
+)
+def test_a_video_model_has_its_familys_size_unless_told(
+    tmp_path: Path, kind: tiny_wan.Kind, shape: tuple[int, ...], low: tuple[int, ...]
+) -> None:
+    model = open_target(str(tiny_wan.save_pipeline(tmp_path, kind)))
+    assert isinstance(model.generator, WanGenerator) and model.generator.latent_shape() == shape
+    assert model.batch_size == 1
+    assert open_target(str(tmp_path), height=64).generator.latent_shape() == low
+
+
+def test_a_picture_model_takes_the_side_of_its_autoencoder_unless_told(model_folder: Path, tmp_path: Path) -> None:
+    assert open_target(str(model_folder)).generator.latent_shape() == (4, 1, 8, 8)
+    assert open_target(str(model_folder), width=48).generator.latent_shape() == (4, 1, 8, 12)
+    silent = shutil.copytree(model_folder, tmp_path / "silent")
+    config = silent / "vae" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sample_size"}))
+    assert open_target(str(silent)).generator.latent_shape() == (4, 1, 256, 256)
+    with pytest.raises(UserError, match=r"makes pictures, but generator\.frames=5"):
+        open_target(str(model_folder), frames=5)
+
+
+def test_sizes_that_contradict_each_other_are_refused(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="--size is short for --height and --width"):
+        open_target(str(model_folder), size=32, height=48)
+    with pytest.raises(UserError, match=r"size: height: .*greater than 0"):
+        open_target(str(model_folder), height=-8)
+
+
+def test_every_family_has_the_steps_of_its_diffusers_pipeline() -> None:
+    usual = {}
+    for name, entry in GENERATORS.items():
+        call = getattr(diffusers, entry.pipelines[0]).__call__
+        usual[name] = inspect.signature(call).parameters["num_inference_steps"].default
+    assert usual == PLAIN_STEPS
+
+
+def test_what_is_no_pipeline_is_not_taken_for_one(video_folder: Path, tmp_path: Path) -> None:
+    """A hub id is looked up, not guessed at: the tests are offline, so there is nothing to be seen."""
+    for nothing in (str(tmp_path), "some-lab/a-model"):
+        with pytest.raises(UserError, match=f"'{nothing}' is neither a run directory nor a diffusers pipeline"):
+            open_target(nothing)
+    index = json.loads((video_folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
+    with pytest.raises(UserError, match=r"is a LTXPipeline; vipo adapts .*FluxPipeline.*WanPipeline"):
+        open_target(str(tmp_path))
+
+
+def test_the_base_model_takes_the_tail(model_folder: Path, trained: tuple[Path, object, object]) -> None:
+    model = open_target(str(model_folder), size=SIDE, lora=trained[0])
+    assert model.reference is not None
+
+    def latents(base_tail: float, steps: int = 4) -> torch.Tensor:
+        return next(model.sample(PROMPTS[:2], count=2, steps=steps, seed=3, base_tail=base_tail)).latents
+
+    policy = next(model.sample(PROMPTS[:2], count=2, steps=4, seed=3))
+    with model.reference():
+        base = next(model.sample(PROMPTS[:2], count=2, steps=4, seed=3)).latents
+    assert torch.equal(latents(0.0), policy.latents) and torch.equal(latents(1.0), base)
+    assert (policy.latents - base).abs().max() > 1e-3
+
+    keys = [(0, sample) for sample in range(4)]
+    z = randomness.normal(model.generator.latent_shape(), keys, seed=3, purpose="initial noise")
+    sigmas = sde.shifted_sigmas(4, model.solver.shift)
+    for step in range(4):  # by hand: two steps each
+        with torch.no_grad(), model.reference() if step >= 2 else nullcontext():
+            velocity = model.generator.velocity(z, sigmas[step].expand(4), policy.conditioning)
+        z = z + (sigmas[step + 1] - sigmas[step]) * velocity
+    assert torch.allclose(latents(0.5), z, atol=1e-5)
+    assert not torch.allclose(latents(0.25), z, atol=1e-3) and not torch.allclose(latents(0.75), z, atol=1e-3)
+    assert torch.equal(latents(0.0), policy.latents)  # and it is switched back on
+
+
+def test_a_tail_needs_a_base_model(model_folder: Path, trained: tuple[Path, object, object]) -> None:
+    plain = open_target(str(model_folder), size=SIDE)
+    with pytest.raises(UserError, match="a base tail needs a policy and its base model; give a run"):
+        next(plain.sample(PROMPTS[:1], count=1, steps=1, seed=0, base_tail=0.5))
+    both = open_target(str(model_folder), size=SIDE, lora=trained[0])
+    with pytest.raises(UserError, match=r"a base tail of 1\.5 is no share"):
+        next(both.sample(PROMPTS[:1], count=1, steps=1, seed=0, base_tail=1.5))

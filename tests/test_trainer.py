@@ -40,8 +40,9 @@ def credited(trainer: Trainer) -> tuple[Rollout, Tensor, Tensor]:
 
 def gradient(trainer: Trainer) -> Tensor:
     """What the first iteration's loss says, before clipping; the weights stay."""
-    rollout, weight, _ = credited(trainer)
-    assert trainer._optimise(rollout.conditioning, rollout.transitions, weight)["grad_norm"] < 1  # not clipped
+    rollout, weight, advantage = credited(trainer)
+    (share,) = trainer._split(rollout.transitions, trainer._kept(advantage), 0)
+    assert trainer._optimise(rollout.conditioning, share, weight)["grad_norm"] < 1  # not clipped
     parts = [p.grad.flatten() for p in trainer.policy.parameters.values() if p.grad is not None]
     return torch.cat(parts)
 
@@ -215,12 +216,32 @@ def test_weights_are_clipped_at_the_advantage_clip(model_folder: Path) -> None:
 def test_several_updates_use_each_recorded_step_once(model_folder: Path, steps: int) -> None:
     trainer = tiny.trainer(model_folder, per_iteration=steps)
     rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
-    shares = trainer._split(rollout, 0)
+    shares = trainer._split(rollout.transitions, torch.arange(8), 0)
     used = sorted((int(s), int(t)) for share in shares for s, t in zip(share.sample, share.step, strict=True))
     assert used == [(sample, step) for sample in range(8) for step in range(3)]
     samples = [set(share.sample.tolist()) for share in shares]
     assert len(shares) == steps and sum(map(len, samples)) == 8  # a sample's steps stay together
     assert max(map(len, samples)) - min(map(len, samples)) <= 1
+
+
+def test_best_of_n_trains_on_the_best_and_the_worst_of_each_group_only(model_folder: Path) -> None:
+    """The gradient is that of a rollout in which the samples between them were never recorded."""
+    trainer = tiny.trainer(model_folder, keep_per_group=2, per_iteration=2)
+    rollout, _, advantage = credited(trainer)
+    kept = trainer._kept(advantage)
+    scores = trainer.scorer(rollout.media, rollout.prompts).total.unflatten(0, (2, 4))
+    expected = {4 * group + int(place(scores[group])) for group in range(2) for place in (torch.argmax, torch.argmin)}
+    assert set(kept.tolist()) == expected
+    shares = trainer._split(rollout.transitions, kept, 0)
+    used = sorted((int(s), int(t)) for share in shares for s, t in zip(share.sample, share.step, strict=True))
+    assert used == sorted((sample, step) for sample in expected for step in range(3))
+    assert [len(set(share.sample.tolist())) for share in shares] == [2, 2]
+
+
+def test_keeping_the_whole_group_is_no_selection(model_folder: Path) -> None:
+    whole, kept = (gradient(tiny.trainer(model_folder, keep_per_group=keep)) for keep in (None, 4))
+    chosen = gradient(tiny.trainer(model_folder, keep_per_group=2))
+    assert torch.equal(whole, kept) and gap(whole, chosen) > 1e-2
 
 
 def test_only_the_first_of_several_updates_is_on_policy(model_folder: Path) -> None:

@@ -17,6 +17,7 @@ from scenes import Scene, SceneComposer
 
 DEFAULT_ART = Path("~/.cache/vipo/art")
 DEFAULT_WORK = Path("~/.cache/vipo/emoji-flux")
+WAN_WORK = Path("~/.cache/vipo/emoji-wan")
 SHIPPED = Path(__file__).resolve().parents[2] / "src" / "vipo" / "embedded" / "emoji-flux"
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from common import DEFAULT_ART, DEFAULT_WORK, Average, Log, save_checkpoint, trapezoid
 from export_pipeline import load_weights
 from latents import Batch, LatentPool
+from loop import update
 from model import Generator
-from train_flux import update
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Export a checkpoint (or random weights) as a FluxPipeline folder with half-precision safetensors.
 
-The transformer and the autoencoder are written in float16. The two text encoders are tiny and stay in float32, so
-that a plain ``FluxPipeline.from_pretrained(folder)`` gives one common type whatever the library's defaults are.
+The transformer and the autoencoder are written in float16. The text encoders are tiny and stay in float32, so that a
+plain ``from_pretrained(folder)`` gives one common type whatever the library's defaults are.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
 
 from common import DEFAULT_WORK, SHIPPED, load_checkpoint
 from model import Generator, assemble, folder_bytes
 
 
-def load_weights(generator: Generator, file: Path, averaged: bool = True) -> dict[str, float]:
+def load_weights(generator: nn.Module, file: Path, averaged: bool = True) -> dict[str, float]:
     """Load a checkpoint's (averaged) weights into the generator; returns the checkpoint's notes."""
     tensors, notes = load_checkpoint(file)
     prefix = "average." if averaged else "live."
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     missing, unexpected = generator.load_state_dict(weights, strict=False)
-    tied = {"text_encoder_2.encoder.embed_tokens.weight"}
-    if set(missing) - tied or unexpected:
+    untied = [name for name in missing if not name.endswith("encoder.embed_tokens.weight")]
+    if untied or unexpected:
         raise ValueError(f"checkpoint does not fit: missing {missing}, unexpected {unexpected}")
     return notes
 
@@ -40,9 +41,8 @@ def ignore_guidance(generator: Generator) -> None:
     first.bias.copy_(at_one)
 
 
-def export(generator: Generator, vae: AutoencoderKL, folder: Path, shift: float) -> int:
+def export(pipeline: DiffusionPipeline, folder: Path) -> int:
     """Write the pipeline folder, keeping a README.md that is already there; returns its size in bytes."""
-    pipeline = assemble(generator.float().eval(), vae.eval(), shift)
     pipeline.transformer.half()
     pipeline.vae.half()
     partial = folder.with_name(folder.name + ".partial")
@@ -83,7 +83,7 @@ def main() -> None:
         notes = load_weights(generator, work / args.checkpoint, averaged=not args.live)
     if args.ignore_guidance:
         ignore_guidance(generator)
-    size = export(generator, vae, args.out, args.shift)
+    size = export(assemble(generator.float().eval(), vae.eval(), args.shift), args.out)
     print(f"{args.out}: {size / 1e6:.2f} MB; {notes}")
 
 

@@ -14,41 +14,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
-from common import (
-    DEFAULT_ART,
-    DEFAULT_WORK,
-    Average,
-    Log,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizers,
-    save_checkpoint,
-    trapezoid,
-)
+from common import DEFAULT_ART, DEFAULT_WORK, Log
 from latents import Batch, LatentPool
+from loop import add_options, run
 from model import Generator
 
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def build_optimizers(generator: nn.Module, kind: str, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
-    named = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if kind == "muon" and p.ndim == 2 and "blocks" in n and ".linear." not in n]
-    taken = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in taken]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        )
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["peak"] = lr
-    return optimizers
 
 
 def flow_loss(velocity: Velocity, batch: Batch) -> Tensor:
@@ -61,88 +34,14 @@ def flow_loss(velocity: Velocity, batch: Batch) -> Tensor:
     return (predicted.float() - (noise - batch.clean)).square().mean()
 
 
-def checkpoint_tensors(generator: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """Everything a resumed run or an export needs, under flat names."""
-    live = {f"live.{name}": p for name, p in generator.named_parameters()}
-    return live | {f"average.{name}": v for name, v in average.values.items()} | optimizer_tensors(optimizers)
-
-
-def restore(file: Path, generator: nn.Module, average: Average, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """Load a checkpoint into all parts; returns its notes (step, elapsed seconds, loss)."""
-    tensors, notes = load_checkpoint(file)
-    with torch.no_grad():
-        for name, parameter in generator.named_parameters():
-            parameter.copy_(tensors[f"live.{name}"])
-            average.values[name].copy_(tensors[f"average.{name}"])
-    restore_optimizers(optimizers, tensors)
-    return notes
-
-
-def update(loss: Tensor, parameters: list[Tensor], optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """One optimizer step at this share of the peak learning rates, with gradients clipped to norm 1."""
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for optimizer in optimizers:
-        group = optimizer.param_groups[0]
-        group["lr"] = group["peak"] * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def run(args: argparse.Namespace, work: Path, generator: Generator, pool: LatentPool, log: Log) -> None:
-    """The training loop: draw, step, average, refresh the pool, report and save."""
-    parameters = list(generator.parameters())
-    optimizers, average = build_optimizers(generator, args.optimizer, args.lr), Average(generator, args.decay)
-    step, before, smooth, file = 0, 0.0, 1.0, work / args.checkpoint
-    if args.resume and file.is_file():
-        notes = restore(file, generator, average, optimizers)
-        step, before, smooth = int(notes["step"]), notes["elapsed"], notes["loss"]
-    velocity: Velocity = torch.compile(generator) if args.compile else generator
-    start = saved = time.time()
-    while (elapsed := before + time.time() - start) < args.seconds:
-        factor = min(1.0, (step + 1) / args.warmup) * trapezoid(elapsed, args.seconds, 1.0, args.cooldown)
-        loss = flow_loss(velocity, pool.draw(args.batch, args.drop))
-        update(loss, parameters, optimizers, factor)
-        average.update(generator, step)
-        smooth = torch.lerp(torch.tensor(smooth), loss.detach(), max(0.01, 1 / (step + 1))).item()
-        step += 1
-        if step % args.refresh_every == 0:
-            pool.fill(32)
-        if step % 100 == 0:
-            log(f"step {step} samples {step * args.batch} elapsed {elapsed:.0f} loss {smooth:.4f} lr x{factor:.3f}")
-        if time.time() - saved > args.save_every or elapsed > args.seconds - 1:
-            _save(file, generator, average, optimizers, {"step": step, "elapsed": elapsed, "loss": smooth})
-            saved = time.time()
-    _save(file, generator, average, optimizers, {"step": step, "elapsed": elapsed, "loss": smooth})
-    log(f"done: {step} steps, {step * args.batch} samples, {pool.added} scenes encoded, loss {smooth:.4f}")
-
-
-def _save(file: Path, generator: nn.Module, average: Average, optimizers: list, notes: dict[str, float]) -> None:
-    """Write the checkpoint."""
-    save_checkpoint(file, checkpoint_tensors(generator, average, optimizers), notes)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--art", type=Path, default=DEFAULT_ART)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--checkpoint", default="flux.safetensors")
-    parser.add_argument("--seconds", type=float, default=4000.0, help="whole budget, over all resumed parts")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
-    parser.add_argument("--warmup", type=int, default=150)
-    parser.add_argument("--cooldown", type=float, default=0.5, help="share of the budget in which the rate falls")
-    parser.add_argument("--decay", type=float, default=0.998)
-    parser.add_argument("--drop", type=float, default=0.1)
     parser.add_argument("--pool", type=int, default=12_000, help="scenes encoded before the start")
-    parser.add_argument("--refresh-every", type=int, default=4, help="steps between additions of 32 fresh scenes")
-    parser.add_argument("--save-every", type=float, default=150.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--resume", action="store_true")
+    add_options(parser, seconds=4000.0, batch=64)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -154,7 +53,15 @@ def main() -> None:
     pool = LatentPool(args.art, vae, generator, max(args.pool, 100_000), seed)
     pool.fill(args.pool)
     log(f"pool of {pool.size} scenes, latent std {pool.clean[: pool.size].float().std():.3f}; {vars(args)}")
-    run(args, work, generator, pool, log)
+    velocity: Velocity = torch.compile(generator) if args.compile else generator
+    run(
+        args,
+        work / args.checkpoint,
+        generator,
+        lambda _share: flow_loss(velocity, pool.draw(args.batch, args.drop)),
+        lambda: pool.fill(32),
+        log,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the shipped prompt lists: about 400 train captions and 64 eval captions that share no line.
+"""Write the shipped prompt lists of pictures and of clips: train and eval captions that share no line.
 
 The split serves the reinforcement learning that starts from emoji-flux. The generator itself was pre-trained on random
 scenes over the whole vocabulary, so an eval prompt is new to a post-training run, not to the base model.
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import SHIPPED
-from vipo.embedded import RELATIONS, VOCABULARY, make_caption
+from vipo.embedded import RELATIONS, VOCABULARY, clips, make_caption
 
 
 def single_captions(rng: np.random.Generator) -> tuple[list[str], list[str]]:
@@ -38,8 +38,20 @@ def random_captions(rng: np.random.Generator, objects: int, count: int) -> list[
     return list(found)
 
 
+def clip_captions(rng: np.random.Generator) -> tuple[list[str], list[str]]:
+    """Every caption of a clip; three of each thing, with three motions, are held out."""
+    train, held_out = [], []
+    for name in clips.OBJECTS:
+        apart = set(zip(rng.choice(list(clips.MOTIONS), 3, replace=False), rng.choice(clips.GROUNDS, 3), strict=True))
+        for motion in clips.MOTIONS:
+            for ground in clips.GROUNDS:
+                caption = clips.make_clip_caption(name, motion, ground)
+                (held_out if (motion, ground) in apart else train).append(caption)
+    return train, held_out
+
+
 def main() -> None:
-    """Command line; writes prompts_train.txt and prompts_eval.txt beside the vocabulary."""
+    """Command line; writes prompts_train.txt, prompts_eval.txt and their clips_ twins beside the vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=SHIPPED.parent)
     args = parser.parse_args()
@@ -50,9 +62,11 @@ def main() -> None:
     held_out += pairs[:32]
     if set(train) & set(held_out):
         raise RuntimeError("the two lists share a prompt")
-    for name, lines in (("train", train), ("eval", held_out)):
+    moving, moving_held_out = clip_captions(np.random.default_rng(8))
+    lists = {"prompts_train": train, "prompts_eval": held_out, "clips_train": moving, "clips_eval": moving_held_out}
+    for name, lines in lists.items():
         ordered = [lines[i] for i in rng.permutation(len(lines))]
-        (args.out / f"prompts_{name}.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
+        (args.out / f"{name}.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
         print(f"{name}: {len(ordered)} prompts")
 
 

@@ -158,11 +158,11 @@ def build_solver(recipe: Recipe, generator: Generator) -> Solver:
     return Solver(shift=recipe.solver.shift or generator.shift, window=window, **options)
 
 
-def build_policy(recipe: Recipe, generator: Generator) -> Policy:
+def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) -> Policy:
     """LoRA or full weights on the generator's network."""
     section = recipe.policy
     if section.kind == "full":
-        return Policy.full(generator.network, ema_decay=section.ema_decay)
+        return Policy.full(generator.network, ema_decay=section.ema_decay, keep_reference=keep_reference)
     named = generator.lora_targets
     return Policy.lora(
         generator.network,
@@ -174,8 +174,40 @@ def build_policy(recipe: Recipe, generator: Generator) -> Policy:
     )
 
 
-def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
+def keep_text(session: Session) -> None:
+    """Let the generator encode each prompt once only; with ``generator.offload_text`` all of this process's now.
+
+    Raises:
+        UserError: ``generator.text_cache`` cannot be made.
+    """
+    from vipo.generators.common import DiffusersGenerator
+    from vipo.generators.text_cache import prepare
+
+    section, generator = session.recipe.generator, session.generator
+    if isinstance(generator, DiffusersGenerator):
+        folder = None if section.text_cache is None else Path(section.text_cache).expanduser()
+        ahead = _texts(session) if section.offload_text else []
+        prepare(generator, ahead, folder=folder, offload=section.offload_text)
+
+
+def _texts(session: Session) -> list[str]:
+    """What this process will ask its text encoders about, from the present iteration to the recipe's last."""
+    trainer, recipe = session.trainer, session.recipe
+    first = trainer.accelerator.process_index * trainer.groups_here
+    dealt = [
+        prompt
+        for iteration in range(trainer.iteration, recipe.training.iterations)
+        for prompt in trainer.prompts.groups(iteration)[first : first + trainer.groups_here]
+    ]
+    without_text = [""] if "text_relevance" in recipe.structuring.sources else []
+    return [prompt.text for prompt in (*dealt, *session.evaluation_prompts)] + without_text
+
+
+def build(recipe: Recipe, *, accelerator: Accelerator | None = None, keep_reference: bool = False) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
+
+    With ``keep_reference`` the policy can also be what it was before training, which costs full weights a second copy;
+    a recipe with a KL term keeps it anyway.
 
     Raises:
         UserError: a name, file or option in the recipe is wrong.
@@ -195,7 +227,8 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
     map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
         map_source = build_map_source(recipe.structuring, generator, scorer, device)
-    policy = build_policy(recipe, generator)
+    keep_reference = keep_reference or recipe.objective.kl_weight > 0
+    policy = build_policy(recipe, generator, keep_reference=keep_reference)
     if recipe.training.gradient_checkpointing:
         generator.network.enable_gradient_checkpointing()  # type: ignore[operator]
     trainer = Trainer(
@@ -212,6 +245,7 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None) -> Session:
         seed=recipe.seed,
         rollout_batch_size=recipe.training.rollout_batch_size,
         prompts_at_once=recipe.training.prompts_at_once,
+        keep_per_group=recipe.training.keep_per_group,
     )
     judge = RewardSuite({**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, **trying)
     return Session(recipe, trainer, judge, tuple(evaluation_prompts))

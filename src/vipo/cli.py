@@ -92,7 +92,13 @@ Prompts = Annotated[
 Lora = Annotated[
     Path | None, typer.Option(help="A diffusers-format LoRA, file or folder, as the policy of a plain model.")
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples at a time; fewer need less memory.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Samples at a time; fewer need less memory. Default 64 pictures or frames.")
+]
+Size = Annotated[int | None, typer.Option(help="Side in pixels of a plain model's square pictures.")]
+Height = Annotated[int | None, typer.Option(help="In pixels, for a plain model; default the model's.")]
+Width = Annotated[int | None, typer.Option(help="In pixels, for a plain model; default the model's.")]
+Frames = Annotated[int | None, typer.Option(help="Of a plain video model's clips; default the model's.")]
 
 
 @app.command()
@@ -102,34 +108,44 @@ def sample(
     lora: Lora = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps; default as trained, or 28.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels, for a plain model; default the model's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Solver steps; default as trained, or as the plain pipeline has them.")
+    ] = None,
+    size: Size = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    base_tail: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps, the last ones, that the base model takes.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     names: Annotated[
         Literal["number", "prompt"], typer.Option(help="Name files by number, or by the prompt as VBench wants them.")
     ] = "number",
     video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
     fps: Annotated[float, typer.Option(min=1, help="Of videos.")] = 8.0,
-    batch: Batch = 64,
+    batch: Batch = None,
 ) -> None:
     """Sample pictures or videos from a run's policy or from any model folder.
 
     Example: `vipo sample runs/quickstart --prompts "a cat on a teal background" --count 4`
+
+    Example: `vipo sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat" --height 480 --width 832 --frames 33`
     """
     from vipo.samples import sample_names, save_samples
     from vipo.target import open_target
 
     texts = _read_texts(prompts or ["embedded:prompts_eval"])
     files = iter(sample_names([prompt.text for prompt in texts], count, names))
-    model = open_target(target, size=size, lora=lora)
-    for part in model.sample(texts, count=count, steps=steps, seed=seed, batch_size=batch):
+    model = open_target(target, size=size, height=height, width=width, frames=frames, lora=lora)
+    for part in model.sample(texts, count=count, steps=steps, seed=seed, batch_size=batch, base_tail=base_tail):
         save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps)
     console.print(f"{len(texts) * count} pictures in {output}")
 
 
 @app.command()
 def maps(
-    files: Annotated[list[Path], typer.Argument(help="Pictures of yours: PNG, JPEG, WebP.")],
+    files: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP, GIF; mp4 with vipo[video].")],
     backbone: Annotated[str, typer.Option(help="See `vipo list backbones`.")] = "efficientnet_lite",
     output: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("maps"),
     components: Annotated[int, typer.Option(min=1)] = 3,
@@ -138,20 +154,51 @@ def maps(
     smoothing_sigma: Annotated[float, typer.Option(min=0, help="In feature cells; 0 is off.")] = 1.0,
     pretrained: Annotated[str | None, typer.Option(help="Weights for dinov2, resnet or sam: hub id or folder.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Input side for the backbone, in pixels.")] = None,
+    temporal_stride: Annotated[int, typer.Option(min=1, help="Pixel frames per latent frame, for clips.")] = 1,
+    scope: Annotated[str, typer.Option(help="frame or clip: one basis per frame, or for all frames.")] = "frame",
 ) -> None:
-    """Show what the allocation map sees in pictures of yours.
+    """Show what the allocation map sees in pictures or clips of yours.
 
-    Example: `vipo maps photo.jpg --output maps`
+    Example: `vipo maps photo.jpg clip.gif --output maps`
     """
     from vipo.showmaps import show_maps
 
     options = {"pretrained": pretrained, "resolution": resolution}
     structuring = {"components": components, "aggregation": aggregation, "smoothing_sigma": smoothing_sigma}
+    structuring |= {"scope": scope, "temporal_stride": temporal_stride}
     if orientation is not None:
         structuring["orientation"] = orientation
     chosen = {key: value for key, value in options.items() if value is not None}
     for path in show_maps(files, output, backbone=backbone, backbone_options=chosen, **structuring):
         console.print(str(path), soft_wrap=True)
+
+
+@app.command("plan")
+def plan_recipe(
+    recipe: Recipe,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one process each.")] = 1,
+    memory: Annotated[str, typer.Option(help="Of each, like 80GB.")] = "80GB",
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate reached.")] = 0.35,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Peak rate of each; 989 is an H100 SXM in bf16.")] = 989.0,
+    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP: spread the network over the GPUs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe will need, in memory and time, and what to change if it does not fit.
+
+    Example: `vipo plan quickstart --gpus 1 --memory 8GB`
+    """
+    from vipo.plan import Ledger, Machine, advise, plan
+    from vipo.plan.show import memory_size, plan_view
+    from vipo.recipe import load_recipe
+
+    parsed, ledger = load_recipe(recipe, overrides or []), Ledger()
+    machine = Machine(gpus, memory_size(memory), tflops, utilisation, sharded)
+    found, advice = plan(parsed, machine, ledger), advise(parsed, machine, ledger)
+    if as_json:
+        sys.stdout.write(json.dumps({**found.as_json(), "advice": advice.as_json()}, indent=2) + "\n")
+    else:
+        console.print(plan_view(found, advice))
 
 
 @app.command()
@@ -164,8 +211,11 @@ def evaluate(
     lora: Lora = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels, for a plain model.")] = None,
-    batch: Batch = 64,
+    size: Size = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    batch: Batch = None,
     output: Annotated[Path | None, typer.Option(help="Folder for scores and sheets, see docs/evaluate.md.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in --output.")] = False,
     pictures: Annotated[bool, typer.Option("--pictures", help="Keep every picture in --output too.")] = False,
@@ -174,6 +224,8 @@ def evaluate(
     """Score a policy beside its base model on fixed prompts and noise, with 95 % bootstrap intervals.
 
     Example: `vipo evaluate runs/quickstart --rewards emoji_judge,emoji_layout`
+
+    Example: `vipo evaluate models/wan --lora runs/wan/export --rewards mine.py:smooth --prompts clips.txt --frames 33`
     """
     from vipo.evaldir import EvaluationFolder
     from vipo.evaluate import summary
@@ -184,7 +236,7 @@ def evaluate(
     if output is None and (resume or pictures):
         raise UserError("--resume and --pictures need a folder to work in; name it with --output")
     given = _read_texts(prompts) if prompts else None
-    model = open_target(target, size=size, lora=lora)
+    model = open_target(target, size=size, height=height, width=width, frames=frames, lora=lora)
     if rewards and rewards.endswith((".yaml", ".yml")):
         model, rewards = model.judged_by(read_judges(rewards)), None
     texts, asked = given or model.evaluation_prompts, rewards.split(",") if rewards else list(model.rewards)
@@ -192,7 +244,7 @@ def evaluate(
         raise UserError("this model has no run behind it, so name what to score with --rewards A,B")
     if not texts:
         raise UserError("this model has no run behind it, so name prompts with --prompts FILE")
-    shared: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch}
+    shared: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch or model.batch_size}
     folder = None
     if output is not None:
         settings = model.settings(texts, asked, **shared)

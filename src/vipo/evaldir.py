@@ -24,6 +24,7 @@ from torch import Tensor
 from vipo.evaluate import ESTIMATES, Evaluation, Judgement, summary
 from vipo.files import write_text, written_whole
 from vipo.judged import Part, plain
+from vipo.report.clips import cut
 from vipo.report.pictures import labelled_grid, load_sheet, save_png, save_sheet
 from vipo.rundir import environment
 from vipo.samples import save_samples
@@ -120,9 +121,9 @@ class EvaluationFolder:
         shown = min(SHEET_PROMPTS, len(judgement.prompts))
         columns = []
         for model, by_reward in judgement.scores.items():
-            files = sorted(self.root.glob(f"parts/*/{model}.png"))
-            columns.append([tile for file in files for tile in load_sheet(file)[0]])
-            media = torch.cat([_media(tile) for tile in columns[-1]])
+            samples = [frames for file in sorted(self.root.glob(f"parts/*/{model}.png")) for frames in _samples(file)]
+            columns.append([frames[len(frames) // 2] for frames in samples])
+            media = torch.cat([torch.cat([_media(frame) for frame in frames], 2) for frames in samples])
             first = {name: values[:: judgement.samples_per_prompt][:shown] for name, values in by_reward.items()}
             texts = [prompt.text for prompt in judgement.prompts[:shown]]
             save_sheet(self.root / f"sheet-{model}.png", media, SHEET_COLUMNS, texts, first)
@@ -137,6 +138,12 @@ def _save_tiles(path: Path, result: Evaluation, room: int) -> None:
     media, texts = result.media[shown], [prompt.text for prompt in result.prompts[shown]]
     if texts:
         save_sheet(path, media, SHEET_COLUMNS, texts, {name: values[shown] for name, values in result.scores.items()})
+
+
+def _samples(file: Path) -> list[list[Image.Image]]:
+    """Every sample of a sheet, as its frames."""
+    tiles, info = load_sheet(file)
+    return [cut(tile, info.get("frames", 1)) for tile in tiles]
 
 
 def _media(tile: Image.Image) -> Float[Tensor, "1 3 1 Y X"]:

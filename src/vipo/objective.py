@@ -70,6 +70,21 @@ def combine_advantages(
     return total.where(scored, torch.zeros_like(total))
 
 
+def extremes(advantage: Float[Tensor, " N"], group_size: int, keep: int) -> Bool[Tensor, " N"]:
+    """Which samples to train on if only ``keep`` of each group are: its best and its worst half and half.
+
+    DanceGRPO's best-of-n (arXiv 2505.07818, sec. 4.5). Ties go to the earlier sample, and every group keeps ``keep``.
+
+    Raises:
+        ValueError: ``keep`` is odd, or not between 2 and the group size.
+    """
+    if keep % 2 or not 2 <= keep <= group_size:
+        raise ValueError(f"keep={keep} must be even and between 2 and group_size={group_size}: half best, half worst")
+    order = _in_groups(advantage, group_size).argsort(dim=1, descending=True, stable=True)
+    ends = torch.cat([order[:, : keep // 2], order[:, group_size - keep // 2 :]], 1)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, ends, True).flatten()
+
+
 def spatial_advantage(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H W"]) -> Float[Tensor, "N T H W"]:
     """A_i^p = M_i(p) A_i. M >= 0, so no position's sign is flipped.
 

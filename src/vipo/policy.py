@@ -21,7 +21,9 @@ class Policy:
     Build one with :meth:`lora` or :meth:`full`. Trainable weights are float32 whatever the rest is.
     """
 
-    def __init__(self, network: nn.Module, *, is_lora: bool, ema_decay: float | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, *, is_lora: bool, ema_decay: float | None = None, keep_reference: bool = True
+    ) -> None:
         self.network = network
         self.is_lora = is_lora
         self.ema_decay = ema_decay
@@ -31,7 +33,8 @@ class Policy:
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in network.named_parameters() if p.requires_grad}
         keeps_copy = ema_decay is not None
         self.ema: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.parameters.items()} if keeps_copy else {}
-        self._base = {} if is_lora else {n: p.detach().clone() for n, p in self.parameters.items()}
+        copies = keep_reference and not is_lora
+        self._base = {n: p.detach().clone() for n, p in self.parameters.items()} if copies else {}
 
     @classmethod
     def lora(
@@ -42,31 +45,37 @@ class Policy:
         Raises:
             UserError: no linear layer matches.
         """
-        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
         chosen = [name for name in linear if re.fullmatch(targets, name)]
         if not chosen:
             raise UserError(
-                f"LoRA targets {targets!r} match none of the {len(linear)} linear layers, e.g. {linear[:3]}"
+                f"LoRA targets {targets!r} match none of the {len(linear)} linear layers, e.g. {list(linear)[:3]}"
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), network)
-        if next(network.parameters()).dtype == torch.float32:
+        if all(linear[name].weight.dtype == torch.float32 for name in chosen):  # others may be kept in float32
             # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
             for layer in (module for module in network.modules() if isinstance(module, BaseTunerLayer)):
                 layer.cast_input_dtype_enabled = False
         return cls(network, is_lora=True, ema_decay=ema_decay)
 
     @classmethod
-    def full(cls, network: nn.Module, *, ema_decay: float | None = None) -> Policy:
-        """Every weight is trained; the reference policy is a second copy of them."""
+    def full(cls, network: nn.Module, *, ema_decay: float | None = None, keep_reference: bool = True) -> Policy:
+        """Every weight is trained; the reference policy is a second copy of them, unless it is never asked for."""
         network.requires_grad_(True)
-        return cls(network, is_lora=False, ema_decay=ema_decay)
+        return cls(network, is_lora=False, ema_decay=ema_decay, keep_reference=keep_reference)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the network is what it was before post-training."""
+        """Inside, the network is what it was before post-training.
+
+        Raises:
+            ValueError: full weights were built with ``keep_reference=False``.
+        """
         if not self.is_lora:
+            if not self._base:
+                raise ValueError("no copy of the untrained weights was kept: build the policy with keep_reference=True")
             with self._swapped(self._base):
                 yield
             return

@@ -1,10 +1,11 @@
-"""Load a network with transformers: a hub id or a local folder, safetensors only, nothing left random.
+"""Load a network with transformers: a hub id or a local folder, safetensors only, nothing left random; tell it again.
 
 Backbones and rewards share it. ``user`` is who asks, in the words of a message: "backbone 'dinov2'".
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 
 from vipo.types import UserError
 
+PROBED = 64  # elements of each tensor that a fingerprint looks at
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,6 +54,16 @@ def load_network(user: str, pretrained: str | Path, classes: Mapping[str, str], 
             " is it a checkpoint of another model? Download it again or point pretrained= elsewhere"
         )
     return network
+
+
+def fingerprint(network: torch.nn.Module) -> str:
+    """A digest of a network's weights from some elements of every tensor, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        flat = tensor.detach().flatten()
+        probes = flat[:: max(1, len(flat) // PROBED)].double().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + probes.tobytes())
+    return digest.hexdigest()
 
 
 def dtype_named(user: str, dtype: str) -> torch.dtype:

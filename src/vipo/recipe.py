@@ -48,8 +48,13 @@ class GeneratorSection(Section):
     height: PositiveInt = Field(description="pixels")
     width: PositiveInt = Field(description="pixels")
     frames: PositiveInt = Field(1, description="of a video, in pixel space; 1 for a picture")
+    fps: PositiveFloat = Field(8.0, description="frames per second of video files")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
+    text_cache: str | None = Field(
+        None, description="folder that keeps encoded prompts, for other runs too; null keeps them in memory"
+    )
+    offload_text: bool = Field(False, description="encode a run's prompts first, then move the encoders to the CPU")
 
 
 class PromptsSection(Section):
@@ -156,6 +161,9 @@ class TrainingSection(Section):
         None, description="sampled together; with fewer, a part is scored while the next is sampled; null means all"
     )
     replay_batch_size: PositiveInt | None = Field(None, description="transitions per replay; null means a whole step")
+    keep_per_group: PositiveInt | None = Field(
+        None, description="train on so many of each group, half best and half worst (best-of-n); null means all"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, a second forward")
     checkpoint_every: PositiveInt = Field(10, description="iterations")
     keep_checkpoints: PositiveInt = Field(2, description="the newest so many stay")
@@ -218,7 +226,13 @@ class Recipe(Section):
                 f"solver.train_fraction={self.solver.train_fraction:g} of {stochastic} stochastic steps leaves no step"
                 " to train on; raise it, or solver.steps or solver.window.size"
             )
-        samples = self.prompts.per_iteration * self.prompts.group_size
+        kept = self.training.keep_per_group or self.prompts.group_size
+        if self.training.keep_per_group and (kept % 2 or kept > self.prompts.group_size):
+            raise ValueError(
+                f"training.keep_per_group={kept} must be even, half best and half worst, and at most"
+                f" prompts.group_size={self.prompts.group_size}"
+            )
+        samples = self.prompts.per_iteration * kept
         if self.optimizer.per_iteration > samples:
             raise ValueError(
                 f"optimizer.per_iteration={self.optimizer.per_iteration} needs as many samples per iteration, but"

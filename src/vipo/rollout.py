@@ -10,7 +10,8 @@ sample per group is computed (Flow-GRPO and DanceGRPO compute all of them).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ from vipo import randomness, sde
 from vipo.types import Batched, Generator, Prompt, Rollout, Transitions, UserError
 
 Schedule = Literal["random", "sliding", "fixed"]
+StepContext = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def sample_groups(
     first_group: int = 0,
     batch_size: int | None = None,
     reduce: sde.Reduce = "mean",
+    around: StepContext = lambda _step: nullcontext(),
 ) -> Rollout:
     """Sample ``group_size`` pictures for each prompt and record the steps that will be trained.
 
@@ -193,6 +196,7 @@ def sample_groups(
         first_group: index of the first of them among all ranks' groups; every noise depends on it.
         batch_size: samples per network call; None means all at once.
         reduce: over channels, for the recorded log-probabilities.
+        around: what to enter around the network's part of each step, for instance to change its weights there.
 
     Raises:
         UserError: latents stopped being finite.
@@ -216,7 +220,8 @@ def sample_groups(
         if len(latents) < len(samples) and (noisy or i == solver.steps - 1):
             latents, rows = latents[group_of.to(device)], per_sample
         kind = solver if noisy else ode
-        step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, kind, batch_size)
+        with around(i):
+            step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, kind, batch_size)
         passes += len(latents)
         nexts = step.mean
         if noisy:

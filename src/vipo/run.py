@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +16,21 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from vipo import checkpoint, structuring
-from vipo.build import Session, build
+from vipo.build import Session, build, keep_text
 from vipo.evaluate import Evaluation, evaluate
 from vipo.files import write_text, written_whole
 from vipo.map_sources import Perceptual, Product
 from vipo.recipe import Recipe, load_recipe
-from vipo.report.maps import map_sheet
+from vipo.report.maps import clip_map_sheet, map_sheet
 from vipo.report.pictures import save_sheet
 from vipo.rundir import RunDirectory
+from vipo.samples import save_clips
 from vipo.structuring import PerceptualStructuring
 from vipo.types import FeatureMap, MapSource, TrainStep, UserError
 
 SHEET_COLUMNS = 8
-MAP_ROWS = 6
+MAP_ROWS, MAP_CLIPS = 6, 3
+MAP_CAPTION = 120  # characters of a clip's prompt
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Run:
             self._restore()
         elif self.writes:
             self.directory.start(recipe.to_yaml())
+        keep_text(self.session)
         self.accelerator.wait_for_everyone()
         self._evaluated = self.directory.evaluated()
         board = str(self.directory.root / "tensorboard")
@@ -110,6 +114,8 @@ class Run:
             whole = recipe.model_dump(mode="json")
             for free in ("iterations", "checkpoint_every", "keep_checkpoints", "maps_every"):
                 whole["training"].pop(free)
+            for free in ("text_cache", "offload_text", "fps"):
+                whole["generator"].pop(free)
             return whole
 
         old, new = essence(load_recipe(self.directory.recipe)), essence(self.recipe)
@@ -196,14 +202,18 @@ class Run:
 
     def _keep_evaluation(self, evaluation: Evaluation) -> None:
         assert self.board is not None
-        name = f"step-{self.iteration:06d}.png"
+        sheet = self.directory.root / "samples" / f"step-{self.iteration:06d}.png"
+        media, per_prompt = evaluation.media, evaluation.samples_per_prompt
         texts = [prompt.text for prompt in evaluation.prompts]
         scores = {key: values.tolist() for key, values in evaluation.scores.items()}
-        save_sheet(self.directory.root / "samples" / name, evaluation.media, SHEET_COLUMNS, texts, scores)
+        if media.shape[2] > 1:
+            fps = self.recipe.generator.fps
+            save_clips(sheet.with_suffix(""), media, texts, samples_per_prompt=per_prompt, fps=fps)
+        save_sheet(sheet, media, SHEET_COLUMNS, texts, scores)
         self.directory.log_evaluation(self.iteration, evaluation)
         for key, values in evaluation.scores.items():
             self.board.add_scalar(f"evaluation/{key}", float(values.nanmean()), self.iteration)
-        self.board.add_images("samples", evaluation.media[:16, :, 0], self.iteration)
+        self.board.add_images("samples", media[:16, :, media.shape[2] // 2], self.iteration)
 
     def _keep(self, step: TrainStep) -> None:
         assert self.board is not None
@@ -218,6 +228,8 @@ class Run:
     def _map_sheet(self, step: TrainStep) -> Image.Image:
         """The first sample of each of the first groups: picture, components (if the map has any), map, overlay."""
         assert step.maps is not None
+        if step.maps.shape[1] > 1:
+            return self._clip_map_sheet(step, step.maps)
         structuring = _structuring(self.session.trainer.map_source)
         group = self.recipe.prompts.group_size
         rows = list(range(0, len(step.rollout.prompts), group))[:MAP_ROWS]
@@ -225,6 +237,14 @@ class Run:
         captions = [f"{step.rollout.prompts[i].text}\nreward {float(step.scores.total[i]):.3f}" for i in rows]
         parts = None if structuring is None else components(structuring, pictures)
         return map_sheet(pictures, parts, step.maps[rows, 0], captions)
+
+    def _clip_map_sheet(self, step: TrainStep, maps: torch.Tensor) -> Image.Image:
+        """The first sample of each of the first groups, over its latent frames."""
+        rows = list(range(0, len(maps), self.recipe.prompts.group_size))[:MAP_CLIPS]
+        texts = [textwrap.shorten(step.rollout.prompts[i].text, MAP_CAPTION, placeholder=" ...") for i in rows]
+        captions = [f"{text}\nreward {float(step.scores.total[i]):.3f}" for i, text in zip(rows, texts, strict=True)]
+        stride = self.session.generator.temporal_stride
+        return clip_map_sheet(step.rollout.media[rows], maps[rows], captions, temporal_stride=stride)
 
 
 def _structuring(source: MapSource | None) -> PerceptualStructuring | None:
@@ -247,9 +267,10 @@ def train(recipe: Recipe, output: Path | str | None = None, *, resume: bool = Fa
     it nothing is written.
     """
     if output is None:
-        trainer = build(recipe).trainer
+        session = build(recipe)
+        keep_text(session)
         for _ in range(recipe.training.iterations):
-            yield trainer.step()
+            yield session.trainer.step()
         return
     for event in Run(recipe, Path(output), resume=resume):
         if isinstance(event, TrainStep):
@@ -268,7 +289,7 @@ def load_run(root: Path, *, accelerator: Accelerator | None = None) -> Session:
     latest = directory.latest_checkpoint()
     if latest is None:
         raise UserError(f"{str(root)!r} has no complete checkpoint yet")
-    session = build(load_recipe(directory.recipe), accelerator=accelerator)
+    session = build(load_recipe(directory.recipe), accelerator=accelerator, keep_reference=True)
     weights = checkpoint.load_policy(latest)
     session.policy.load(weights, weights if session.policy.ema else None)
     return session

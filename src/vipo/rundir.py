@@ -20,7 +20,7 @@ import torch
 
 from vipo.checkpoint import list_checkpoints
 from vipo.evaluate import Evaluation
-from vipo.files import write_text
+from vipo.files import remove, write_text
 from vipo.types import TrainStep, UserError
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
@@ -80,6 +80,10 @@ class RunDirectory:
                 last = iteration + 1 if name == "evaluations.jsonl" else iteration
                 kept = [line for line in _complete_lines(file) if json.loads(line)["iteration"] < last]
                 write_text(file, "".join(f"{line}\n" for line in kept))
+        for path in [*self.root.glob("samples/step-*"), *self.root.glob("maps/step-*")]:
+            last = iteration + 1 if path.parent.name == "samples" else iteration
+            if int(path.stem.removeprefix("step-")) >= last:
+                remove(path)
 
     def evaluated(self) -> set[int]:
         """At which iterations an evaluation is on record."""

@@ -1,7 +1,8 @@
-"""Sampled media on disk under names of the caller's: PNG pictures, lossless WebP or mp4 videos."""
+"""Sampled media on disk under names of the caller's: PNG pictures, WebP or mp4 videos, a GIF of several clips."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,14 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from vipo.files import written_whole
+from vipo.report.clips import LOSSLESS_SIDE, save_gif, save_webp, together
 from vipo.report.pictures import save_png, to_uint8
 from vipo.types import UserError
 
 Naming = Literal["number", "prompt"]
 VideoFormat = Literal["webp", "mp4"]
 FPS = 8.0
-CRF = "14"  # of H.264: hardly any visible loss
+ENCODER, CRF = "libx264", "14"  # H.264 with hardly any visible loss
 LONGEST_NAME = 235  # bytes; file systems allow 255, and a temporary name is longer
+SHOWN, SHOWN_QUALITY = 8, 90  # clips of an evaluation that become files, and the WebP quality of large ones
+GIF_SIDE = 192  # pixels of each clip in the GIF of all of them
 
 
 def sample_names(texts: Sequence[str], count: int, naming: Naming) -> list[str]:
@@ -55,8 +59,12 @@ def save_samples(
     *,
     video: VideoFormat = "webp",
     fps: float = FPS,
+    quality: int | None = None,
 ) -> list[Path]:
     """Write one file per sample, each whole or not at all: a PNG for F = 1, else a video of ``fps`` frames per second.
+
+    Args:
+        quality: of WebP videos, 0 to 100; None is lossless.
 
     Raises:
         UserError: mp4 without PyAV, or of an odd width or height.
@@ -71,17 +79,42 @@ def save_samples(
         elif video == "mp4":
             _save_mp4(path, frames, fps)
         else:
-            _save_webp(path, frames, fps)
+            with written_whole(path) as aside:
+                save_webp(aside, [Image.fromarray(frame) for frame in frames], fps, quality=quality)
         written.append(path)
     return written
 
 
-def _save_webp(path: Path, frames: UInt8[np.ndarray, "F Y X 3"], fps: float) -> None:
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    with written_whole(path) as aside:
-        first.save(
-            aside, format="WEBP", lossless=True, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0
-        )
+def save_clips(
+    folder: Path, media: Float[Tensor, "N 3 F Y X"], texts: Sequence[str], *, samples_per_prompt: int, fps: float
+) -> None:
+    """Write an evaluation's first clips as files to open: ``folder``/NAME.webp and, playing together, ``folder``.gif.
+
+    Frames over ``LOSSLESS_SIDE`` pixels are compressed here; what was scored, byte for byte, is in the sheet. Where
+    PyAV can write mp4 of this size there is NAME.mp4 too.
+
+    Args:
+        texts: the prompt of each sample, the samples of a prompt consecutive.
+    """
+    shown = media[:SHOWN]
+    names = sample_names(texts[::samples_per_prompt], samples_per_prompt, "number")[: len(shown)]
+    quality = None if max(media.shape[-2:]) <= LOSSLESS_SIDE else SHOWN_QUALITY
+    with written_whole(folder) as aside:
+        save_samples(aside, shown, names, fps=fps, quality=quality)
+        if _makes_mp4(*media.shape[-2:]):
+            save_samples(aside, shown, names, video="mp4", fps=fps)
+    clips = [[Image.fromarray(frame) for frame in frames] for frames in to_uint8(shown)]
+    with written_whole(folder.with_name(f"{folder.name}.gif")) as aside:
+        save_gif(aside, together(clips, GIF_SIDE), fps)
+
+
+def _makes_mp4(height: int, width: int) -> bool:
+    """Whether PyAV is installed, has the encoder, and takes frames of this size."""
+    if importlib.util.find_spec("av") is None or height % 2 or width % 2:
+        return False
+    import av
+
+    return ENCODER in av.codecs_available
 
 
 def _save_mp4(path: Path, frames: UInt8[np.ndarray, "F Y X 3"], fps: float) -> None:
@@ -93,7 +126,7 @@ def _save_mp4(path: Path, frames: UInt8[np.ndarray, "F Y X 3"], fps: float) -> N
     if height % 2 or width % 2:
         raise UserError(f"an mp4 needs even sides, these frames are {height} x {width} pixels; take --video webp")
     with written_whole(path) as aside, av.open(str(aside), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": CRF})
+        stream = container.add_stream(ENCODER, rate=Fraction(fps).limit_denominator(1001), options={"crf": CRF})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -395,6 +395,20 @@ def align_frames(
     return torch.cat([maps[:, :head], rest.mean(2)], dim=1)
 
 
+def flicker(maps: Float[Tensor, "N T H W"]) -> Float[Tensor, " N"]:
+    """How much the map of a clip changes from one latent frame to the next, in units of its mean:
+
+        mean over t, p of |M(t+1, p) - M(t, p)|  /  mean over t, p of M(t, p)
+
+    0 for maps that stand still, for T = 1 and for a map of zeros. A subject that moves counts too, so compare the
+    numbers of one kind of clip.
+    """
+    if maps.shape[1] == 1:
+        return maps.new_zeros(len(maps))
+    change, mean = maps.diff(dim=1).abs().mean((1, 2, 3)), maps.mean((1, 2, 3))
+    return change / mean.where(mean > 0, torch.ones_like(mean))
+
+
 @dataclass(frozen=True)
 class PerceptualStructuring:
     """Media to one non-negative weight per latent position: backbone, principal components, latent frames.

@@ -15,19 +15,25 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from vipo.build import build_generator, build_rewards, model_path
 from vipo.evaluate import EVALUATION_SEED, Evaluation, Judgement, evaluate
-from vipo.generators import GENERATORS, adapter_of
+from vipo.generators import GENERATORS, adapter_of, makes_video
 from vipo.judged import Judges, Keeper, Models, judge_parts
+from vipo.pretrained import fingerprint
 from vipo.recipe import GeneratorSection, JudgeSection, parse_section
 from vipo.rewards import build as build_reward
 from vipo.rewards.user_file import is_user_file
-from vipo.rollout import Solver, sample_groups
+from vipo.rollout import Solver, StepContext, sample_groups
 from vipo.run import load_run
 from vipo.rundir import RunDirectory
 from vipo.types import Generator, Prompt, Reward, Rollout, UserError
 
-BATCH = 64
-PLAIN_STEPS = 28  # what FLUX.1-dev is usually sampled with
-PROBED = 64  # elements of each tensor that a fingerprint looks at
+PLACES = {"path", "text_cache", "offload_text"}  # of a generator section: they change no sample
+BATCH = 64  # pictures, or frames of whole clips
+
+# How a plain model is sampled unless told otherwise. Steps by adapter, as its diffusers pipeline has them.
+PLAIN_STEPS: Mapping[str, int] = {"flux": 28, "sd3": 28, "flux2": 50, "qwen_image": 50, "z_image": 50, "wan": 50}
+PICTURE_SIDE = 1024  # pixels, where the autoencoder does not say
+# (height, width, frames) of a Wan by its autoencoder's stride: emoji-wan, Wan2.1 at 480p, Wan2.2-TI2V-5B at 720p.
+WAN_SIZES: Mapping[int, tuple[int, int, int]] = {4: (64, 64, 17), 8: (480, 832, 81), 16: (704, 1280, 121)}
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,32 @@ class Model:
             return {"base": nullcontext}
         return {"base": self.reference, "policy": nullcontext}
 
+    @property
+    def batch_size(self) -> int:
+        """Samples at a time unless told otherwise."""
+        _, latent_frames, _, _ = self.generator.latent_shape()
+        return max(1, BATCH // (self.generator.temporal_stride * (latent_frames - 1) + 1))
+
     def sample(
-        self, prompts: Sequence[Prompt], *, count: int, steps: int | None, seed: int, batch_size: int = BATCH
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        count: int,
+        steps: int | None,
+        seed: int,
+        batch_size: int | None = None,
+        base_tail: float = 0.0,
     ) -> Iterator[Rollout]:
-        """``count`` samples of each prompt, about ``batch_size`` of them at a time, in order."""
-        solver, part = self.solver.deterministic(steps), max(1, batch_size // count)
+        """``count`` samples of each prompt, about ``batch_size`` of them at a time, in order.
+
+        The last share ``base_tail`` of the steps is the base model's: MixGRPO's hybrid inference (arXiv 2507.21802),
+        which keeps what the policy composed and takes back what a hacked reward did to its surface.
+
+        Raises:
+            UserError: there is no base model for the tail.
+        """
+        solver, batch_size = self.solver.deterministic(steps), batch_size or self.batch_size
+        part, around = max(1, batch_size // count), self._around(base_tail, solver.steps)
         for first in range(0, len(prompts), part):
             yield sample_groups(
                 self.generator,
@@ -81,7 +108,17 @@ class Model:
                 seed=seed,
                 first_group=first,
                 batch_size=batch_size,
+                around=around,
             )
+
+    def _around(self, base_tail: float, steps: int) -> StepContext:
+        """The base model for the last ``base_tail`` of the steps, rounded to whole ones."""
+        if not 0 <= base_tail <= 1:
+            raise UserError(f"a base tail of {base_tail:g} is no share of the steps; give a number from 0 to 1")
+        if base_tail and self.reference is None:
+            raise UserError("a base tail needs a policy and its base model; give a run, or a plain model with --lora")
+        base, first = self.reference or nullcontext, steps - round(base_tail * steps)
+        return lambda step: base() if step >= first else nullcontext()
 
     def evaluate(
         self,
@@ -90,7 +127,7 @@ class Model:
         *,
         count: int,
         steps: int | None,
-        batch_size: int = BATCH,
+        batch_size: int | None = None,
         keeper: Keeper | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Judgement:
@@ -99,6 +136,7 @@ class Model:
         Raises:
             UserError: a reward is unknown, has a fault or cannot be reached.
         """
+        batch_size = batch_size or self.batch_size
         known = {name: entry.reward for name, entry in self.rewards.items()}
         judges = Judges({name: known[name] if name in known else build_reward(name) for name in rewards})
 
@@ -152,44 +190,46 @@ class Model:
         return {"options": options}
 
 
-def fingerprint(network: torch.nn.Module) -> str:
-    """A digest of a network's weights from some elements of every tensor, the same on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        flat = tensor.detach().flatten()
-        probes = flat[:: max(1, len(flat) // PROBED)].double().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + probes.tobytes())
-    return digest.hexdigest()
-
-
-def open_target(target: str, *, size: int | None = None, lora: Path | None = None) -> Model:
+def open_target(
+    target: str,
+    *,
+    size: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    lora: Path | None = None,
+) -> Model:
     """Load a run's policy, or a plain model, on request with a LoRA as the policy.
 
     Args:
-        size: side in pixels of a plain model's pictures; None takes what it was made for.
+        size: side in pixels of a plain model's square pictures, short for ``height`` and ``width``.
+        height, width: pixels; None takes what a plain model was made for.
+        frames: of a plain video model's clips, in pixel space; likewise.
         lora: diffusers-format file, or folder that holds one, for a plain model.
 
     Raises:
-        UserError: neither a run nor a pipeline that an adapter knows, or a LoRA that does not fit.
+        UserError: neither a run nor a pipeline that an adapter knows, a size that does not fit or fits only plain
+            models, or a LoRA that does not fit.
     """
+    side = {"size": size, "height": height, "width": width, "frames": frames}
+    given = {name: pixels for name, pixels in side.items() if pixels is not None}
     if RunDirectory(Path(target)).exists():
         if lora is not None:
             raise UserError(f"{target!r} is a run and has a policy of its own; give --lora with a pipeline folder")
+        if given:
+            raise UserError(f"{target!r} is a run and samples as it was trained; leave out --{' and --'.join(given)}")
         return _open_run(target)
-    path = model_path(target)
-    side = _side(path) if size is None else size
-    options = {"name": _adapter(path), "path": path, "height": side, "width": side}
-    section = parse_section(GeneratorSection, options, source="size")
+    section = _plain_section(model_path(target), given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = build_generator(section, device=device)
-    described = {"model": target, "lora": lora and str(lora), "generator": section.model_dump(exclude={"path"})}
+    described = {"model": target, "lora": lora and str(lora), "generator": section.model_dump(exclude=PLACES)}
     reference = None if lora is None else _attach_lora(generator, lora)
-    return Model(generator, Solver(steps=PLAIN_STEPS, shift=generator.shift), described, reference)
+    return Model(generator, Solver(steps=PLAIN_STEPS[section.name], shift=generator.shift), described, reference)
 
 
 def _open_run(target: str) -> Model:
     session = load_run(Path(target))
-    described = {"model": target, "lora": None, "generator": session.recipe.generator.model_dump(exclude={"path"})}
+    described = {"model": target, "lora": None, "generator": session.recipe.generator.model_dump(exclude=PLACES)}
     rewards = _owned({**session.recipe.judges, **session.recipe.rewards}, session.judge.rewards)
     solver, reference = session.trainer.solver, session.policy.reference
     return Model(session.generator, solver, described, reference, session.evaluation_prompts, rewards)
@@ -232,14 +272,20 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def _plain_section(path: str, given: Mapping[str, int]) -> GeneratorSection:
+    """A plain model and the size of its media, as ``given`` or else what it was made for."""
+    if "size" in given and {"height", "width"} & given.keys():
+        raise UserError("--size is short for --height and --width, both that long; give it or them")
+    name = _adapter(path)
+    square = {side: given["size"] for side in ("height", "width") if "size" in given}
+    asked = {side: pixels for side, pixels in given.items() if side != "size"}
+    options = {"name": name, "path": path, **_usual_size(path, name), **square, **asked}
+    return parse_section(GeneratorSection, options, source="size")
+
+
 def _adapter(path: str) -> str:
-    """Which adapter reads the pipeline; a hub id, which cannot be looked into, is taken for FLUX."""
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        if Path(path).exists():
-            raise UserError(f"{path!r} is neither a run directory nor a diffusers pipeline folder")
-        return "flux"
-    name = str(json.loads(index.read_text())["_class_name"])
+    """Which adapter reads the pipeline."""
+    name = str(_config(path)["_class_name"])
     adapter = adapter_of(name)
     if adapter is None:
         known = ", ".join(sorted(pipeline for entry in GENERATORS.values() for pipeline in entry.pipelines))
@@ -247,7 +293,25 @@ def _adapter(path: str) -> str:
     return adapter
 
 
-def _side(path: str) -> int:
-    """The side in pixels that a pipeline folder was made for, from its autoencoder; 1024 if it does not say."""
-    config = Path(path) / "vae" / "config.json"
-    return int(json.loads(config.read_text())["sample_size"]) if config.is_file() else 1024
+def _usual_size(path: str, name: str) -> dict[str, int]:
+    """What a pipeline's media measure unless told otherwise, from its autoencoder."""
+    autoencoder = _config(path, "vae")
+    if makes_video(name):
+        usual = WAN_SIZES.get(int(autoencoder.get("scale_factor_spatial", 8)), WAN_SIZES[8])
+        return dict(zip(("height", "width", "frames"), usual, strict=True))
+    side = int(autoencoder.get("sample_size", PICTURE_SIDE))
+    return {"height": side, "width": side}
+
+
+def _config(path: str, part: str | None = None) -> Mapping[str, Any]:
+    """What a pipeline folder or hub id says of itself, or of its ``part``; of a hub id only that file is fetched."""
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+    reader: Any = DiffusionPipeline if part is None else AutoencoderKL  # any model's class reads a config.json
+    try:
+        config: Mapping[str, Any] = reader.load_config(path, subfolder=part)
+    except OSError as error:
+        raise UserError(
+            f"{path!r} is neither a run directory nor a diffusers pipeline, as a folder or on the hub: {_line(error)}"
+        ) from error
+    return config

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo import objective, randomness, sde
+from vipo import objective, randomness, sde, structuring
 from vipo.policy import Policy
 from vipo.prompts import PromptSampler
 from vipo.rewards.background import Background
@@ -27,6 +27,7 @@ from vipo.rollout import Solver, replay, sample_groups
 from vipo.types import Batched, Generator, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep, Transitions, UserError
 
 Combination = Literal["advantage", "reward"]
+Report = tuple[dict[str, float], list[str]]  # metrics, and every guard that fired
 
 WORST = ("ratio_deviation", "largest_log_ratio")  # over processes the largest counts, not the mean
 GUARD_MEMORY = 20  # how many gradient norms the guard remembers
@@ -102,6 +103,7 @@ class Trainer:
         rollout_batch_size: samples per network call while sampling; None means all.
         prompts_at_once: groups sampled together; None means all. With fewer, each part is scored while the next is
             sampled, with the same result as one after the other.
+        keep_per_group: train on so many samples of each group, half its best and half its worst; None means all.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Trainer:
         seed: int,
         rollout_batch_size: int | None = None,
         prompts_at_once: int | None = None,
+        keep_per_group: int | None = None,
     ) -> None:
         ranks = accelerator.num_processes
         if prompts.per_iteration % ranks:
@@ -130,6 +133,7 @@ class Trainer:
         self.group_size, self.seed, self.rollout_batch_size = group_size, seed, rollout_batch_size
         self.groups_here = prompts.per_iteration // ranks
         self.prompts_at_once = prompts_at_once or self.groups_here
+        self.keep_per_group = keep_per_group
         self.iteration = 0
         self.guard = GradientGuard(update.guard_factor)
         self.optimizer = torch.optim.AdamW(
@@ -154,7 +158,7 @@ class Trainer:
             maps = self._maps(rollout)
         with clock("update"):
             weight, advantage = self._weights(scores, maps, rollout)
-            report, events = self._train(rollout, weight, iteration)
+            report, events = self._train(rollout, weight, self._kept(advantage), iteration)
         self.iteration += 1
         metrics = {**self._reward_metrics(scores, advantage), **_map_metrics(maps), **report}
         metrics["model_passes"] = float(rollout.model_passes)
@@ -216,9 +220,15 @@ class Trainer:
         weight = objective.assign_credit(self.objective.credit, rewards, advantage, maps, self.group_size)
         return weight.clamp(-self.objective.advantage_clip, self.objective.advantage_clip), advantage
 
-    def _train(self, rollout: Rollout, weight: Tensor, iteration: int) -> tuple[dict[str, float], list[str]]:
+    def _kept(self, advantage: Tensor) -> Tensor:
+        """Indices of the samples that are trained on."""
+        if self.keep_per_group is None:
+            return torch.arange(len(advantage))
+        return objective.extremes(advantage, self.group_size, self.keep_per_group).nonzero().squeeze(1).cpu()
+
+    def _train(self, rollout: Rollout, weight: Tensor, kept: Tensor, iteration: int) -> Report:
         """All optimiser steps of one iteration."""
-        shares = self._split(rollout, iteration)
+        shares = self._split(rollout.transitions, kept, iteration)
         reports, events = [], []
         for number, share in enumerate(shares):
             report = self._optimise(rollout.conditioning, share, weight)
@@ -235,17 +245,17 @@ class Trainer:
         merged = {key: statistics.fmean(r[key] for r in reports) for key in reports[-1] if key != "ratio_deviation"}
         return {**merged, "ratio_deviation": reports[0]["ratio_deviation"], "skipped": float(len(events))}, events
 
-    def _split(self, rollout: Rollout, iteration: int) -> list[Transitions]:
-        """The recorded transitions, dealt to the optimiser steps by sample, in an order of their own."""
-        recorded, steps = rollout.transitions, self.update.per_iteration
-        if steps == 1:
+    def _split(self, recorded: Transitions, kept: Tensor, iteration: int) -> list[Transitions]:
+        """The kept samples' transitions, dealt to the optimiser steps by sample, in an order of their own."""
+        steps, samples = self.update.per_iteration, self.groups_here * self.group_size
+        if steps == 1 and len(kept) == samples:
             return [recorded]
-        samples = len(rollout.prompts)
-        order = randomness.permutation(samples, seed=self.seed, purpose="update order", indices=(iteration,))
-        place = torch.empty(samples, dtype=torch.long)
-        place[torch.tensor(order)] = torch.arange(samples)
-        share_of = place[recorded.sample] * steps // samples
-        return [recorded.take((share_of == share).nonzero().squeeze(1)) for share in range(steps)]
+        order = torch.tensor(
+            randomness.permutation(len(kept), seed=self.seed, purpose="update order", indices=(iteration,))
+        )
+        share_of = torch.full((samples,), -1)  # -1: not kept
+        share_of[kept[order]] = torch.arange(len(kept)) * steps // len(kept)
+        return [recorded.take((share_of[recorded.sample] == share).nonzero().squeeze(1)) for share in range(steps)]
 
     def _optimise(self, conditioning: Batched, share: Transitions, weight: Tensor) -> dict[str, float]:
         """Accumulate the gradient of one optimiser step and clip it."""
@@ -329,10 +339,12 @@ class Trainer:
 
 
 def _map_metrics(maps: Tensor | None) -> dict[str, float]:
-    """Mean of M (it scales the learning rate) and the share of its mass in the heaviest quarter of the positions."""
+    """Mean of M (it scales the learning rate), the share of its mass in the heaviest quarter, and a clip's flicker."""
     if maps is None:
         return {}
     flat = maps.flatten(1)
     top = flat.topk(max(1, flat.shape[1] // 4), 1).values.sum(1) / flat.sum(1).clamp_min(1e-12)
-    numbers = torch.stack([flat.mean(), top.mean()]).tolist()
-    return {"map/mean": numbers[0], "map/top_quarter_mass": numbers[1]}
+    numbers = {"map/mean": flat.mean(), "map/top_quarter_mass": top.mean()}
+    if maps.shape[1] > 1:
+        numbers["map/flicker"] = structuring.flicker(maps).mean()
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))

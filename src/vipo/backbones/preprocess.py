@@ -70,7 +70,9 @@ def in_batches(
 
 def freeze(network: Network) -> Network:
     """Evaluation mode, no gradients, and weights in the memory layout in which convolutions are fast on CPU."""
-    frozen: Network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    over_time = any(parameter.ndim == 5 for parameter in network.parameters())
+    layout = torch.channels_last_3d if over_time else torch.channels_last
+    frozen: Network = network.eval().requires_grad_(False).to(memory_format=layout)  # type: ignore[call-overload]
     return frozen
 
 

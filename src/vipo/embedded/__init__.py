@@ -31,6 +31,7 @@ __all__ = [
     "parse_caption",
     "path",
     "prompts",
+    "with_article",
 ]
 
 PICTURE_SIZE = 64
@@ -97,12 +98,12 @@ def make_caption(names: Sequence[str], relation: str | None, ground: str) -> str
     """Write the caption of a scene of one to three objects; two objects need a relation, others must not have one."""
     if (relation is not None) != (len(names) == 2) or not 1 <= len(names) <= 3:
         raise ValueError(f"no caption for {len(names)} objects with relation {relation!r}")
-    nouns = [_with_article(name) for name in names]
+    nouns = [with_article(name) for name in names]
     if relation is not None:
         scene = f"{nouns[0]} {RELATIONS[relation]} {nouns[1]}"
     else:
         scene = nouns[0] if len(nouns) == 1 else f"{nouns[0]}, {nouns[1]} and {nouns[2]}"
-    return f"{scene} on {_with_article(ground)} background"
+    return f"{scene} on {with_article(ground)} background"
 
 
 def parse_caption(caption: str) -> tuple[tuple[str, ...], str | None, str]:
@@ -131,6 +132,6 @@ def _noun(part: str, caption: str) -> str:
     return match["name"]
 
 
-def _with_article(word: str) -> str:
-    """Prefix the indefinite article."""
+def with_article(word: str) -> str:
+    """A word after its indefinite article."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

@@ -40,6 +40,7 @@ class DiffusersGenerator(ABC):
     shift: float  # each subclass sets it, from its scheduler and size
     temporal_stride = 1
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    float32_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, whatever dtype the rest is loaded in
 
     def __init__(
         self,
@@ -70,15 +71,17 @@ class DiffusersGenerator(ABC):
         """
         try:
             disable_progress_bar()
-            pipeline = cls.pipeline_class.from_pretrained(str(path), dtype=dtype)
+            dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
+            pipeline = cls.pipeline_class.from_pretrained(str(path), dtype=dtypes)
         except (OSError, ValueError) as error:
             raise UserError(f"no {cls.pipeline_class.__name__} could be loaded from {str(path)!r}: {error}") from error
         return cls(pipeline.to(device), **options)
 
     @property
     def text_encoders(self) -> tuple[torch.nn.Module, ...]:
-        """What turns text into conditioning; needed no more once every prompt is in a cache."""
-        return tuple(getattr(self.pipeline, name) for name in self.text_encoder_names)
+        """What turns text into conditioning; needed no more once every prompt is in a cache; some may be left out."""
+        parts = (getattr(self.pipeline, name) for name in self.text_encoder_names)
+        return tuple(part for part in parts if part is not None)
 
     @property
     def is_guided(self) -> bool:
@@ -155,19 +158,36 @@ def check_multiple(cell: int, model: str, **sides: int) -> None:
         raise UserError(f"{given} must be multiples of {cell} pixels for this {model} model")
 
 
-def shift_of(scheduler: Any, tokens: int) -> float:
+def shift_of(scheduler: Any, tokens: int, *, mu: float | None = None) -> float:
     """The time shift a pipeline's scheduler applies to a picture of so many tokens.
 
-    A static ``shift``, or with ``use_dynamic_shifting`` the line through (``base_image_seq_len``, ``base_shift``) and
-    (``max_image_seq_len``, ``max_shift``), which is a shift's logarithm (arXiv 2403.03206, sec. 5.3.2).
+    A static ``shift``, or with ``use_dynamic_shifting`` ``mu``, a shift's logarithm. It is what the pipeline works out
+    or else on the line through (``base_image_seq_len``, ``base_shift``) and (``max_image_seq_len``, ``max_shift``), as
+    in arXiv 2403.03206, sec. 5.3.2.
     """
     config = scheduler.config
     if not config.get("use_dynamic_shifting", False):
         return float(config.shift)
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (many - few)
+    if mu is None:
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = low + (high - low) * (tokens - few) / (many - few)
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def network_time(sigma: Float[Tensor, " N"], dtype: torch.dtype) -> Float[Tensor, " N"]:
+    """The noise level as the FLUX pipelines hand it over: 1000 sigma in the network's dtype, divided by 1000.
+
+    In bfloat16 that rounds to about 1/256 of sigma. The published models sample with it, and their transformers would
+    round it anyway; sampling and replay round alike.
+    """
+    return (sigma * 1000).to(dtype) / 1000
+
+
+def decode_scaled(vae: Any, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
+    """Clean latents of one picture each through an ``AutoencoderKL`` with scaling and shift, to [-1, 1]."""
+    scaled = latents.squeeze(2).to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(scaled, return_dict=False)[0].unsqueeze(2)
 
 
 def pack_patches(latents: Float[Tensor, "N C 1 H W"], side: int = 2) -> Float[Tensor, "N L K"]:

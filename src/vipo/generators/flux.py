@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.generators.common import DiffusersGenerator, check_multiple, pack_patches, shift_of, unpack_patches
+from vipo.generators.common import (
+    DiffusersGenerator,
+    check_multiple,
+    decode_scaled,
+    network_time,
+    pack_patches,
+    shift_of,
+    unpack_patches,
+)
 from vipo.types import Batched
 
 PATCH = 2  # latent positions per token side, fixed by the architecture
@@ -100,6 +107,14 @@ class FluxGenerator(DiffusersGenerator):
         )
         return FluxConditioning(embeds, pooled)
 
+    def blank_conditioning(self, rows: int) -> FluxConditioning:
+        """Zeros of the shape of encoded prompts, for planning without weights."""
+        config, dtype = self.pipeline.transformer.config, self.pipeline.text_encoder_2.dtype
+        embeds = torch.zeros(
+            rows, self.max_sequence_length, config.joint_attention_dim, dtype=dtype, device=self.device
+        )
+        return FluxConditioning(embeds, embeds.new_zeros(rows, config.pooled_projection_dim))
+
     def predict(
         self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: FluxConditioning
     ) -> Float[Tensor, "N C 1 H W"]:
@@ -108,7 +123,7 @@ class FluxGenerator(DiffusersGenerator):
         guidance = latents.new_full((latents.shape[0],), self.guidance_scale, dtype=torch.float32)
         tokens = self.network(
             hidden_states=pack_patches(latents).to(dtype),
-            timestep=sigma.to(dtype),  # the transformer itself multiplies by 1000
+            timestep=network_time(sigma, dtype),  # the transformer multiplies by 1000 again
             guidance=guidance if self._has_guidance else None,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.prompt_embeds,
@@ -119,6 +134,4 @@ class FluxGenerator(DiffusersGenerator):
         return unpack_patches(tokens.float(), *self._latent_size)
 
     def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
-        vae: Any = self.pipeline.vae
-        scaled = latents.squeeze(2).to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(scaled, return_dict=False)[0].unsqueeze(2)
+        return decode_scaled(self.pipeline.vae, latents)

@@ -26,6 +26,7 @@ HEALTH = (
     ("approx_kl", "Approximate KL", "How far one update moves the policy from the one that sampled."),
     ("flat_groups", "Flat groups", "Share of prompts whose samples all scored alike: they teach nothing."),
     ("map/top_quarter_mass", "Map concentration", "Share of a map's mass in its heaviest quarter; 0.25 is uniform."),
+    ("map/flicker", "Flicker of the maps", "Mean change from one latent frame to the next, in units of a map's mean."),
     ("map/mean", "Mean of the map", "Scales the learning rate; 1 where maps are normalised to unit mean."),
 )
 

@@ -1,9 +1,10 @@
-"""Pictures for the page, as data URIs: pairs before and after, the way in between, allocation maps over training."""
+"""Pictures for the page, as data URIs: pairs before and after, the way in between, allocation maps over training.
+
+Of clips there are fewer pairs, and all of them together take at most ``CLIP_ROOM`` bytes, whatever the model makes.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vipo.report.clips import cut, resized, spaced, table
+from vipo.report.embed import clip_uri, data_uri
 from vipo.report.outcome import Change, before_and_after, total_change
 from vipo.report.pictures import load_sheet
 from vipo.report.run import EvaluationRecord, RunRecord
@@ -20,7 +23,9 @@ from vipo.types import UserError
 FIRST, EXTREMES = 16, 4
 STRIP_ROWS, STRIP_COLUMNS = 6, 8
 MAP_SHEETS = 4
-LOSSLESS_SIDE, LARGEST_SIDE = 160, 384  # pixels; larger pictures are embedded smaller and compressed
+FIRST_CLIPS, CLIP_ROOM = 8, 1_900_000  # pairs, and bytes of all clips before base64 makes a third more of them
+LAID_OUT, LAID_OUT_SIDE = 8, 96  # frames of a clip side by side, and pixels of each
+STILL_SIDE = 64  # pixels; larger stills of a clip are compressed
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,19 @@ class Pair:
     prompt: str
     before: str  # data URI
     after: str
+    frames: str  # data URI of both clips laid out, before above after; empty for pictures
     scores: tuple[ScoreChange, ...]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What an evaluation made: one tile per sample, for clips a strip of ``frames``."""
+
+    strips: list[Image.Image]
+    frames: int
+
+    def middle(self, row: int) -> Image.Image:
+        return cut(self.strips[row], self.frames)[self.frames // 2]
 
 
 @dataclass(frozen=True)
@@ -62,19 +79,6 @@ class Strip:
     rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def data_uri(picture: Image.Image, largest: int = LARGEST_SIDE) -> str:
-    """A picture inside the page: lossless if small, else at most ``largest`` pixels a side and compressed."""
-    buffer, kind = io.BytesIO(), "png"
-    if max(picture.size) <= LOSSLESS_SIDE:
-        picture.save(buffer, format="PNG", optimize=True)
-    else:
-        smaller = picture.convert("RGB")
-        smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-        smaller.save(buffer, format="WEBP", quality=86)
-        kind = "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def gallery(run: RunRecord, found: Sequence[Change]) -> Gallery | None:
     """Pairs of the first and the last evaluation; None while there is no second one."""
     pair = before_and_after(run)
@@ -86,27 +90,40 @@ def gallery(run: RunRecord, found: Sequence[Change]) -> Gallery | None:
     except UserError as error:
         return Gallery((), (), (), False, 0, str(error))
     prompts = len(base.prompts) // base.samples_per_prompt
-    one_per_prompt = prompts >= FIRST
+    count = FIRST if before.frames == 1 else FIRST_CLIPS
+    one_per_prompt = prompts >= count
     step = base.samples_per_prompt if one_per_prompt else 1
-    first = range(0, len(base.prompts), step)[:FIRST]
+    first = range(0, len(base.prompts), step)[:count]
+    gains, losses = _extremes(total_change(list(found), run.rewards))
+    room = CLIP_ROOM // (2 * len([*first, *gains, *losses]))
 
     def pairs(rows: Sequence[int]) -> tuple[Pair, ...]:
         return tuple(
-            Pair(base.prompts[i], data_uri(before[i]), data_uri(after[i]), _scores(base, last, i)) for i in rows
+            Pair(base.prompts[i], *_shown(before, after, i, run.fps, room), _scores(base, last, i)) for i in rows
         )
 
-    gains, losses = _extremes(total_change(list(found), run.rewards))
-    return Gallery(pairs(first), pairs(gains), pairs(losses), one_per_prompt, max(before[0].size))
+    side = max(before.strips[0].width // before.frames, before.strips[0].height)
+    return Gallery(pairs(first), pairs(gains), pairs(losses), one_per_prompt, side)
 
 
-def _tiles(run: RunRecord, record: EvaluationRecord) -> list[Image.Image]:
+def _shown(before: Tiles, after: Tiles, row: int, fps: float, room: int) -> tuple[str, str, str]:
+    """Before, after and, for clips, both laid out, as data URIs; each clip of at most ``room`` bytes."""
+    pair = before.strips[row], after.strips[row]
+    if before.frames == 1:
+        return data_uri(pair[0]), data_uri(pair[1]), ""
+    clips = cut(pair[0], before.frames), cut(pair[1], after.frames)
+    frames = data_uri(table([resized(spaced(clip, LAID_OUT), LAID_OUT_SIDE) for clip in clips]), 768)
+    return clip_uri(clips[0], fps, room), clip_uri(clips[1], fps, room), frames
+
+
+def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
     path = run.sheets.get(record.iteration)
     if path is None:
         raise UserError(f"the pictures of iteration {record.iteration} are not in samples/")
-    tiles, _ = load_sheet(path)
+    tiles, info = load_sheet(path)
     if len(tiles) != len(record.prompts):
         raise UserError(f"{path.name} holds {len(tiles)} pictures, its evaluation {len(record.prompts)}")
-    return tiles
+    return Tiles(tiles, info.get("frames", 1))
 
 
 def _scores(base: EvaluationRecord, last: EvaluationRecord, row: int) -> tuple[ScoreChange, ...]:
@@ -123,16 +140,9 @@ def _extremes(total: Tensor | None) -> tuple[list[int], list[int]]:
     return gains, [i for i in order if total[i] < 0][:EXTREMES]
 
 
-def spaced(values: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` of the values, evenly spaced, the first and the last among them."""
-    if len(values) <= count:
-        return list(values)
-    return [values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)]
-
-
 def strip(run: RunRecord) -> Strip | None:
     """The first prompts over the run; None with fewer than three evaluations whose pictures can be read."""
-    readable: dict[int, list[Image.Image]] = {}
+    readable: dict[int, Tiles] = {}
     for iteration in spaced([r.iteration for r in run.evaluations if r.iteration in run.sheets], STRIP_COLUMNS):
         record = next(r for r in run.evaluations if r.iteration == iteration)
         try:
@@ -145,15 +155,20 @@ def strip(run: RunRecord) -> Strip | None:
     return Strip(tuple(readable), tuple(_strip_row(first, readable, i) for i in _strip_indices(first, readable)))
 
 
-def _strip_indices(first: EvaluationRecord, readable: Mapping[int, list[Image.Image]]) -> list[int]:
-    shortest = min(len(first.prompts), *(len(tiles) for tiles in readable.values()))
+def _strip_indices(first: EvaluationRecord, readable: Mapping[int, Tiles]) -> list[int]:
+    shortest = min(len(first.prompts), *(len(tiles.strips) for tiles in readable.values()))
     return list(range(0, shortest, first.samples_per_prompt))[:STRIP_ROWS]
 
 
-def _strip_row(
-    first: EvaluationRecord, readable: Mapping[int, list[Image.Image]], row: int
-) -> tuple[str, tuple[str, ...]]:
-    return first.prompts[row], tuple(data_uri(tiles[row], 192) for tiles in readable.values())
+def _strip_row(first: EvaluationRecord, readable: Mapping[int, Tiles], row: int) -> tuple[str, tuple[str, ...]]:
+    return first.prompts[row], tuple(_still(tiles, row) for tiles in readable.values())
+
+
+def _still(tiles: Tiles, row: int) -> str:
+    """The picture, or a clip's middle frame."""
+    return (
+        data_uri(tiles.strips[row], 192) if tiles.frames == 1 else data_uri(tiles.middle(row), 192, lossless=STILL_SIDE)
+    )
 
 
 def map_figures(run: RunRecord) -> list[tuple[int, str]]:

@@ -1,4 +1,7 @@
-"""Allocation maps for the eye: picture, components, map, and what the map lights up, one row per sample."""
+"""Allocation maps for the eye: picture, components, map, and what the map lights up, one row per sample.
+
+A clip is three rows over its latent frames: the frames, their maps, and what the maps light up.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from vipo.report import pictures as paper
+from vipo.report.clips import spaced
 
-TILE = 192  # pixels
+TILE, CLIP_TILES = 192, (64, 1536)  # pixels of a tile; of a clip's: at least, and all of a row together
+MOST_FRAMES = 24  # columns of a clip
 DIM = 0.22  # brightness of what a map leaves unlit
 NO_MAP = (226, 227, 230)
 MAGMA = (
@@ -83,16 +88,74 @@ def _check(
 
 
 def _row(picture: Tensor, components: Tensor | None, plane: np.ndarray, top: float, tile: int) -> list[Image.Image]:
-    image = Image.fromarray(paper.to_uint8(picture[None, :, None])[0, 0])
-    factor = tile / max(image.size)
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    middle = [] if components is None else [_components(components).resize(size, Image.Resampling.NEAREST)]
+    image = _fitted(picture, tile)
+    middle = [] if components is None else [_components(components).resize(image.size, Image.Resampling.NEAREST)]
     return [
         image,
         *middle,
-        Image.fromarray(heat(plane / top)).resize(size, Image.Resampling.NEAREST),
+        Image.fromarray(heat(plane / top)).resize(image.size, Image.Resampling.NEAREST),
         lit(image, plane),
+    ]
+
+
+def _fitted(picture: Float[Tensor, "3 Y X"], tile: int) -> Image.Image:
+    image = Image.fromarray(paper.to_uint8(picture[None, :, None])[0, 0])
+    factor = tile / max(image.size)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def shown_frames(latent_frames: int, temporal_stride: int) -> list[int]:
+    """The pixel frame that is shown for each latent frame: 0 for the first, then the middle of s(k-1)+1 .. sk."""
+    return [max(0, temporal_stride * k - temporal_stride // 2) for k in range(latent_frames)]
+
+
+def clip_map_sheet(
+    clips: Float[Tensor, "N 3 F Y X"],
+    maps: Float[Tensor, "N T H W"],
+    captions: Sequence[str],
+    max_clips: int = 3,
+    *,
+    temporal_stride: int,
+) -> Image.Image:
+    """Three rows per clip, a column per latent frame (evenly spaced ones of a long clip).
+
+    Args:
+        clips: in [0, 1]. maps: the weight M(p) of each position; the colour scale is one for the sheet and starts at 0,
+            what is fully lit is the clip's largest weight.
+        captions: one per clip. max_clips: how many of the first ones are shown.
+        temporal_stride: pixel frames per latent frame; F = temporal_stride (T - 1) + 1, as in ``align_frames``.
+    """
+    frames, expected = clips.shape[2], temporal_stride * (maps.shape[1] - 1) + 1
+    if not len(clips) == len(maps) == len(captions) or frames != expected or not len(clips):
+        raise ValueError(
+            f"clips {tuple(clips.shape)}, maps {tuple(maps.shape)} and {len(captions)} captions do not belong together:"
+            f" give one of each per sample, and temporal_stride={temporal_stride} has {expected} frames"
+        )
+    pairs = spaced(list(enumerate(shown_frames(maps.shape[1], temporal_stride))), MOST_FRAMES)
+    planes = maps[:max_clips].detach().float().cpu().numpy()
+    top = float(planes[np.isfinite(planes)].max(initial=0.0)) or 1.0
+    rows, labels = [], []
+    for clip, plane, caption in zip(clips, planes, captions, strict=False):
+        rows += _clip_rows(clip, plane, pairs, top)
+        labels += [_label(caption, plane), "\nmap M(p)", "\nwhat the map lights"]
+    headings = [f"frame {frame}\nlatent {latent}" for latent, frame in pairs]
+    return _with_colour_bar(paper.labelled_grid(rows, labels, headings), top)
+
+
+def _clip_rows(
+    clip: Float[Tensor, "3 F Y X"], planes: Float[np.ndarray, "T H W"], pairs: Sequence[tuple[int, int]], top: float
+) -> list[list[Image.Image]]:
+    """Frames, maps and lit frames of the (latent frame, pixel frame) ``pairs``."""
+    smallest, row = CLIP_TILES
+    tile = max(smallest, min(TILE, row // len(pairs)))
+    images = [_fitted(clip[:, frame], tile) for _, frame in pairs]
+    most = float(planes[np.isfinite(planes)].max(initial=0.0))
+    maps = [Image.fromarray(heat(planes[latent] / top)) for latent, _ in pairs]
+    return [
+        images,
+        [plane.resize(image.size, Image.Resampling.NEAREST) for plane, image in zip(maps, images, strict=True)],
+        [lit(image, planes[latent], most) for image, (latent, _) in zip(images, pairs, strict=True)],
     ]
 
 
@@ -105,10 +168,10 @@ def _components(components: Float[Tensor, "K h w"]) -> Image.Image:
     return Image.fromarray(paper.to_uint8(filled[None, :, None])[0, 0])
 
 
-def lit(picture: Image.Image, plane: Float[np.ndarray, "H W"]) -> Image.Image:
-    """The picture where the map is at its maximum, a dark grey version where it is 0, mixed in between."""
+def lit(picture: Image.Image, plane: Float[np.ndarray, "H W"], most: float | None = None) -> Image.Image:
+    """The picture where the map is at its maximum, or at ``most``; dark grey where it is 0, mixed in between."""
     finite = np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0)
-    share = Image.fromarray((finite / (finite.max() or 1.0) * 255).round().astype(np.uint8))
+    share = Image.fromarray((finite / ((finite.max() if most is None else most) or 1.0) * 255).round().astype(np.uint8))
     mask = share.resize(picture.size, Image.Resampling.BILINEAR)
     unlit = picture.convert("L").point(lambda level: round(level * DIM)).convert("RGB")
     return Image.composite(picture.convert("RGB"), unlit, mask)

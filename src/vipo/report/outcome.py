@@ -118,19 +118,19 @@ def total_change(found: list[Change], weights: Mapping[str, float]) -> Tensor | 
     return torch.stack(parts).sum(0) if parts and len(parts) == len(weights) else None
 
 
-def headline(found: list[Change]) -> str:
-    """The outcome in one or two sentences."""
+def headline(found: list[Change], noun: str = "picture") -> str:
+    """The outcome in one or two sentences; ``noun`` is what a sample is called."""
     trained = [change for change in found if change.role == "trained on"]
     judges = [change for change in found if change.role == "held-out judge"]
     if not trained:
         return "No score that was trained on was evaluated before and after, so there is no verdict."
     sentences = [f"{_listed(trained)}, which this run was trained on, {_said(trained)}."]
     if not judges:
-        return f"{sentences[0]} No held-out judge watched, so a gain may be the reward's weakness, not better pictures."
+        return f"{sentences[0]} No held-out judge watched, so a gain may be the reward's weakness, not better {noun}s."
     sentences.append(f"The held-out {'judge' if len(judges) == 1 else 'judges'} {_listed(judges)} {_said(judges)}.")
     gained = any(change.verdict == "rose beyond noise" for change in trained)
     if gained and any(change.verdict == "fell" for change in judges):
-        sentences.append("A reward that rises while a judge falls is the mark of reward hacking: look at the pictures.")
+        sentences.append(f"A reward that rises while a judge falls is the mark of reward hacking: look at the {noun}s.")
     return " ".join(sentences)
 
 

@@ -48,7 +48,9 @@ def render(run: RunRecord) -> str:
     )
     environment.filters.update(number=svg.number, signed=signed, fixed=fixed)
     found, problem = _changes(run)
-    style = Markup((here / "page.css").read_text(encoding="utf-8"))
+    sheets = ["page.css", *(["clips.css"] if run.makes_clips else [])]
+    style = Markup("".join((here / sheet).read_text(encoding="utf-8") for sheet in sheets))
+    noun = "clip" if run.makes_clips else "picture"
     return environment.get_template("page.html.j2").render(
         run=run,
         style=style,
@@ -58,7 +60,8 @@ def render(run: RunRecord) -> str:
         environment=_flat(run.environment),
         changes=[_row(change) for change in found],
         pair=before_and_after(run),
-        headline=headline(found) if found else "",
+        headline=headline(found, noun) if found else "",
+        noun=noun,
         problem=problem,
         reward_panels=figures.reward_panels(run),
         gallery=None if problem else gallery.gallery(run, found),

@@ -1,14 +1,15 @@
 """Pictures on disk and on paper: lossless contact sheets for programs, labelled grids for people.
 
-A contact sheet is tiles row by row without padding, beside it a JSON file that names them. Whoever reads it back gets
-the very bytes that were scored.
+A contact sheet is tiles row by row without padding, beside it a JSON file that names them. A clip is a row of its own,
+with its frames as columns. Whoever reads a sheet back gets the very bytes that were scored.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def to_uint8(media: Float[Tensor, "N 3 F Y X"]) -> UInt8[np.ndarray, "N F Y X 3"
 
 
 def contact_sheet(media: Float[Tensor, "N 3 F Y X"], columns: int) -> Image.Image:
-    """First frames as tiles, row by row, no padding between them; places left over are black."""
-    tiles = to_uint8(media[:, :, :1])[:, 0]
+    """Pictures as tiles, row by row, no padding between them; a clip is a row of frames. Places left over are black."""
+    tiles = to_uint8(media).reshape(-1, *media.shape[3:], 3)
+    columns = media.shape[2] if media.shape[2] > 1 else columns
     count, height, width = tiles.shape[:3]
     if count == 0 or columns < 1:
         raise ValueError(f"a sheet needs at least 1 picture and 1 column, not {count} and {columns}")
@@ -55,6 +57,9 @@ def save_sheet(
 ) -> None:
     """Write ``path`` (PNG) and the JSON of the same name. A score that is not finite becomes null.
 
+    Args:
+        columns: pictures in a row; clips have one column per frame instead, and the JSON says how many ``frames``.
+
     Raises:
         ValueError: prompts or scores that are not one per picture.
     """
@@ -63,7 +68,9 @@ def save_sheet(
         if len(values) != len(media):
             raise ValueError(f"{len(values)} entries of {name!r} for {len(media)} pictures: give one per picture")
     sheet, tile = contact_sheet(media, columns), [int(side) for side in media.shape[-2:]]
-    info = {"columns": columns, "tile": tile, "prompts": [str(prompt) for prompt in prompts], "scores": listed}
+    frames = media.shape[2]
+    layout = {"columns": columns, "tile": tile} if frames == 1 else {"columns": frames, "tile": tile, "frames": frames}
+    info = {**layout, "prompts": [str(prompt) for prompt in prompts], "scores": listed}
     write_text(path.with_suffix(".json"), json.dumps(info, ensure_ascii=False))
     save_png(path, sheet)
 
@@ -82,20 +89,34 @@ def save_png(path: Path, picture: Image.Image) -> None:
 def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
     """The tiles of a contact sheet in the order they were given, and the JSON beside it.
 
+    If the JSON has ``frames``, a tile is a clip: that many frames side by side, see ``vipo.report.clips.cut``.
+
     Raises:
         UserError: one of the two files is missing, damaged, or they do not belong together.
     """
     try:
         info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        with Image.open(path) as opened:
+        with _of_any_size(), Image.open(path) as opened:
             sheet = opened.convert("RGB")
         (height, width), columns, count = info["tile"], info["columns"], len(info["prompts"])
+        width, columns = width * info.get("frames", 1), columns // info.get("frames", 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"contact sheet {str(path)!r} cannot be read: {error}") from error
     if sheet.size != (columns * width, math.ceil(count / columns) * height):
         raise UserError(f"contact sheet {str(path)!r} is {sheet.size} pixels, which its JSON file does not describe")
     corners = [((i % columns) * width, (i // columns) * height) for i in range(count)]
-    return [sheet.crop((x, y, x + width, y + height)) for x, y in corners], info
+    with _of_any_size():
+        return [sheet.crop((x, y, x + width, y + height)) for x, y in corners], info
+
+
+@contextmanager
+def _of_any_size() -> Iterator[None]:
+    """Without Pillow's bound on pixels: it guards against hostile files, and sheets of clips exceed it."""
+    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
 
 
 def labelled_grid(

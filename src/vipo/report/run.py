@@ -64,6 +64,16 @@ class RunRecord:
         return {name: float(v.get("weight", 1.0) if isinstance(v, Mapping) else v) for name, v in listed.items()}
 
     @property
+    def makes_clips(self) -> bool:
+        """Whether a sample has more than one frame."""
+        return int((self.recipe.get("generator") or {}).get("frames") or 1) > 1
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its clips; a record that does not say is older than the setting."""
+        return float((self.recipe.get("generator") or {}).get("fps") or 8.0)
+
+    @property
     def iterations_planned(self) -> int | None:
         planned = (self.recipe.get("training") or {}).get("iterations")
         return int(planned) if planned is not None else None

@@ -56,6 +56,7 @@ def _lazy(module: str, name: str) -> Callable[..., Reward]:
 
 CLIP_L = ("openai/clip-vit-large-patch14", "model.safetensors")
 VOCABULARY = "captions of the embedded vocabulary"
+CLIPS = "captions of the embedded clips"
 REWARDS: dict[str, RewardEntry] = {
     "redness": RewardEntry(_lazy("rules", "Redness"), "mean of red minus the mean of green and blue", "-1 to 1"),
     "brightness": RewardEntry(_lazy("rules", "Brightness"), "mean luma", "0 to 1"),
@@ -82,6 +83,20 @@ REWARDS: dict[str, RewardEntry] = {
         "0 to 1",
         "Apache-2.0",
         needs=VOCABULARY,
+    ),
+    "emoji_motion": RewardEntry(
+        _lazy("embedded_motion", "EmojiMotion"),
+        "how far the thing in a clip goes the way its caption says; for training the embedded video model",
+        "below 1",
+        "Apache-2.0",
+        needs=CLIPS,
+    ),
+    "emoji_motion_judge": RewardEntry(
+        _lazy("embedded_motion", "MotionJudge"),
+        "probability of the motion that the caption claims; a held-out judge from other drawings",
+        "0 to 1",
+        "Apache-2.0",
+        needs=CLIPS,
     ),
     "hpsv2.1": RewardEntry(
         _lazy("clip_family", "HpsV21"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from vipo import embedded
 from vipo.backbones.efficientnet_lite import FoldedTrunk, load_unfolded, to_input
 from vipo.backbones.preprocess import freeze, in_batches, resize
 from vipo.embedded import VOCABULARY, parse_caption
+from vipo.embedded.clips import parse_clip_caption
 from vipo.rewards.judge_networks import PICTURE_SIZE, JudgeNetwork, LayoutNetwork, MatchHead
 from vipo.types import Prompt, UserError
 
@@ -48,7 +50,7 @@ class EmojiMatch:
             raise ValueError(f"stray={stray}: must not be negative, or unnamed objects would be rewarded")
         self.stray, self.batch_size = stray, batch_size
         self.trunk = freeze(FoldedTrunk(load_unfolded(), 32))
-        self.head = _load(MatchHead(len(VOCABULARY.names)), "match")
+        self.head = load_judge(MatchHead(len(VOCABULARY.names)), "match")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         named = _named(prompts).to(media.device)
@@ -78,7 +80,7 @@ class EmojiJudge:
 
     def __init__(self, *, batch_size: int = 64) -> None:
         self.batch_size = batch_size
-        self.network = _load(JudgeNetwork(len(VOCABULARY.names)), "judge")
+        self.network = load_judge(JudgeNetwork(len(VOCABULARY.names)), "judge")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         return _mean_where(_over_frames(self.probabilities, media), _named(prompts).to(media.device))
@@ -114,7 +116,7 @@ class EmojiLayout:
     ) -> None:
         self.threshold, self.margin, self.colour_distance = threshold, margin, colour_distance
         self.batch_size = batch_size
-        self.network = _load(LayoutNetwork(len(VOCABULARY.names)), "layout")
+        self.network = load_judge(LayoutNetwork(len(VOCABULARY.names)), "layout")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         claims = [_claims(prompt) for prompt in prompts]
@@ -186,11 +188,13 @@ def to_lab(rgb: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
 
 
 def _claims(prompt: Prompt) -> Claims | None:
-    """What a caption claims; None for a prompt outside the grammar, which therefore gets no score."""
-    try:
+    """What a picture's or a clip's caption claims of each frame; None, and so no score, for any other prompt."""
+    with suppress(ValueError):
         return parse_caption(prompt.text)
-    except ValueError:
-        return None
+    with suppress(ValueError):
+        name, _, ground = parse_clip_caption(prompt.text)
+        return (name,), None, ground
+    return None
 
 
 def _named(prompts: Sequence[Prompt]) -> Bool[Tensor, "N K"]:
@@ -214,7 +218,7 @@ def _over_frames(function: Callable[[Tensor], Tensor], media: Float[Tensor, "N 3
     return values.unflatten(0, (-1, frames)).mean(1)
 
 
-def _load(network: Network, name: str) -> Network:
+def load_judge(network: Network, name: str) -> Network:
     """Fill a network from the shipped weights, frozen, float32; the vocabulary it was trained on must be today's."""
     from safetensors import safe_open
 

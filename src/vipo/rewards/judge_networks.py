@@ -1,10 +1,12 @@
-"""The three small networks behind the embedded scorers: definitions only, no weights, no captions.
+"""The small networks behind the embedded scorers: definitions only, no weights, no captions.
 
-All of them answer, for a 64-px picture, which of K vocabulary objects is where on an 8 x 8 grid (K = 28 as shipped):
+Three of them answer, for a 64-px picture, which of K vocabulary objects is where on an 8 x 8 grid (K = 28 as shipped):
 
     presence_k = gain * log sum_cells exp(logit_k(cell)) + offset                       (MatchHead, JudgeNetwork)
 
-They share no weights, and two of them no training data either: what one is fooled by, another should not be.
+The fourth, MotionNetwork, tells how the thing in a clip moves.
+
+They share no weights, and two of the three no training data either: what one is fooled by, another should not be.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 
 PICTURE_SIZE = 64
 """Side in px the from-scratch networks were trained at; other pictures are resized to it."""
+
+
+MOTION_SIZE, MOTION_FRAMES = 32, 9
+"""Side in px and number of frames of the clips that MotionNetwork was trained at."""
 
 
 class Presence(nn.Module):
@@ -88,6 +94,25 @@ class LayoutNetwork(nn.Module):
         fine = self.fine(images - 0.5)
         both = torch.cat([F.max_pool2d(fine, 2), self.coarse(fine)], dim=1)
         return self.out(both).float().log_softmax(1)
+
+
+class MotionNetwork(nn.Module):
+    """Convolutions over space and time, then a linear layer over a coarse grid: logits of K kinds of motion."""
+
+    def __init__(self, kinds: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _over_time(3, 24, (1, 2, 2)), _over_time(24, 32, (2, 2, 2)), _over_time(32, 48, (2, 2, 2))
+        )
+        self.out = nn.Linear(48 * 3 * 4 * 4, kinds)
+
+    def forward(self, clips: Float[Tensor, "B 3 9 32 32"]) -> Float[Tensor, "B K"]:
+        return self.out(self.layers(clips - 0.5).flatten(1))
+
+
+def _over_time(width_in: int, width: int, stride: tuple[int, int, int]) -> nn.Sequential:
+    conv = nn.Conv3d(width_in, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm3d(width), nn.SiLU())
 
 
 def _plain(*layers: tuple[int, int, int, int, int]) -> nn.Sequential:

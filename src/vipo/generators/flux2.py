@@ -1,0 +1,149 @@
+"""FLUX.2 klein (base and distilled) through ``diffusers.Flux2KleinPipeline``.
+
+The autoencoder has 32 channels at an eighth of the picture's size. A transformer token holds a 2 x 2 patch of its
+cells, 128 channels that come out as (c, dy, dx), and the autoencoder's batch-norm statistics normalise each of the 128.
+That is one affine map per (c, dy, dx) and mixes no cells: the rest of the package sees normalised latents of shape
+(N, 32, 1, Y / 8, X / 8), one position per autoencoder cell, four per token; only the way to pixels undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vipo.generators.common import (
+    DiffusersGenerator,
+    check_multiple,
+    network_time,
+    pack_patches,
+    shift_of,
+    unpack_patches,
+)
+from vipo.types import Batched
+
+PATCH = 2  # autoencoder cells per token side, fixed by the architecture
+DISTILLED_STEPS, BASE_STEPS = 4, 50  # what the two kinds are sampled with
+
+# Which linear layers a LoRA may sit on, by name of the choice, as regular expressions over module names. In the single
+# blocks attention and feed-forward share ``to_qkv_mlp_proj`` and ``to_out``, so "attention" reaches both there. The
+# modulations are shared by all blocks, so "blocks" leaves them out.
+_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|to_qkv_mlp_proj|to_out)"
+LORA_TARGETS: Mapping[str, str] = {
+    "attention": rf".*\.{_ATTENTION}",
+    "blocks": rf"(transformer_blocks|single_transformer_blocks)\.\d+\.({_ATTENTION}|ff(_context)?\.linear_(in|out))",
+}
+
+
+@dataclass(frozen=True)
+class Flux2Conditioning(Batched):
+    """What three layers of Qwen3 say, side by side; FLUX.2 attends to the padding."""
+
+    prompt_embeds: Float[Tensor, "N L D"]
+
+
+class Flux2KleinGenerator(DiffusersGenerator):
+    """A FLUX.2 klein pipeline as a :class:`vipo.types.Generator`.
+
+    The time shift that the pipeline fits depends on the tokens and on the number of solver steps: up to 4300 tokens its
+    logarithm is linear in the steps, through fits at 10 and 200 steps (``compute_empirical_mu``). ``shift`` is one
+    number, that of ``shift_steps``: set it to the recipe's ``solver.steps`` to sample with the pipeline's grid.
+
+    Args:
+        pipeline: any ``Flux2KleinPipeline``; its ``transformer`` is what gets trained.
+        height, width: picture size in pixels, multiples of twice the autoencoder's stride.
+        guidance_scale: of classifier-free guidance, for base models; a distilled model takes none, whatever is given.
+        negative_prompt, guidance_in_one_pass, decode_batch_size: see
+            :class:`vipo.generators.common.DiffusersGenerator`.
+        max_sequence_length: Qwen3 tokens per prompt, chat template and padding included.
+        shift_steps: solver steps that ``shift`` is for; None means 4 for a distilled model, 50 for a base model.
+
+    Raises:
+        UserError: a size that the packing cannot hold.
+    """
+
+    pipeline_class = Flux2KleinPipeline
+    lora_targets = LORA_TARGETS
+
+    def __init__(
+        self,
+        pipeline: Flux2KleinPipeline,
+        *,
+        height: int,
+        width: int,
+        guidance_scale: float = 4.0,
+        negative_prompt: str = "",
+        guidance_in_one_pass: bool = True,
+        max_sequence_length: int = 512,
+        shift_steps: int | None = None,
+        decode_batch_size: int = 32,
+    ) -> None:
+        super().__init__(
+            pipeline,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            guidance_in_one_pass=guidance_in_one_pass,
+            decode_batch_size=decode_batch_size,
+        )
+        self.max_sequence_length = max_sequence_length
+        self._is_distilled = bool(pipeline.config.is_distilled)
+        self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
+        check_multiple(pipeline.vae_scale_factor * PATCH, "FLUX.2", height=height, width=width)
+        self._latent_size = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+        rows, columns = (size // PATCH for size in self._latent_size)
+        self._image_ids = position_ids(rows=rows, columns=columns).to(self.device)
+        self._text_ids = position_ids(words=max_sequence_length).to(self.device)
+        steps = shift_steps or (DISTILLED_STEPS if self._is_distilled else BASE_STEPS)
+        self.shift = shift_of(pipeline.scheduler, rows * columns, mu=compute_empirical_mu(rows * columns, steps))
+
+    @property
+    def is_guided(self) -> bool:
+        return super().is_guided and not self._is_distilled
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return self._channels, 1, *self._latent_size
+
+    @torch.no_grad()
+    def encode_now(self, prompts: Sequence[str]) -> Flux2Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return Flux2Conditioning(embeds)
+
+    def blank_conditioning(self, rows: int) -> Flux2Conditioning:
+        """Zeros of the shape of encoded prompts, for planning without weights."""
+        shape = rows, self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim
+        return Flux2Conditioning(torch.zeros(shape, dtype=self.pipeline.text_encoder.dtype, device=self.device))
+
+    def predict(
+        self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: Flux2Conditioning
+    ) -> Float[Tensor, "N C 1 H W"]:
+        embeds = conditioning.prompt_embeds
+        tokens = self.network(
+            hidden_states=pack_patches(latents).to(embeds.dtype),
+            timestep=network_time(sigma, embeds.dtype),  # the transformer multiplies by 1000 again
+            guidance=None,
+            encoder_hidden_states=embeds,
+            txt_ids=self._text_ids,
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+        return unpack_patches(tokens.float(), *self._latent_size)
+
+    def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
+        vae: Any = self.pipeline.vae
+        std = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
+        tokens = pack_patches(latents) * std + vae.bn.running_mean.float()
+        cells = unpack_patches(tokens, *self._latent_size).squeeze(2)
+        return vae.decode(cells.to(vae.dtype), return_dict=False)[0].unsqueeze(2)
+
+
+def position_ids(*, rows: int = 1, columns: int = 1, words: int = 1) -> Int[Tensor, "L 4"]:
+    """(picture, row, column, word) of every token, for the rotary embedding; what a token has not is 0."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(words))

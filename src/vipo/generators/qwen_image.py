@@ -1,0 +1,152 @@
+"""Qwen-Image (arXiv 2508.02324) through ``diffusers.QwenImagePipeline``: packing, padding, guidance stay in this file.
+
+One transformer token holds a 2 x 2 patch of latent positions: channels come out as (c, dy, dx). The rest of the package
+sees latents of shape (N, C, 1, H, W) with one position per latent cell. Text and picture are two streams that attend to
+each other; words beyond a prompt's last one are masked, so a prompt's length changes nothing for its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImagePipeline
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vipo.generators.common import (
+    DiffusersGenerator,
+    check_multiple,
+    network_time,
+    pack_patches,
+    shift_of,
+    unpack_patches,
+)
+from vipo.types import Batched
+
+PATCH = 2  # latent positions per token side, fixed by the architecture
+
+
+def lora_targets(blocks: int) -> Mapping[str, str]:
+    """Which linear layers a LoRA may sit on, by name of the choice, as regular expressions over module names.
+
+    What the last block makes of the text is not used, so the layers that only serve it get no gradient there. They are
+    left out: a weight without gradient stops distributed training.
+    """
+    block, not_last = r"transformer_blocks\.\d+", rf"transformer_blocks\.(?!{blocks - 1}\.)\d+"
+    joint = r"attn\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
+    text = r"attn\.(add_q_proj|to_add_out)"
+    return {
+        "attention": rf"{block}\.{joint}|{not_last}\.{text}",
+        "blocks": (
+            rf"{block}\.({joint}|img_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"
+            rf"|{not_last}\.({text}|txt_mlp\.net\.(0\.proj|2))"
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class QwenImageConditioning(Batched):
+    """What Qwen2.5-VL says about the prompt in its template, zero after the last token."""
+
+    prompt_embeds: Float[Tensor, "N L D"]
+    words: Int[Tensor, " N"]  # tokens before the zeros
+
+
+class QwenImageGenerator(DiffusersGenerator):
+    """A Qwen-Image pipeline as a :class:`vipo.types.Generator`.
+
+    ``shift`` is the exponential of the scheduler's line in the number of tokens. The published scheduler also stretches
+    its grid so that the last level before 0 is ``shift_terminal`` = 0.02 whatever the number of steps. No shift can say
+    that: the grid here ends with the shifted 1 / steps, a longer last step. The velocity at a given level is the same.
+
+    Args:
+        pipeline: any ``QwenImagePipeline``; its ``transformer`` is what gets trained.
+        height, width: picture size in pixels, multiples of twice the autoencoder's stride.
+        guidance_scale: what the pipeline calls ``true_cfg_scale``; 1 turns it off.
+        negative_prompt: what guidance leads away from; a blank, as the model's authors take it, says nothing.
+        max_sequence_length: tokens kept of a prompt, at most 1024; rows are padded to it, the network reads no padding
+            beyond the longest prompt of a batch.
+        guidance_in_one_pass, decode_batch_size: see :class:`vipo.generators.common.DiffusersGenerator`.
+
+    Raises:
+        UserError: a size that the packing cannot hold.
+    """
+
+    pipeline_class = QwenImagePipeline
+
+    def __init__(
+        self,
+        pipeline: QwenImagePipeline,
+        *,
+        height: int,
+        width: int,
+        guidance_scale: float = 4.0,
+        negative_prompt: str = " ",
+        max_sequence_length: int = 512,
+        guidance_in_one_pass: bool = True,
+        decode_batch_size: int = 32,
+    ) -> None:
+        super().__init__(
+            pipeline,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            guidance_in_one_pass=guidance_in_one_pass,
+            decode_batch_size=decode_batch_size,
+        )
+        self.max_sequence_length = max_sequence_length
+        self.lora_targets = lora_targets(int(pipeline.transformer.config.num_layers))
+        self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
+        check_multiple(pipeline.vae_scale_factor * PATCH, "Qwen-Image", height=height, width=width)
+        self._latent_size = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+        rows, columns = (size // PATCH for size in self._latent_size)
+        self._image_shape = 1, rows, columns
+        self.shift = shift_of(pipeline.scheduler, rows * columns)
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return self._channels, 1, *self._latent_size
+
+    @torch.no_grad()
+    def encode_now(self, prompts: Sequence[str]) -> QwenImageConditioning:
+        embeds, mask = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        longest = embeds.shape[1]
+        words = torch.full((len(embeds),), longest, device=embeds.device) if mask is None else mask.sum(1)
+        return QwenImageConditioning(F.pad(embeds, (0, 0, 0, self.max_sequence_length - longest)), words)
+
+    def predict(
+        self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: QwenImageConditioning
+    ) -> Float[Tensor, "N C 1 H W"]:
+        dtype = self.pipeline.transformer.dtype
+        words = conditioning.words
+        shortest, longest = torch.stack(words.aminmax()).tolist()  # waits for the device, but saves reading padding
+        mask = torch.arange(longest, device=words.device) < words[:, None]
+        tokens = self.network(
+            hidden_states=pack_patches(latents).to(dtype),
+            timestep=network_time(sigma, dtype),  # the transformer multiplies by 1000 again
+            encoder_hidden_states=conditioning.prompt_embeds[:, :longest].to(dtype),
+            encoder_hidden_states_mask=None if shortest == longest else mask,
+            img_shapes=[[self._image_shape]] * len(latents),
+            return_dict=False,
+        )[0]
+        return unpack_patches(tokens.float(), *self._latent_size)
+
+    def blend(
+        self, positive: Float[Tensor, "N C 1 H W"], negative: Float[Tensor, "N C 1 H W"]
+    ) -> Float[Tensor, "N C 1 H W"]:
+        """The linear blend, every token of it scaled back to the length that the positive one has."""
+        guided, kept = pack_patches(super().blend(positive, negative)), pack_patches(positive)
+        scale = kept.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        return unpack_patches(guided * scale, *self._latent_size)
+
+    def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
+        vae: Any = self.pipeline.vae
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]

@@ -1,0 +1,90 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+import re
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from vipo.plan.account import Plan
+from vipo.plan.advice import Advice
+from vipo.types import UserError
+
+
+def memory_size(text: str) -> int:
+    """Bytes of "80GB", "40 GiB" or a plain number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[KMGT]i?B)\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise UserError(f"memory {text!r} is not understood; give it like 80GB, 40GiB or a number of bytes")
+    prefix = match[2].upper().rstrip("B")
+    base = 1024 if prefix.endswith("I") else 1000
+    return int(float(match[1]) * base ** (" KMGT".index(prefix[0]) if prefix else 0))
+
+
+def gigabytes(size: float) -> str:
+    """Bytes for people, in units of 1e9 and below."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale / 10:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def plan_view(found: Plan, advice: Advice) -> RenderableType:
+    """Tables of memory and time, and what follows from them."""
+    return Group(_resident(found), _phases(found), _time(found), *(f"  {line}" for line in sentences(found, advice)))
+
+
+def _resident(found: Plan) -> Table:
+    table = Table("always there", "per GPU")
+    for name, size in found.resident.items():
+        table.add_row(name, gigabytes(size))
+    table.add_section()
+    table.add_row("together", gigabytes(sum(found.resident.values())))
+    return table
+
+
+def _phases(found: Plan) -> Table:
+    table = Table("phase", "adds", "together")
+    for phase, items in found.phases.items():
+        if items:
+            added = ", ".join(f"{name} {gigabytes(size)}" for name, size in items.items())
+            table.add_row(phase, added, gigabytes(found.total(phase)), style="bold" if phase == found.worst else "")
+    return table
+
+
+def _time(found: Plan) -> Table:
+    table = Table("work", "seconds of an iteration")
+    for name, seconds in found.seconds.items():
+        table.add_row(name, f"{seconds:.3g}")
+    return table
+
+
+def sentences(found: Plan, advice: Advice) -> list[str]:
+    """What fits, what to change, how long it takes."""
+    machine, verdict = found.machine, "fits" if found.fits else "does not fit"
+    where = f"{'sharded over' if machine.sharded else 'on each of'} {machine.gpus} GPU(s), in phase {found.worst!r}"
+    rate = f"{machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s"
+    lines = [
+        f"{found.recipe} {verdict}: {gigabytes(found.peak)} of {gigabytes(machine.memory)} {where}.",
+        f"About {found.iteration_seconds:.3g} s an iteration at {rate},"
+        f" {found.hours:.3g} h for {found.iterations} iterations, without evaluations.",
+        *(_advice(found, advice)),
+        *found.notes,
+    ]
+    return lines
+
+
+def _advice(found: Plan, advice: Advice) -> list[str]:
+    changes = ", ".join(map(str, advice.changes))
+    if found.fits:
+        return [f"There is room to be faster by {-advice.seconds:.3g} s: {changes}."] if changes else []
+    if advice.plan.fits:
+        more = f"{advice.seconds:+.3g} s an iteration"
+        return [f"It would fit, with {gigabytes(advice.plan.peak)} and {more}, with: {changes}."]
+    best = f"; the best found needs {gigabytes(advice.plan.peak)}, with: {changes}" if changes else ""
+    return [f"Nothing that vipo can change makes it fit{best}. Plan with more GPUs or more memory."]

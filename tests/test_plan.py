@@ -1,0 +1,231 @@
+"""Plans against what really happens: passes counted while sampling, memory measured while training, at tiny size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import tiny
+from vipo.plan import Ledger, Machine, advise, plan
+from vipo.plan.account import Accountant, work_of
+from vipo.plan.meter import Meter
+from vipo.plan.published import table
+from vipo.plan.show import memory_size, plan_view
+from vipo.recipe import Recipe, load_recipe, parse_recipe
+from vipo.rollout import Solver, Window, sample_groups
+from vipo.types import Prompt, UserError
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "plan_memory.py"
+
+
+@pytest.fixture
+def recipe_of(model_folder: Path, tmp_path: Path) -> Any:
+    def make(**changes: Any) -> Recipe:
+        return parse_recipe(tiny.recipe(model_folder, tmp_path / "prompts.txt", **changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Ledger:
+    return Ledger()
+
+
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("plan_memory", BENCHMARK)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_predicted_memory_is_what_training_takes(recipe_of: Any, kind: str, checkpointing: bool) -> None:
+    recipe = recipe_of(policy__kind=kind, training__gradient_checkpointing=checkpointing, prompts__group_size=8)
+    module = benchmark()
+    assert module.predicted(recipe) == pytest.approx(module.measured(recipe), rel=0.15)
+
+
+@pytest.mark.parametrize("window", [None, Window(size=1, starts=1, first=2), Window(size=2, starts=2, first=1)])
+@pytest.mark.parametrize("same_noise", [True, False])
+def test_passes_are_those_of_a_rollout(recipe_of: Any, model_folder: Path, window: Any, same_noise: bool) -> None:
+    raw = None if window is None else {name: getattr(window, name) for name in ("size", "starts", "first")}
+    work = work_of(recipe_of(solver__steps=5, solver__same_noise=same_noise, solver__window=raw), 1)
+    generator, starts = tiny.generator(model_folder), window.starts if window else 1
+    solvers = [
+        Solver(
+            steps=5,
+            shift=3.0,
+            window=window and Window(size=window.size, first=window.first + place, schedule="fixed"),
+            same_noise=same_noise,
+        )
+        for place in range(starts)
+    ]
+    rollouts = [sample_groups(generator, [Prompt("a"), Prompt("b")], s, group_size=3, seed=0) for s in solvers]
+    assert work.passes == pytest.approx(sum(rollout.model_passes for rollout in rollouts) / starts)
+    assert work.recorded == len(rollouts[0].transitions.sample)
+
+
+def test_work_is_dealt_to_processes(recipe_of: Any) -> None:
+    recipe = recipe_of(
+        prompts__per_iteration=4,
+        prompts__group_size=6,
+        solver__steps=6,
+        solver__train_fraction=0.6,
+        training__keep_per_group=4,
+        training__rollout_batch_size=5,
+        optimizer__per_iteration=2,
+    )
+    work = work_of(recipe, 2)
+    assert (work.samples, work.groups, work.recorded, work.trained) == (12, 2, 12 * 3, 8 * 3)
+    assert (work.sampled_at_once, work.replayed_at_once) == (5, 4)
+    with pytest.raises(UserError, match=r"prompts.per_iteration=4 cannot be dealt to 3 GPUs.*=6"):
+        work_of(recipe, 3)
+
+
+def test_training_costs_three_passes_and_checkpointing_a_fourth(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(policy__kind="full")
+    again = recipe_of(policy__kind="full", training__gradient_checkpointing=True)
+    once = ledger.cost(recipe, "sampling", 4).flops
+    assert ledger.cost(recipe, "replaying", 4).flops / once == pytest.approx(3, rel=0.1)
+    assert ledger.cost(again, "replaying", 4).flops / once == pytest.approx(4, rel=0.1)
+    assert ledger.cost(recipe, "sampling", 8).flops == pytest.approx(2 * once, rel=0.05)
+
+
+def test_a_full_fine_tune_is_held_four_times_and_once_more_for_reference(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(policy__kind="full", policy__ema_decay=0.9)
+    found = plan(recipe, Machine(), ledger)
+    weights = 4 * sum(p.numel() for p in ledger.drawn(recipe)[1].network.parameters())
+    assert found.resident["trained weights"] == found.resident["moving average"] == weights
+    assert found.resident["reference copy"] == found.phases["update"]["gradients"] == weights
+    assert found.resident["AdamW state"] == 2 * weights
+    assert "frozen weights" not in found.resident
+
+
+def test_sharding_divides_what_belongs_to_the_network(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(policy__kind="full", prompts__per_iteration=8)
+    whole = plan(recipe, Machine(gpus=8), ledger)
+    parts = plan(recipe, Machine(gpus=8, sharded=True), ledger)
+    for name in ("trained weights", "AdamW state", "reference copy"):
+        assert parts.resident[name] == pytest.approx(whole.resident[name] / 8, abs=1)
+    assert parts.resident["autoencoder"] == whole.resident["autoencoder"]
+    assert whole.resident["gradient buckets"] == whole.resident["trained weights"]
+    assert "gradient buckets" not in parts.resident
+    assert parts.seconds["communicate"] > whole.seconds["communicate"]
+
+
+def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(prompts__group_size=8)
+    machine = Machine(memory=int(plan(recipe, Machine(), ledger).peak * 0.7))
+    found = advise(recipe, machine, ledger)
+    assert found.changes and found.plan.fits
+    for left_out in found.changes:
+        changed = recipe
+        for change in found.changes:
+            changed = changed if change is left_out else change.apply(changed, machine)[0]
+        assert not plan(changed, machine, ledger).fits, str(left_out)
+
+
+def test_free_changes_come_before_costly_ones(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(prompts__group_size=8)
+    found = advise(recipe, Machine(memory=plan(recipe, Machine(), ledger).peak - 1), ledger)
+    assert len(found.changes) == 1 and "checkpointing" not in str(found.changes[0])
+    assert found.plan.fits and found.seconds == pytest.approx(0, abs=1e-9)
+
+
+def test_what_can_be_turned_off_is_said(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(training__gradient_checkpointing=True)
+    machine = Machine(memory=10**9)
+    found = advise(recipe, machine, ledger)
+    assert [str(change) for change in found.changes] == ["training.gradient_checkpointing=false"]
+    assert found.seconds < 0
+    console = Console(width=200, record=True, file=None, quiet=False)
+    console.print(plan_view(plan(recipe, machine, ledger), found))
+    said = console.export_text()
+    assert "tiny fits" in said and "room to be faster" in said and "trained weights" in said
+
+
+def test_what_cannot_fit_is_said(recipe_of: Any, ledger: Ledger) -> None:
+    machine = Machine(memory=1000)
+    found, advice = plan(recipe_of(), machine, ledger), advise(recipe_of(), machine, ledger)
+    assert not found.fits and not advice.plan.fits
+    console = Console(width=200, record=True)
+    console.print(plan_view(found, advice))
+    assert "Nothing that vipo can change makes it fit" in console.export_text()
+    document = json.loads(json.dumps(advice.as_json()))
+    assert document["plan"]["fits"] is False and document["plan"]["peak_bytes"] == advice.plan.peak
+
+
+def test_rewards_and_backbone_are_weighed(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(
+        credit="advantage_map",
+        rewards={"hpsv2.1": 1.0, "mine.py:mine": 1.0},
+        structuring={
+            "backbone": "dinov2",
+            "backbone_options": {"pretrained": "facebook/dinov2-small", "resolution": 28},
+        },
+    )
+    found = plan(recipe, Machine(), ledger)
+    assert found.resident["rewards and judges"] == 4 * 986_109_441
+    assert found.resident["backbone"] == pytest.approx(4 * 22.06e6, rel=0.01)
+    assert found.phases["score"]["network pass"] > 0 and found.phases["map"]["network pass"] > 0
+    assert found.notes == ("not counted: reward mine.py:mine",)
+
+
+def test_the_meter_counts_what_is_alive() -> None:
+    start = torch.zeros(100)
+    with Meter([start]) as meter:
+        one = start + 1  # 400 bytes
+        two = one @ one.reshape(1, 100).T  # 4 bytes, 200 operations
+        del one
+        three = torch.zeros(50)  # 200 bytes
+        start.add_(1)
+    assert meter.live == 204 and meter.peak == 404 and meter.flops == 200
+    assert len(two) == 1 and len(three) == 50
+
+
+def test_config_files_are_enough(model_folder: Path, tmp_path: Path, recipe_of: Any, ledger: Ledger) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert (
+        plan(recipe_of(generator__path=str(bare)), Machine(), ledger).peak == plan(recipe_of(), Machine(), ledger).peak
+    )
+
+
+def test_an_unknown_model_is_refused(recipe_of: Any, ledger: Ledger) -> None:
+    with pytest.raises(
+        UserError, match=r"'someone/else' cannot be planned.*folder that holds.*black-forest-labs/FLUX.1-dev"
+    ):
+        plan(recipe_of(generator__path="someone/else"), Machine(), ledger)
+    with pytest.raises(UserError, match=r"is a WanPipeline, but this generator reads FluxPipeline.*'wan'"):
+        plan(recipe_of(generator__path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), Machine(), ledger)
+    with pytest.raises(UserError, match="takes no option 'guidance'"):
+        plan(recipe_of(generator__options={"guidance": 3.0}), Machine(), ledger)
+
+
+def test_sizes_as_people_write_them() -> None:
+    assert memory_size("80GB") == 80 * 10**9 and memory_size("1.5 GiB") == 3 * 2**29 and memory_size("7") == 7
+    with pytest.raises(UserError, match="'eighty' is not understood; give it like 80GB"):
+        memory_size("eighty")
+
+
+def test_published_models_name_parts_that_exist() -> None:
+    for hub, entry in table("models").items():
+        names = [value for name, value in entry.items() if isinstance(value, str) and name != "pipeline"]
+        assert set(names) <= set(table("parts")), hub
+    assert {entry["part"] for entry in table("judges").values()} <= set(table("parts"))
+    assert all(entry["source"].startswith("https://") for entry in table("parts").values())
+
+
+@pytest.mark.slow
+def test_the_quickstart_fits_a_laptop() -> None:
+    found = plan(load_recipe("quickstart"), Machine(memory=8 * 10**9))
+    assert found.fits and Accountant(load_recipe("quickstart"), Machine(), Ledger()).work.samples == 96
