@@ -94,24 +94,9 @@ def build_generator(section: GeneratorSection, *, device: str) -> Generator:
         UserError: an unknown adapter, an option it does not take, or weights that cannot be loaded.
     """
     load = generators.factory(section.name)
-    accepted = generators.options(section.name)
-    for key in section.options:
-        if key not in accepted:
-            raise UserError(f"generator {section.name!r} takes no option {key!r}; it takes {', '.join(accepted)}")
-    video = {"frames": section.frames} if generators.makes_video(section.name) else {}
-    if not video and section.frames != 1:
-        raise UserError(
-            f"generator {section.name!r} makes pictures, but generator.frames={section.frames}; set it to 1"
-        )
-    return load(
-        model_path(section.path),
-        device=device,
-        dtype=DTYPES[section.dtype],
-        height=section.height,
-        width=section.width,
-        **video,
-        **section.options,
-    )
+    sizes = {"height": section.height, "width": section.width, "frames": section.frames}
+    arguments = generators.arguments(section.name, **sizes, given=section.options)
+    return load(model_path(section.path), device=device, dtype=DTYPES[section.dtype], **arguments)
 
 
 def build_structuring(section: StructuringSection, *, temporal_stride: int, device: str) -> PerceptualStructuring:

@@ -164,8 +164,13 @@ def maps(
     from vipo.showmaps import show_maps
 
     options = {"pretrained": pretrained, "resolution": resolution}
-    structuring = {"components": components, "aggregation": aggregation, "smoothing_sigma": smoothing_sigma}
-    structuring |= {"scope": scope, "temporal_stride": temporal_stride}
+    structuring: dict[str, Any] = {
+        "components": components,
+        "aggregation": aggregation,
+        "smoothing_sigma": smoothing_sigma,
+        "scope": scope,
+        "temporal_stride": temporal_stride,
+    }
     if orientation is not None:
         structuring["orientation"] = orientation
     chosen = {key: value for key, value in options.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -71,3 +71,19 @@ def options(name: str) -> list[str]:
 def makes_video(name: str) -> bool:
     """Whether the adapter called ``name`` takes a number of frames."""
     return "frames" in inspect.signature(_adapter(name)).parameters
+
+
+def arguments(name: str, *, height: int, width: int, frames: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the adapter called ``name`` is built with, beside its pipeline.
+
+    Raises:
+        UserError: an option it does not take, or frames for one that makes pictures.
+    """
+    accepted = options(name)
+    for key in given:
+        if key not in accepted:
+            raise UserError(f"generator {name!r} takes no option {key!r}; it takes {', '.join(accepted)}")
+    video = {"frames": frames} if makes_video(name) else {}
+    if not video and frames != 1:
+        raise UserError(f"generator {name!r} makes pictures: generator.frames={frames} must be 1")
+    return {"height": height, "width": width, **video, **given}

@@ -74,6 +74,8 @@ def draw(recipe: Recipe) -> Blueprint:
     mode = FakeTensorMode()
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         pipeline = empty_pipeline(section.path, adapter.pipeline_class, DTYPES[section.dtype])
+        for name in adapter.float32_parts:
+            getattr(pipeline, name).float()
         targets = _generator(recipe, adapter, pipeline).lora_targets
         trained = set(_policy(recipe, pipeline.transformer, targets).parameters)
     with mode:
@@ -118,14 +120,8 @@ def shapes_only(network: nn.Module) -> None:
 
 def _generator(recipe: Recipe, adapter: Any, pipeline: Any) -> Any:
     section = recipe.generator
-    accepted = generators.options(section.name)
-    unknown = [key for key in section.options if key not in accepted]
-    if unknown:
-        raise UserError(f"generator {section.name!r} takes no option {unknown[0]!r}; it takes {', '.join(accepted)}")
-    sizes = {"height": section.height, "width": section.width}
-    if generators.makes_video(section.name):
-        sizes["frames"] = section.frames
-    generator = adapter(pipeline, **sizes, **section.options)
+    sizes = {"height": section.height, "width": section.width, "frames": section.frames}
+    generator = adapter(pipeline, **generators.arguments(section.name, **sizes, given=section.options))
     if not hasattr(generator, "blank_conditioning"):
         raise UserError(
             f"generator {section.name!r} cannot be planned: its adapter has no blank_conditioning(rows), which says the"
@@ -149,7 +145,7 @@ def _autocast(network: Any) -> None:
 def _policy(recipe: Recipe, network: nn.Module, named: Mapping[str, str]) -> Policy:
     section = recipe.policy
     if section.kind == "full":
-        return Policy.full(network)
+        return Policy.full(network, keep_reference=recipe.objective.kl_weight > 0)
     targets = named.get(section.targets, section.targets)
     network.requires_grad_(False)
     return Policy.lora(network, rank=section.rank, alpha=1.0, targets=targets, seed=recipe.seed)

@@ -21,8 +21,10 @@ from vipo.recipe import Recipe
 PICTURES_AT_ONCE = 16  # what the rewards and backbones of vipo take by default
 CLIP_SIDE = 224  # pixels
 DINO_SIDE = 518  # pixels of the long side, the default of vipo.backbones.dinov2
-LIGHT = ("redness", "brightness", "jpeg_compressibility", "emoji_match", "emoji_judge", "emoji_layout", "remote")
-LIGHT += ("openai_judge", "efficientnet_lite")  # under 25 MB, or in another process
+LIGHT = (  # under 25 MB, or in another process
+    *("redness", "brightness", "jpeg_compressibility", "remote", "openai_judge", "efficientnet_lite"),
+    *("emoji_match", "emoji_judge", "emoji_layout", "emoji_motion", "emoji_motion_judge"),
+)
 
 
 @dataclass(frozen=True)
