@@ -114,10 +114,10 @@ def predicted(recipe: Recipe) -> int:
 
 def measured(recipe: Recipe) -> int:
     """Bytes at worst in the second iteration."""
+    before = set(_alive())  # what is not this model's
     trainer = build(recipe, accelerator=Accelerator(mixed_precision=recipe.training.precision, cpu=True)).trainer
     trainer.step()
-    gc.collect()
-    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if _is_tensor(t)}
+    alive = {place: size for place, size in _alive().items() if place not in before}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -125,8 +125,11 @@ def measured(recipe: Recipe) -> int:
     return sum(alive.values()) + max(held)
 
 
-def _is_tensor(thing: Any) -> bool:
-    return issubclass(type(thing), torch.Tensor)
+def _alive() -> dict[int, int]:
+    """Every storage that some tensor holds: its address and its bytes."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 def compare(family: str, kind: str, checkpointing: bool, precision: str) -> str:

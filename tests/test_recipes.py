@@ -134,8 +134,9 @@ def test_a_scalar_twin_differs_in_credit_and_the_clip_range_that_goes_with_it(ou
 
 
 @pytest.mark.parametrize("kind", ["vipo", "grpo"])
-def test_the_larger_wan_differs_in_the_model_alone(kind: str) -> None:
-    assert changed(f"wan2.1-1.3b-{kind}-videoalign", f"wan2.1-14b-{kind}-videoalign") == {"name", "generator.path"}
+def test_the_larger_wan_differs_in_the_model_and_where_its_text_encoder_is(kind: str) -> None:
+    found = changed(f"wan2.1-1.3b-{kind}-videoalign", f"wan2.1-14b-{kind}-videoalign")
+    assert found == {"name", "generator.path", "generator.offload_text"}
 
 
 def test_the_lora_differs_in_what_is_trained_and_in_what_saves_memory() -> None:
@@ -146,6 +147,8 @@ def test_the_lora_differs_in_what_is_trained_and_in_what_saves_memory() -> None:
         "policy.alpha",
         "policy.targets",
         "optimizer.learning_rate",
+        "generator.offload_text",
+        "generator.options.decode_batch_size",
         "rewards.hpsv2.1.options",
         "rewards.hpsv2.1.options.offload",
         "training.rollout_batch_size",

@@ -229,7 +229,7 @@ def test_a_picture_model_takes_the_side_of_its_autoencoder_unless_told(model_fol
     config = silent / "vae" / "config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sample_size"}))
     assert open_target(str(silent)).generator.latent_shape() == (4, 1, 256, 256)
-    with pytest.raises(UserError, match=r"makes pictures, but generator\.frames=5"):
+    with pytest.raises(UserError, match=r"makes pictures: generator\.frames=5"):
         open_target(str(model_folder), frames=5)
 
 

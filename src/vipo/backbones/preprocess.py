@@ -62,9 +62,9 @@ def normalise(
 
 
 def in_batches(
-    function: Callable[[Tensor], Tensor], images: Float[Tensor, "B 3 y x"], batch_size: int
+    function: Callable[[Tensor], Tensor], images: Float[Tensor, "B 3 *size"], batch_size: int
 ) -> Float[Tensor, "B *rest"]:
-    """Apply ``function`` to at most ``batch_size`` pictures at a time; float32 comes out."""
+    """Apply ``function`` to at most ``batch_size`` pictures or clips at a time; float32 comes out."""
     return torch.cat([function(part).float() for part in images.split(batch_size)])
 
 

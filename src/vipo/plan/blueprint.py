@@ -85,7 +85,8 @@ def draw(recipe: Recipe) -> Blueprint:
         for name, parameter in pipeline.transformer.named_parameters():
             parameter.requires_grad_(name in trained)
         is_lora, decay = recipe.policy.kind == "lora", recipe.policy.ema_decay
-        policy = Policy(pipeline.transformer, is_lora=is_lora, ema_decay=decay)
+        compared = recipe.objective.kl_weight > 0
+        policy = Policy(pipeline.transformer, is_lora=is_lora, ema_decay=decay, keep_reference=compared)
         if recipe.training.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         if recipe.training.precision == "bf16":
@@ -145,7 +146,7 @@ def _autocast(network: Any) -> None:
 def _policy(recipe: Recipe, network: nn.Module, named: Mapping[str, str]) -> Policy:
     section = recipe.policy
     if section.kind == "full":
-        return Policy.full(network, keep_reference=recipe.objective.kl_weight > 0)
+        return Policy.full(network, keep_reference=False)
     targets = named.get(section.targets, section.targets)
     network.requires_grad_(False)
     return Policy.lora(network, rank=section.rank, alpha=1.0, targets=targets, seed=recipe.seed)
