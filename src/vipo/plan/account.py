@@ -172,7 +172,9 @@ class Ledger:
         generator["options"].pop("decode_batch_size", None)
         training = recipe.training
         settings = [recipe.objective.reduce, training.precision, training.gradient_checkpointing]
-        key = json.dumps([generator, recipe.policy.model_dump(), recipe.solver.model_dump(), settings], default=str)
+        compared = recipe.objective.kl_weight > 0
+        parts = [generator, recipe.policy.model_dump(), recipe.solver.model_dump(), settings, compared]
+        key = json.dumps(parts, default=str)
         if key not in self._drawn:
             self._drawn[key] = draw(recipe)
         return key, self._drawn[key]
