@@ -14,13 +14,16 @@ FRAMES, SIDE, SQUARE = 17, 64, 16
 CORNER = {"left": (44, 24), "right": (4, 24), "up": (24, 44), "down": (24, 4), "still": (24, 24)}
 
 
-def clip(motion: str, way: float = 32.0, wobble: float = 0.0) -> torch.Tensor:
-    """A red square that goes ``way`` pixels over a teal ground, (1, 3, F, Y, X)."""
+def clip(motion: str, way: float = 32.0, wobble: float = 0.0, sideways: float = 0.0) -> torch.Tensor:
+    """A red square that goes ``way`` pixels over a teal ground, and ``sideways`` down, (1, 3, F, Y, X)."""
     media = torch.tensor([0.07, 0.54, 0.54]).view(1, 3, 1, 1, 1).repeat(1, 1, FRAMES, SIDE, SIDE)
     (x, y), (dx, dy) = CORNER[motion], clips.DIRECTIONS[motion]
     for frame in range(FRAMES):
         step = way * frame / (FRAMES - 1)
-        left, top = round(x + dx * step + wobble * (-1) ** frame), round(y + dy * step)
+        left, top = (
+            round(x + dx * step + wobble * (-1) ** frame),
+            round(y + dy * step + sideways * frame / (FRAMES - 1)),
+        )
         media[0, :, frame, top : top + SQUARE, left : left + SQUARE] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
     return media
 
@@ -45,6 +48,11 @@ def test_the_motion_that_the_caption_claims_scores_highest(shown: str) -> None:
 def test_half_the_way_is_half_the_reward_and_more_than_enough_is_no_more() -> None:
     assert score(clip("right", way=13), "right") == pytest.approx(0.45, abs=0.05)  # its ends are means of three frames
     assert score(clip("right", way=40), "right") <= 1.0
+
+
+def test_a_way_across_the_claimed_one_costs_what_it_is_long() -> None:
+    straight, slanted = score(clip("right"), "right"), score(clip("right", sideways=20.0), "right")
+    assert slanted == pytest.approx(straight - 20 * 14 / 16 / (0.4 * SIDE), abs=0.1)
 
 
 def test_a_rough_path_and_an_empty_frame_cost() -> None:
