@@ -22,6 +22,7 @@ import tiny_wan
 from vipo.build import Session
 from vipo.checkpoint import list_checkpoints
 from vipo.evaluate import evaluate
+from vipo.generators.text_cache import TextCache
 from vipo.recipe import parse_recipe
 from vipo.report.clips import cut
 from vipo.report.page import write_report
@@ -147,6 +148,14 @@ def test_an_existing_run_is_not_written_over(tmp_path: Path, raw: dict[str, Any]
     with pytest.raises(UserError, match="already holds a run; add --resume"):
         Run(parse_recipe(raw), output)
     assert (output / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_encodes_each_prompt_once_and_keeps_it_for_the_next(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["generator"]["text_cache"] = str(tmp_path / "text")
+    first = run_all(raw, tmp_path / "first").session.generator.encode_text
+    second = run_all(raw, tmp_path / "second").session.generator.encode_text
+    assert isinstance(first, TextCache) and isinstance(second, TextCache)
+    assert 0 < first.counts.encoded <= len(tiny.PROMPTS) and second.counts.encoded == 0 < second.counts.loaded
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path, raw: dict[str, Any]) -> None:
