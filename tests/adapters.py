@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import tiny
 from vipo import objective, sde
 from vipo.generators.common import DiffusersGenerator
+from vipo.map_sources import Perceptual
 from vipo.policy import Policy
+from vipo.prompts import PromptSampler
 from vipo.rollout import Solver, replay, sample_groups
+from vipo.structuring import PerceptualStructuring
+from vipo.trainer import Objective, Trainer, Update
 from vipo.types import Prompt
 
 Draw = Callable[[Any], Tensor]
@@ -140,6 +145,28 @@ def lora(generator: DiffusersGenerator, targets: str = "blocks", *, scale: float
     settings = {"rank": 4, "alpha": 4.0, "seed": 0, **options}
     policy = Policy.lora(generator.network, targets=generator.lora_targets[targets], **settings)
     return tiny.nudged(policy, scale=scale)
+
+
+def trains_two_steps(generator: DiffusersGenerator, prompts: Sequence[str]) -> None:
+    """The whole loop with ViPO's credit: two iterations, ratio 1 in each, and the weights move. It injects weights."""
+    policy = lora(generator)
+    before = {name: tensor.clone() for name, tensor in policy.state().items()}
+    trainer = Trainer(
+        accelerator=Accelerator(mixed_precision="no", cpu=True),
+        generator=generator,
+        policy=policy,
+        prompts=PromptSampler([Prompt(text) for text in prompts], per_iteration=1, seed=0),
+        scorer=tiny.scorer(tiny.redness),
+        map_source=Perceptual(PerceptualStructuring(tiny.Patches(), temporal_stride=generator.temporal_stride)),
+        solver=Solver(steps=3, shift=generator.shift, eta=0.7),
+        objective=Objective(credit="advantage_map", clip_range=0.2),
+        update=Update(learning_rate=1e-2),
+        group_size=3,
+        seed=0,
+    )
+    for step in (trainer.step(), trainer.step()):
+        assert step.metrics["ratio_deviation"] == 0 and step.metrics["grad_norm"] > 0 and not step.events
+    assert all(not torch.equal(before[name], tensor) for name, tensor in policy.state().items())
 
 
 def lora_sits_on(generator: DiffusersGenerator, targets: str, layers: set[str]) -> None:

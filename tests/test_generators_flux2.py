@@ -173,6 +173,10 @@ def test_a_hot_map_cell_asks_for_a_change_of_its_own_position_only(generator: Fl
     adapters.hot_cell(generator, PROMPTS, (0, 3, 7), token=1 * 5 + 3)
 
 
+def test_two_iterations_of_the_whole_loop_train_it(pipeline: Flux2KleinPipeline) -> None:
+    adapters.trains_two_steps(adapted(pipeline), PROMPTS)
+
+
 def test_gradient_checkpointing_changes_no_gradient(pipeline: Flux2KleinPipeline) -> None:
     adapters.checkpointing_same_gradient(adapted(pipeline), PROMPTS)
 

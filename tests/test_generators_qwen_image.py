@@ -252,6 +252,10 @@ def test_every_weight_of_a_lora_gets_a_gradient(build: Build) -> None:
     assert not without
 
 
+def test_two_iterations_of_the_whole_loop_train_it(build: Build) -> None:
+    adapters.trains_two_steps(build(), PROMPTS)
+
+
 def test_gradient_checkpointing_changes_no_gradient(build: Build) -> None:
     adapters.checkpointing_same_gradient(build(), PROMPTS)
 

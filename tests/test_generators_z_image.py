@@ -180,6 +180,10 @@ def test_a_lora_sits_on(build: Build, targets: str, layers: set[str]) -> None:
     adapters.lora_sits_on(build(), targets, layers)
 
 
+def test_two_iterations_of_the_whole_loop_train_it(build: Build) -> None:
+    adapters.trains_two_steps(build(), PROMPTS)
+
+
 def test_gradient_checkpointing_changes_no_gradient(build: Build) -> None:
     adapters.checkpointing_same_gradient(build(), PROMPTS)
 
