@@ -20,6 +20,7 @@ from torch import Tensor
 from clips import Clip, ClipComposer
 from common import DEFAULT_ART, WAN_WORK, Average, Log, trapezoid
 from train_autoencoder import reconstruction_loss
+from vipo.generators.wan import channels_last
 from wan_model import build_autoencoder
 
 CROP_SIDE = 32
@@ -49,14 +50,6 @@ def reconstruct(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def frames_of(media: Tensor) -> Tensor:
     """Every frame as a picture: (b, 3, F, H, W) -> (b * F, 3, H, W)."""
     return media.transpose(1, 2).flatten(0, 1)
-
-
-def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """The same weights laid out so that convolutions over frames run twice as fast forward on a CPU."""
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return vae
 
 
 def train(vae: AutoencoderKLWan, composer: ClipComposer, args: argparse.Namespace, log: Log) -> Average:

@@ -19,7 +19,7 @@ from diffusers.utils.logging import disable_progress_bar
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.types import Batched, UserError
+from vipo.types import Batched, Grid, UserError
 
 Encode = Callable[[Sequence[str]], Batched]
 
@@ -158,6 +158,18 @@ def check_multiple(cell: int, model: str, **sides: int) -> None:
         raise UserError(f"{given} must be multiples of {cell} pixels for this {model} model")
 
 
+def latent_and_token_grid(model: str, pipeline: Any, height: int, width: int, patch: int = 2) -> tuple[Grid, Grid]:
+    """(H, W) of a picture's latents, and of its tokens of ``patch`` x ``patch`` positions.
+
+    Raises:
+        UserError: sides that do not fill whole tokens.
+    """
+    stride = int(pipeline.vae_scale_factor)
+    check_multiple(stride * patch, model, height=height, width=width)
+    latent = height // stride, width // stride
+    return latent, (latent[0] // patch, latent[1] // patch)
+
+
 def shift_of(scheduler: Any, tokens: int, *, mu: float | None = None) -> float:
     """The time shift a pipeline's scheduler applies to a picture of so many tokens.
 
@@ -188,6 +200,14 @@ def decode_scaled(vae: Any, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor
     """Clean latents of one picture each through an ``AutoencoderKL`` with scaling and shift, to [-1, 1]."""
     scaled = latents.squeeze(2).to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     return vae.decode(scaled, return_dict=False)[0].unsqueeze(2)
+
+
+def decode_normalised(vae: Any, latents: Float[Tensor, "n C T H W"]) -> Float[Tensor, "n 3 F Y X"]:
+    """Decode with an autoencoder whose config has a mean and a standard deviation per channel, as Wan's."""
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=latents.device)
+    mean, std = statistics.view(2, 1, -1, 1, 1, 1)
+    media: Tensor = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    return media
 
 
 def pack_patches(latents: Float[Tensor, "N C 1 H W"], side: int = 2) -> Float[Tensor, "N L K"]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vipo.generators.common import (
     DiffusersGenerator,
-    check_multiple,
     decode_scaled,
+    latent_and_token_grid,
     network_time,
     pack_patches,
     shift_of,
@@ -80,9 +80,8 @@ class FluxGenerator(DiffusersGenerator):
         self.max_sequence_length = max_sequence_length or min(int(pipeline.tokenizer_2.model_max_length), 512)
         self._has_guidance = bool(pipeline.transformer.config.guidance_embeds)
         self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
-        check_multiple(pipeline.vae_scale_factor * PATCH, "FLUX", height=height, width=width)
-        self._latent_size = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-        self._image_ids = self._position_ids().to(self.device)
+        self._latent_size, tokens = latent_and_token_grid("FLUX", pipeline, height, width)
+        self._image_ids = _position_ids(*tokens).to(self.device)
         self.shift = shift_of(pipeline.scheduler, len(self._image_ids))
 
     @property
@@ -91,14 +90,6 @@ class FluxGenerator(DiffusersGenerator):
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self._channels, 1, *self._latent_size
-
-    def _position_ids(self) -> Float[Tensor, "L 3"]:
-        """Row and column of every token, for the rotary embedding."""
-        rows, columns = (size // PATCH for size in self._latent_size)
-        ids = torch.zeros(rows, columns, 3)
-        ids[..., 1] = torch.arange(rows)[:, None]
-        ids[..., 2] = torch.arange(columns)[None, :]
-        return ids.flatten(0, 1)
 
     @torch.no_grad()
     def encode_now(self, prompts: Sequence[str]) -> FluxConditioning:
@@ -135,3 +126,11 @@ class FluxGenerator(DiffusersGenerator):
 
     def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
         return decode_scaled(self.pipeline.vae, latents)
+
+
+def _position_ids(rows: int, columns: int) -> Float[Tensor, "L 3"]:
+    """Row and column of every token, for the rotary embedding."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.flatten(0, 1)

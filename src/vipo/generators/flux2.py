@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vipo.generators.common import (
     DiffusersGenerator,
-    check_multiple,
+    latent_and_token_grid,
     network_time,
     pack_patches,
     shift_of,
@@ -94,9 +94,7 @@ class Flux2KleinGenerator(DiffusersGenerator):
         self.max_sequence_length = max_sequence_length
         self._is_distilled = bool(pipeline.config.is_distilled)
         self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
-        check_multiple(pipeline.vae_scale_factor * PATCH, "FLUX.2", height=height, width=width)
-        self._latent_size = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-        rows, columns = (size // PATCH for size in self._latent_size)
+        self._latent_size, (rows, columns) = latent_and_token_grid("FLUX.2", pipeline, height, width)
         self._image_ids = position_ids(rows=rows, columns=columns).to(self.device)
         self._text_ids = position_ids(words=max_sequence_length).to(self.device)
         steps = shift_steps or (DISTILLED_STEPS if self._is_distilled else BASE_STEPS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from vipo.generators.common import (
     DiffusersGenerator,
-    check_multiple,
+    decode_normalised,
+    latent_and_token_grid,
     network_time,
     pack_patches,
     shift_of,
@@ -100,9 +100,7 @@ class QwenImageGenerator(DiffusersGenerator):
         self.max_sequence_length = max_sequence_length
         self.lora_targets = lora_targets(int(pipeline.transformer.config.num_layers))
         self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
-        check_multiple(pipeline.vae_scale_factor * PATCH, "Qwen-Image", height=height, width=width)
-        self._latent_size = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-        rows, columns = (size // PATCH for size in self._latent_size)
+        self._latent_size, (rows, columns) = latent_and_token_grid("Qwen-Image", pipeline, height, width)
         self._image_shape = 1, rows, columns
         self.shift = shift_of(pipeline.scheduler, rows * columns)
 
@@ -144,9 +142,4 @@ class QwenImageGenerator(DiffusersGenerator):
         return unpack_patches(guided * scale, *self._latent_size)
 
     def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
-        vae: Any = self.pipeline.vae
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        return decode_normalised(self.pipeline.vae, latents)

@@ -19,7 +19,7 @@ from diffusers import WanPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.generators.common import DiffusersGenerator, shift_of
+from vipo.generators.common import DiffusersGenerator, decode_normalised, shift_of
 from vipo.types import Batched, UserError
 
 TIME_SCALE = 1000.0  # the transformer's time runs from 0 to 1000
@@ -92,7 +92,7 @@ class WanGenerator(DiffusersGenerator):
         self._latent_shape = int(pipeline.vae.config.z_dim), latent_frames, height // stride, width // stride
         self.shift = _flow_shift(pipeline.scheduler) if shift is None else shift
         if self.device.type == "cpu":
-            _channels_last(pipeline.vae)
+            channels_last(pipeline.vae)
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self._latent_shape
@@ -125,15 +125,10 @@ class WanGenerator(DiffusersGenerator):
         return velocity.float()
 
     def decode_part(self, latents: Float[Tensor, "n C T H W"]) -> Float[Tensor, "n 3 F Y X"]:
-        vae: Any = self.pipeline.vae
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        return decode_normalised(self.pipeline.vae, latents)
 
 
-def _channels_last(vae: torch.nn.Module) -> None:
+def channels_last(vae: torch.nn.Module) -> None:
     """Lay the convolutions' weights out so that they run about twice as fast on a CPU."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):

@@ -15,7 +15,7 @@ from diffusers import ZImagePipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vipo.generators.common import DiffusersGenerator, check_multiple, decode_scaled, shift_of
+from vipo.generators.common import DiffusersGenerator, decode_scaled, latent_and_token_grid, shift_of
 from vipo.types import Batched
 
 PATCH = 2  # latent positions per token side, as the published models are sampled
@@ -76,9 +76,7 @@ class ZImageGenerator(DiffusersGenerator):
         )
         self.max_sequence_length = max_sequence_length
         self._channels = int(pipeline.transformer.config.in_channels)
-        check_multiple(pipeline.vae_scale_factor * PATCH, "Z-Image", height=height, width=width)
-        self._latent_size = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-        rows, columns = (size // PATCH for size in self._latent_size)
+        self._latent_size, (rows, columns) = latent_and_token_grid("Z-Image", pipeline, height, width)
         self.shift = shift_of(pipeline.scheduler, rows * columns)
 
     @property
