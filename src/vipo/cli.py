@@ -135,12 +135,13 @@ def sample(
     from vipo.samples import sample_names, save_samples
     from vipo.target import open_target
 
-    texts = _read_texts(prompts or ["embedded:prompts_eval"])
-    files = iter(sample_names([prompt.text for prompt in texts], count, names))
+    given = _read_texts(prompts) if prompts else None
     model = open_target(target, size=size, height=height, width=width, frames=frames, lora=lora)
+    texts = given or model.evaluation_prompts or _read_texts(["embedded:prompts_eval"])
+    files = iter(sample_names([prompt.text for prompt in texts], count, names))
     for part in model.sample(texts, count=count, steps=steps, seed=seed, batch_size=batch, base_tail=base_tail):
         save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps)
-    console.print(f"{len(texts) * count} pictures in {output}")
+    console.print(f"{len(texts) * count} samples in {output}")
 
 
 @app.command()
