@@ -21,8 +21,11 @@ import tiny
 from vipo import objective, sde
 from vipo.generators.common import DiffusersGenerator
 from vipo.map_sources import Perceptual
+from vipo.plan import Ledger
+from vipo.plan.meter import Meter
 from vipo.policy import Policy
 from vipo.prompts import PromptSampler
+from vipo.recipe import parse_recipe
 from vipo.rollout import Solver, replay, sample_groups
 from vipo.structuring import PerceptualStructuring
 from vipo.trainer import Objective, Trainer, Update
@@ -233,6 +236,60 @@ def _came_back(theirs: Tensor, trained: Tensor, base: Tensor) -> None:
     same_pictures(theirs, trained, atol=1e-5)
     changed = (trained - base).abs().max()
     assert changed > 1e-2, f"training changed no more than {changed:.1e}, so the export proves nothing"
+
+
+def counts_what_is_cut(
+    generator: DiffusersGenerator, read: Callable[[str], int], *, reader: str, word: str = "cat "
+) -> None:
+    """Around its limit, ``reader``'s count of a prompt's tokens is what ``read`` says it was given, up to the limit."""
+    (limit,) = (limit for limit in generator.token_limits() if limit.reader == reader)
+    prompts = [(word * count).strip() for count in range(1, limit.most + 3)]
+    tokens = limit.tokens(prompts)
+    near = [place for place, count in enumerate(tokens) if abs(count - limit.most) <= 3]
+    assert {tokens[place] > limit.most for place in near} == {True, False}
+    assert limit.most in tokens, "one token per word is needed to meet the limit exactly"
+    for place in near:
+        assert read(prompts[place]) == min(tokens[place], limit.most), tokens[place]
+    long = [prompt for prompt, count in zip(prompts, tokens, strict=True) if count > limit.most]
+    (told,) = (told for told in generator.cut_prompts(some=[*prompts, long[0]]) if f"that {reader} reads" in told)
+    assert told.startswith(f"{len(long)} of {len(prompts)} some prompts longer than the {limit.most} tokens")
+    assert told.endswith(f"with {limit.most + 1} tokens") and long[0][:40] in told
+    assert generator.cut_prompts(some=[prompt for prompt in prompts if prompt not in long]) == []
+
+
+def tokens_given(generator: DiffusersGenerator, encoder: str, tokenizer: str) -> Callable[[str], int]:
+    """How many tokens of a prompt an encoder is given, padding aside."""
+    words, part = getattr(generator.pipeline, tokenizer), getattr(generator.pipeline, encoder)
+    given: list[Tensor] = []
+
+    def note(_module: torch.nn.Module, places: tuple[Tensor, ...], names: dict[str, Tensor]) -> None:
+        given.append(places[0] if places else names["input_ids"])
+
+    def read(prompt: str) -> int:
+        hook = part.register_forward_pre_hook(note, with_kwargs=True)
+        generator.encode_now([prompt])
+        hook.remove()
+        row = given.pop()[0].tolist()
+        return row.index(words.eos_token_id) + 1 if words.eos_token_id in row else len(row)
+
+    return read
+
+
+def planned_as_it_runs(generator: DiffusersGenerator, prompt: str, recipe: dict[str, Any]) -> None:
+    """A plan counts the operations of a real velocity, LoRA included, for prompts as long as they can be.
+
+    ``prompt`` is one, and the generator's negative prompt too; ``recipe`` trains this model.
+    """
+    rows = 2
+    real, blank = generator.encode([prompt] * rows), generator.blank_conditioning(rows)
+    for name, value in vars(real).items():
+        assert getattr(blank, name).shape == value.shape and getattr(blank, name).dtype == value.dtype, name
+    lora(generator, rank=recipe["policy"]["rank"])
+    velocity(generator, [prompt])  # the negative prompt is encoded
+    with torch.no_grad(), Meter([]) as counted:
+        generator.velocity(noise(generator, rows), torch.full((rows,), 0.7), real)
+    planned = Ledger().cost(parse_recipe(recipe), "sampling", rows).flops
+    assert planned == counted.flops > 0
 
 
 def text_is_frozen(generator: DiffusersGenerator) -> None:

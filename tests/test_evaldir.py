@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vipo.evaldir import EvaluationFolder
+from vipo.evaldir import EvaluationFolder, _csv
 from vipo.evaluate import Evaluation, Judgement
 from vipo.judged import Judges, judge_parts
 from vipo.rewards.answer import RewardUnavailable
@@ -161,6 +162,13 @@ def test_what_failed_before_its_first_part_can_be_begun_again(tmp_path: Path) ->
         run(tmp_path, Models(dies_at=1))
     assert not list(tmp_path.iterdir())
     run(tmp_path, Models())
+
+
+def test_a_table_gives_back_every_cell_it_was_given() -> None:
+    rows = [["a", "b"], *([f"x{odd}y", 'say "cat"'] for odd in ("\r", "\n", "\r\n", ",", "\u2028", "\x85", "\x0b"))]
+    table = _csv(rows)
+    assert list(csv.reader(io.StringIO(table, newline=""))) == rows
+    assert table.startswith('a,b\n"x')  # a newline alone after each row
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_sizes_the_packing_cannot_hold_are_refused(pipeline: FluxPipeline) -> No
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no FluxPipeline could be loaded"):
+    with pytest.raises(UserError, match="is not a diffusers pipeline; give a folder or hub id"):
         FluxGenerator.from_pretrained(tmp_path, device="cpu", dtype=torch.float32, height=24, width=40)
 
 
@@ -195,3 +195,11 @@ def test_the_embedded_pipeline_samples_through_the_adapter() -> None:
     solver = Solver(steps=2, shift=model.shift).deterministic()
     media = sample_groups(model, [Prompt("a cat on a teal background")], solver, group_size=2, seed=0).media
     assert media.shape == (2, 3, 1, 64, 64) and bool(media.isfinite().all()) and media.std() > 0.02
+
+
+def test_prompts_that_t5_cuts_are_counted(generator: FluxGenerator) -> None:
+    """CLIP would cut them too, but stands for the first 77 tokens by design."""
+    adapters.counts_what_is_cut(
+        generator, adapters.tokens_given(generator, "text_encoder_2", "tokenizer_2"), reader="T5"
+    )
+    assert [limit.reader for limit in generator.token_limits()] == ["T5"]

@@ -206,3 +206,9 @@ def test_a_bfloat16_network_is_close(folder: Path, generator: Flux2KleinGenerato
 def test_sizes_the_packing_cannot_hold_are_refused(pipeline: Flux2KleinPipeline) -> None:
     with pytest.raises(UserError, match=r"height=24 and width=44 must be multiples of 8 pixels for this FLUX\.2 model"):
         adapted(pipeline, width=44)
+
+
+def test_prompts_that_are_cut_are_counted(generator: Flux2KleinGenerator) -> None:
+    adapters.counts_what_is_cut(
+        generator, adapters.tokens_given(generator, "text_encoder", "tokenizer"), reader="Qwen3"
+    )

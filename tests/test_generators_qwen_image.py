@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import adapters
+import tiny
 from vipo.generators import adapter_of, factory
 from vipo.generators.qwen_image import QwenImageGenerator
 from vipo.generators.text_cache import prepare
@@ -277,6 +278,21 @@ def test_sizes_the_packing_cannot_hold_are_refused(build: Build) -> None:
         build(width=44)
 
 
+def test_a_plan_counts_what_runs(build: Build, folder: Path, tmp_path: Path) -> None:
+    prompt = "a cat " * 200  # as long as is taken
+    options = {"negative_prompt": prompt, "max_sequence_length": LENGTH}
+    section = {"path": str(folder), "height": HEIGHT, "width": WIDTH, "options": options}
+    recipe = tiny.recipe(folder, tmp_path / "prompts.txt", generator=section)
+    adapters.planned_as_it_runs(build(negative_prompt=prompt), prompt, recipe)
+
+
 def test_the_catalogue_knows_it() -> None:
     assert adapter_of("QwenImagePipeline") == "qwen_image"
     assert factory("qwen_image") == QwenImageGenerator.from_pretrained
+
+
+def test_prompts_that_are_cut_are_counted_with_what_stands_after_them(build: Build) -> None:
+    model = build(max_sequence_length=250)
+    adapters.counts_what_is_cut(
+        model, lambda prompt: int(model.encode_now([prompt]).words[0]), reader="Qwen2.5-VL", word="x"
+    )

@@ -157,3 +157,26 @@ def test_sizes_beyond_the_position_embedding_are_refused(folder: Path) -> None:
     tiny_sd3.generator(folder, height=tiny_sd3.MAX_PIXELS)
     with pytest.raises(UserError, match="ask for at most 64 pixels a side"):
         tiny_sd3.generator(folder, height=tiny_sd3.MAX_PIXELS + 8)
+
+
+@pytest.mark.parametrize(
+    ("reader", "parts", "length"),
+    [("CLIP", ("text_encoder", "tokenizer"), 32), ("T5", ("text_encoder_3", "tokenizer_3"), 12)],
+)
+def test_prompts_that_an_encoder_cuts_are_counted(
+    folder: Path, reader: str, parts: tuple[str, str], length: int
+) -> None:
+    """T5 may read more of a prompt than the CLIPs do, or less."""
+    model = tiny_sd3.generator(folder, max_sequence_length=length, guidance_scale=1.0)
+    adapters.counts_what_is_cut(model, adapters.tokens_given(model, *parts), reader=reader)
+    long = "cat " * 40
+    assert [told.split(" reads")[0].split()[-1] for told in model.cut_prompts(some=[long])] == ["CLIP", "T5"]
+    model.pipeline.text_encoder_3 = None
+    assert [limit.reader for limit in model.token_limits()] == ["CLIP"]
+
+
+def test_a_negative_prompt_that_is_cut_is_told_where_it_is_used(folder: Path) -> None:
+    model = tiny_sd3.generator(folder, negative_prompt="cat " * 40)
+    assert [told[:30] for told in model.cut_prompts(some=["a cat"])] == ["1 of 1 negative prompts longer"] * 2
+    model.guidance_scale = 1.0
+    assert model.cut_prompts(some=["a cat"]) == []

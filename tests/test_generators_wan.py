@@ -275,3 +275,11 @@ def test_a_transformer_that_wants_an_image_is_refused(small: Path) -> None:
 def test_the_adapter_is_registered_as_one_that_makes_video() -> None:
     assert makes_video("wan") and factory("wan") == WanGenerator.from_pretrained
     assert {"guidance_scale", "negative_prompt", "shift"} <= set(options("wan")) and "frames" not in options("wan")
+
+
+def test_prompts_that_umt5_cuts_are_counted(small: Path) -> None:
+    """As the pipeline cleans them: an escaped sign is one sign."""
+    model = tiny_wan.generator(small)
+    adapters.counts_what_is_cut(model, adapters.tokens_given(model, "text_encoder", "tokenizer"), reader="UMT5")
+    (limit,) = model.token_limits()
+    assert limit.tokens(["a  cat &amp;amp; a dog"]) == limit.tokens(["a cat & a dog"])

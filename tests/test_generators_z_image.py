@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 import adapters
+import tiny
 from vipo.embedded import path as embedded_path
 from vipo.generators import adapter_of, factory
 from vipo.generators.z_image import ZImageGenerator
@@ -205,6 +206,21 @@ def test_sizes_the_patches_cannot_hold_are_refused(build: Build) -> None:
         build(width=44)
 
 
+def test_a_plan_counts_what_runs(build: Build, folder: Path, tmp_path: Path) -> None:
+    prompt = "a cat " * 200  # as long as is taken
+    options = {"negative_prompt": prompt, "max_sequence_length": LENGTH}
+    section = {"path": str(folder), "height": HEIGHT, "width": WIDTH, "options": options}
+    recipe = tiny.recipe(folder, tmp_path / "prompts.txt", generator=section)
+    adapters.planned_as_it_runs(build(negative_prompt=prompt), prompt, recipe)
+
+
 def test_the_catalogue_knows_it() -> None:
     assert adapter_of("ZImagePipeline") == "z_image"
     assert factory("z_image") == ZImageGenerator.from_pretrained
+
+
+def test_prompts_that_are_cut_are_counted_with_their_chat_template(generator: ZImageGenerator) -> None:
+    adapters.counts_what_is_cut(generator, lambda prompt: int(generator.encode_now([prompt]).words[0]), reader="Qwen3")
+    (limit,) = generator.token_limits()
+    bare = len(generator.pipeline.tokenizer("a cat").input_ids)
+    assert limit.tokens(["a cat"])[0] > bare

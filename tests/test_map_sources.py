@@ -60,8 +60,12 @@ def test_a_reward_without_gradient_is_refused_by_name(rollout: Rollout) -> None:
     def counted(media: Tensor, prompts: list[Prompt]) -> Tensor:  # noqa: ARG001
         return (media > 0.5).float().mean((1, 2, 3, 4))
 
-    with pytest.raises(UserError, match="'counted' has no gradient"):
-        RewardGradient({"counted": counted}, {"counted": 1.0})(rollout)
+    def listed(media: Tensor, prompts: list[Prompt]) -> list[float]:
+        return counted(media, prompts).tolist()
+
+    for reward in (counted, listed):
+        with pytest.raises(UserError, match="'mine' has no gradient"):
+            RewardGradient({"mine": reward}, {"mine": 1.0})(rollout)
 
 
 def test_samples_without_a_score_do_not_spoil_the_gradient_of_the_others(rollout: Rollout) -> None:

@@ -39,6 +39,18 @@ def test_a_sample_without_a_score_is_left_out_of_its_group() -> None:
     assert torch.allclose(ours[4:], objective.group_advantage(rewards[4:], 4))
 
 
+def test_spread_is_over_the_scored_samples_of_each_group() -> None:
+    whole = torch.rand(12, generator=rng())
+    assert torch.equal(objective.spread(whole, 4), whole.unflatten(0, (3, 4)).var(1).nanmean().sqrt())
+    holes = torch.tensor([1.0, torch.nan, 3.0, torch.inf, 5.0, 6.0, 7.0, 8.0])
+    expected = ((2.0 + holes[4:].var()) / 2) ** 0.5  # the variance of 1 and 3 is 2
+    assert objective.spread(holes, 4) == pytest.approx(float(expected))
+    one_left = torch.cat([holes, torch.tensor([9.0, torch.nan, torch.nan, torch.nan]), torch.full((4,), torch.nan)])
+    assert objective.spread(one_left, 4) == pytest.approx(float(expected))  # neither of these groups has a variance
+    assert objective.spread(one_left[8:], 4) == 0 and objective.spread(one_left[12:], 4).isnan()
+    assert objective.spread(whole, 1) == 0
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.floats(-100, 100, width=32), min_size=8, max_size=8),

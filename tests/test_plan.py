@@ -15,6 +15,7 @@ from rich.console import Console
 import tiny
 from vipo.plan import Ledger, Machine, advise, plan
 from vipo.plan.account import Accountant, work_of
+from vipo.plan.judging import judges_of
 from vipo.plan.meter import Meter
 from vipo.plan.published import table
 from vipo.plan.show import memory_size, plan_view
@@ -155,6 +156,14 @@ def test_what_can_be_turned_off_is_said(recipe_of: Any, ledger: Ledger) -> None:
     assert "tiny fits" in said and "room to be faster" in said and "trained weights" in said
 
 
+def test_a_plan_prints_names_that_look_like_markup_as_they_are(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(name="[bold]:heart:", judges=["[/x].py:[red]"])
+    console = Console(width=200, record=True)
+    console.print(plan_view(plan(recipe, Machine(), ledger), advise(recipe, Machine(), ledger)))
+    said = console.export_text()
+    assert "[bold]:heart: fits" in said and "not counted: reward [/x].py:[red]" in said
+
+
 def test_what_cannot_fit_is_said(recipe_of: Any, ledger: Ledger) -> None:
     machine = Machine(memory=1000)
     found, advice = plan(recipe_of(), machine, ledger), advise(recipe_of(), machine, ledger)
@@ -182,6 +191,16 @@ def test_rewards_and_backbone_are_weighed(recipe_of: Any, ledger: Ledger) -> Non
     assert found.notes == ("not counted: reward mine.py:mine",)
 
 
+@pytest.mark.parametrize("name", ["hpsv2.1", "pickscore", "clipscore", "aesthetic"])
+def test_a_reward_looks_at_every_frame_of_a_clip_unless_told_to_take_the_first(recipe_of: Any, name: str) -> None:
+    def flops(length: int, **options: Any) -> float:
+        recipe = recipe_of(rewards={name: {"options": options}}, generator__frames=length)
+        ((judge,), _) = judges_of(recipe)
+        return judge.flops
+
+    assert flops(5) == pytest.approx(5 * flops(1)) and flops(5, frames="first") == pytest.approx(flops(1))
+
+
 def test_the_meter_counts_what_is_alive() -> None:
     start = torch.zeros(100)
     with Meter([start]) as meter:
@@ -202,15 +221,51 @@ def test_config_files_are_enough(model_folder: Path, tmp_path: Path, recipe_of: 
     )
 
 
+def test_a_folder_that_is_not_whole_is_one_sentence(model_folder: Path, tmp_path: Path, recipe_of: Any) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "flux")
+
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words) as raised:
+            plan(recipe_of(generator__path=str(folder)), Machine(), Ledger())
+        assert "\n" not in str(raised.value)
+
+    for file, changes, words in (
+        ("transformer/config.json", {"num_layers": "one"}, "the transformer of .* cannot be built from its config"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderOfTomorrow"]}, "the vae of .* cannot be built"),
+        ("model_index.json", {"_class_name": "LTXPipeline"}, "is a LTXPipeline; vipo adapts .*FluxPipeline"),
+    ):
+        before = (folder / file).read_text()
+        (folder / file).write_text(json.dumps(json.loads(before) | changes))
+        refused(words)
+        (folder / file).write_text(before)
+    (folder / "model_index.json").write_text("{}")
+    refused("names no pipeline class")
+    (folder / "model_index.json").write_text('{"a":')
+    refused("is not a diffusers pipeline; .*valid JSON")
+
+
 def test_an_unknown_model_is_refused(recipe_of: Any, ledger: Ledger) -> None:
     with pytest.raises(
         UserError, match=r"'someone/else' cannot be planned.*folder that holds.*black-forest-labs/FLUX.1-dev"
     ):
         plan(recipe_of(generator__path="someone/else"), Machine(), ledger)
-    with pytest.raises(UserError, match=r"is a WanPipeline, but this generator reads FluxPipeline.*'wan'"):
-        plan(recipe_of(generator__path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), Machine(), ledger)
+    with pytest.raises(UserError, match=r"generator\.name=flux reads FluxPipeline, but .* is a WanPipeline.*to wan"):
+        named = {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "height": 32, "width": 48, "name": "flux"}
+        plan(recipe_of(generator=named), Machine(), ledger)
     with pytest.raises(UserError, match="takes no option 'guidance'"):
         plan(recipe_of(generator__options={"guidance": 3.0}), Machine(), ledger)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["Qwen/Qwen-Image", "Tongyi-MAI/Z-Image-Turbo"])
+def test_the_published_models_with_padded_text_are_planned(recipe_of: Any, path: str) -> None:
+    section = {"path": path, "height": 64, "width": 64, "dtype": "bfloat16"}
+    found = plan(
+        recipe_of(generator=section, prompts__group_size=2, training__precision="bf16"), Machine(memory=10**12)
+    )
+    weights = 2e9 * table("parts")[table("models")[path]["transformer"]]["billions"]
+    assert found.resident["frozen weights"] == pytest.approx(weights, rel=0.01)
+    assert found.phases["sample"]["network pass"] > 0 and found.phases["update"]["forward and backward"] > 0
 
 
 def test_sizes_as_people_write_them() -> None:

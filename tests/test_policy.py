@@ -38,6 +38,12 @@ def test_lora_targets_that_match_nothing_are_refused(model: FluxGenerator) -> No
         tiny.lora(model, targets="nothing")
 
 
+@pytest.mark.parametrize("targets", ["(to_q", "a{99999999999999999999}"])
+def test_lora_targets_that_are_no_expression_are_refused(model: FluxGenerator, targets: str) -> None:
+    with pytest.raises(UserError, match="is no regular expression: "):
+        tiny.lora(model, targets=targets)
+
+
 def test_lora_sits_on_the_chosen_layers_only(model: FluxGenerator) -> None:
     policy = tiny.lora(model, targets=r".*\.attn\.to_q")
     assert policy.parameters and all(".attn.to_q.lora_" in name for name in policy.parameters)

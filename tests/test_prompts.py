@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -33,6 +34,38 @@ def test_each_kind_of_file_gives_its_texts_in_order(tmp_path: Path, name: str) -
     assert [(p.text, p.index) for p in prompts] == [("a cat", 0), ("a dog", 1)]
 
 
+RARE = ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]  # ends of lines elsewhere
+
+
+@pytest.mark.parametrize("rare", RARE, ids=ascii)
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=ascii)
+def test_only_newlines_end_a_prompt(tmp_path: Path, rare: str, end: str) -> None:
+    """Inside a prompt anything else stays, and so does rare white space at its ends."""
+    texts = [f"a cat{rare}on a mat", f"{rare}a dog{rare}" if rare != "\r" else "a dog", "a fox"]
+    content = {
+        "p.txt": end.join(texts),
+        "p.jsonl": end.join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts),
+        "p.json": json.dumps(texts, ensure_ascii=False),
+        "p.csv": end.join(["prompt,mood", *(f'"{text}",3' for text in texts)]),
+        "p.tsv": end.join(["prompt\tmood", *(f"{text}\t3" for text in texts)]),
+    }
+    for name, rows in content.items():
+        assert [p.text for p in read_prompts(write(tmp_path, name, rows))] == texts, name
+
+
+def test_cells_of_a_csv_may_hold_newlines(tmp_path: Path) -> None:
+    rows = 'prompt,mood\r\n"a cat\non a\r\nmat",3\r\na dog,4\r\n'
+    first, second = read_prompts(write(tmp_path, "p.csv", rows))
+    assert first.text == "a cat\non a\r\nmat" and (second.text, second.metadata) == ("a dog", {"mood": "4"})
+
+
+def test_a_line_without_anything_to_see_is_empty(tmp_path: Path) -> None:
+    assert [p.text for p in read_prompts(write(tmp_path, "p.txt", "a cat\n\u2028\n \x0c \n\t a dog \t\n"))] == [
+        "a cat",
+        "a dog",
+    ]
+
+
 def test_other_columns_become_metadata(tmp_path: Path) -> None:
     assert read_prompts(write(tmp_path, "p.jsonl", KINDS["p.jsonl"]))[0].metadata == {"mood": 3}
     assert read_prompts(write(tmp_path, "p.csv", KINDS["p.csv"]))[0].metadata == {"mood": "3"}
@@ -58,6 +91,7 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path, name: str) ->
         ("p.jsonl", '{"prompt": 3}\n', "entry 1 of .* has no text"),
         ("p.csv", "words\na cat\n", "entry 1 of .* has no text"),
         ("p.txt", b"\xff\xfe\x00cat", "cannot be read"),
+        ("p.csv", "prompt\na cat\ron a mat\n", "a carriage return stands alone outside double quotes; put its cell"),
         ("p.yaml", "a cat\n", r"must end in one of \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
@@ -179,6 +213,12 @@ def test_every_prompt_comes_once_before_any_comes_again() -> None:
     laps = [dealt[k : k + 7] for k in range(0, 42, 7)]
     assert all(Counter(lap) == Counter(range(7)) for lap in laps)
     assert len({tuple(lap) for lap in laps}) == 6  # each lap in an order of its own
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 3, 9])
+def test_what_the_first_iterations_deal_is_known_ahead(iterations: int) -> None:
+    dealt = [prompt for k in range(iterations) for prompt in sampler().groups(k)]
+    assert sampler().dealt(iterations) == [prompt for place, prompt in enumerate(dealt) if prompt not in dealt[:place]]
 
 
 def test_another_seed_deals_another_order() -> None:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import tiny
-from vipo.recipe import load_recipe, parse_recipe, read_judges, shipped_recipes
+from vipo.recipe import DTYPES_OF, SolverSection, load_recipe, parse_recipe, read_judges, shipped_recipes
+from vipo.run import train
 from vipo.types import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -51,6 +52,22 @@ def test_what_is_written_loads_as_the_same_recipe(tmp_path: Path, file: Path) ->
     assert load_recipe(again) == recipe
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_trains_in_no_dtype_is_refused_and_the_rest_trains(
+    tmp_path: Path, model_folder: Path, kind: str, precision: str, dtype: str
+) -> None:
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", training__iterations=1, training__precision=precision)
+    raw["policy"], raw["generator"]["dtype"] = {"kind": kind}, dtype
+    if dtype in DTYPES_OF[kind, precision]:
+        (step,) = train(parse_recipe(raw))
+        assert step.metrics["grad_norm"] > 0 and step.metrics["skipped"] == 0
+        return
+    with pytest.raises(UserError, match=rf"generator\.dtype={dtype} does not go with policy\.kind={kind} and"):
+        parse_recipe(raw)
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
@@ -86,8 +103,40 @@ def test_an_override_without_key_or_value_is_refused(file: Path, override: str) 
     assert "not of the form key=value" in refused(file, override)
 
 
-def test_an_override_that_is_no_yaml_is_refused(file: Path) -> None:
-    assert "not a YAML value" in refused(file, "rewards={a: ")
+@pytest.mark.parametrize("text", ["rewards={a: ", "name=2024-13-45", "seed=" + "9" * 5000, "name=" + "[" * 5000])
+def test_an_override_that_is_no_yaml_is_refused_and_shortened(file: Path, text: str) -> None:
+    message = refused(file, text)
+    assert "not a YAML value" in message and len(message) < 200
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "a\\b", ".", "..", ".hidden", "", "  ", "a\nb", "x" * 201])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(raw: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match="name: it names the run's folder") as raised:
+        parse_recipe(raw | {"name": name})
+    assert f"(given: {name[:59]!r}"[:-1] in str(raised.value) and len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["nan", "[bold]", "ünï 2", "a=b", "v1.2"])
+def test_other_names_are_names(file: Path, name: str) -> None:
+    assert load_recipe(file, [f"name='{name}'"]).name == name
+
+
+def test_the_bare_word_nan_is_a_word_and_a_number_without_a_dot_a_number(file: Path) -> None:
+    assert load_recipe(file, ["name=nan"]).name == "nan"
+    assert (
+        load_recipe(file, ["optimizer.learning_rate=-1e-4", "optimizer.learning_rate=.5e-4"]).optimizer.learning_rate
+        == 5e-5
+    )
+
+
+def test_a_long_wrong_value_is_shortened(file: Path) -> None:
+    message = refused(file, f"solver.same_noise={list(range(1000))}")
+    assert "(given: [0, 1, 2, " in message and message.endswith(" ...)") and len(message) < 200
+
+
+def test_numbers_that_are_none_are_refused_in_sections_built_by_hand() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        SolverSection(steps=3, eta=float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +156,31 @@ def test_an_override_that_is_no_yaml_is_refused(file: Path) -> None:
         ("credit=vipo", "credit: .*'advantage_map'"),
         ("rewards={}", "rewards is empty"),
         ("objective={}", "objective.clip_range is required"),
+        ("rewards={redness: .nan}", r"rewards\.redness: nan is not a finite number"),
+        ("rewards={redness: {weight: -.inf}}", r"rewards\.redness\.weight: -inf is not a finite number"),
+        ("rewards={redness: true}", r"rewards\.redness: a reward's value is its weight.* \(given: True\)"),
+        ("rewards={redness: [1]}", r"rewards\.redness: a reward's value is its weight.* \(given: \[1\]\)"),
+        ("optimizer.betas=[1.0, 1.0]", r"optimizer\.betas\.0: .*less than 1 \(given: 1\.0\)"),
+        ("optimizer.betas=[0.9, -0.1]", r"optimizer\.betas\.1: .*greater than or equal to 0 \(given: -0\.1\)"),
+        ("judges=[[a]]", r"judges: a list of judges is names.* \(given: \[\['a'\]\]\)"),
+        ("judges=[a, a]", "judges: a list of judges is names, each once"),
+        ("judges=redness", r"judges: .* \(given: 'redness'\)"),
+        ("generator.options={decode_batch_size: 0}", r"decode_batch_size=0 must be a whole number .* 1 or more"),
+        ("generator.options={decode_batch_size: 2.5}", r"decode_batch_size=2\.5 must be a whole number"),
+        ("generator.options={guidance_scale: .nan}", r"generator\.options\.guidance_scale: nan is not a finite number"),
+        ("generator.height=99999999999", r"generator\.height: .*16384"),
+        ("seed=-1", r"seed: .*greater than or equal to 0 \(given: -1\)"),
+        ("seed=18446744073709551616", "seed: .*less than 18446744073709551616"),
+        ("solver.shift=1e9", r"a shift of 1e\+09 crowds the noise levels of steps=3"),
+        ("solver.shift=.nan", r"solver\.shift: nan is not a finite number"),
+        ("solver.eta=.inf", r"solver\.eta: inf is not a finite number"),
+        ("solver.steps=10000000000", r"solver\.steps: .*1000"),
+        ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: inf is not a finite number"),
+        ("optimizer.learning_rate=inf", r"optimizer\.learning_rate: .*finite number \(given: 'inf'\)"),
+        ("training.reward_pause_seconds=1e300", r"training\.reward_pause_seconds: .*86400"),
+        ("prompts.file={a: b}", r"prompts\.file: .*string \(given: \{'a': 'b'\}\)"),
+        ('prompts.file="\\ud800.txt"', r"prompts\.file: '\\ud800\.txt' holds half of a character"),
+        ('rewards={"\\ud800": 1}', r"'\\ud800' holds half of a character"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -140,8 +214,21 @@ def test_a_recipe_may_change_some_keys_of_another(tmp_path: Path, file: Path) ->
     assert second.name == "second"
 
 
-def test_extending_a_missing_recipe_names_it(tmp_path: Path) -> None:
-    assert "which does not exist" in refused(child(tmp_path, "lost.yaml", extends="gone.yaml"))
+@pytest.mark.parametrize("named", ["gone.yaml", "quickstar", ["quickstart"], 3, None])
+def test_extending_a_missing_recipe_says_where_it_was_looked_for(tmp_path: Path, named: Any) -> None:
+    message = refused(child(tmp_path, "lost.yaml", extends=named))
+    assert f"extends {named!r}, but there is no such file in {str(tmp_path)!r} and no shipped recipe" in message
+    assert "quickstart-grpo" in message
+
+
+def test_a_recipe_may_extend_a_shipped_one_by_name_unless_a_file_beside_it_has_that_name(tmp_path: Path) -> None:
+    mine = child(tmp_path, "quickstart.yaml", extends="quickstart", name="mine", seed=7)
+    assert load_recipe(mine) == load_recipe("quickstart", ["name=mine", "seed=7"])
+    (tmp_path / "quickstart").mkdir()  # a folder is no recipe
+    assert load_recipe(mine).name == "mine"
+    (tmp_path / "quickstart").rmdir()
+    child(tmp_path, "quickstart", **yaml.safe_load(load_recipe("redness").to_yaml()))
+    assert load_recipe(mine).rewards == load_recipe("redness").rewards != load_recipe("quickstart").rewards
 
 
 def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:

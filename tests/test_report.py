@@ -159,6 +159,15 @@ def test_a_killed_run_reads_without_its_half_written_line(run: Path) -> None:
     assert write_report(run).is_file()
 
 
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_a_damaged_map_sheet_is_left_out_of_the_page(run: Path, chunk: int) -> None:
+    shown, sheet = gallery.map_figures(read_run(run)), min((run / "maps").glob("*.png"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(sheet)
+    parts = sheet.read_bytes().split(b"IDAT")
+    sheet.write_bytes(b"IDAT".join(parts[: chunk + 1]) + b"\0\0\0\0" + b"IDAT".join(parts[chunk + 1 :]))
+    assert len(gallery.map_figures(read_run(run))) == len(shown) - 1
+
+
 def test_a_damaged_line_is_counted_and_a_repeated_iteration_replaced(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 6, "rew{"iteration": 5}\n{"iteration": 5, "reward": 7.0}\n')
@@ -400,3 +409,15 @@ def test_the_map_sheet_of_a_clip_shows_the_middle_frame_of_each_latent_frame() -
 def test_a_map_sheet_refuses_maps_of_another_clip() -> None:
     with pytest.raises(ValueError, match=r"temporal_stride=4 has 9 frames"):
         clip_map_sheet(torch.rand(1, 3, 5, 8, 8), torch.rand(1, 3, 4, 4), ["a"], temporal_stride=4)
+
+
+def test_a_recipe_without_what_every_run_writes_is_named(filmed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(filmed, tmp_path / "run"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for section, key, change in (
+        ("generator", "fps", {"generator": {"frames": 5}}),
+        ("structuring", "sources", {"structuring": {"backbone": "dinov2"}}),
+    ):
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | change))
+        with pytest.raises(UserError, match=rf"has no {section}\.{key}; put back what `vipo train` wrote"):
+            write_report(folder)

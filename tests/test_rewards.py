@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +18,28 @@ from torch import Tensor
 import tiny
 from vipo import rewards
 from vipo.embedded import VOCABULARY, make_caption, parse_caption
+from vipo.rewards import qwen_vl
+from vipo.rewards.aesthetic import Aesthetic
+from vipo.rewards.clip_family import ClipScore, HpsV21, PickScore
 from vipo.rewards.embedded import EmojiLayout, EmojiMatch, centroid, nearest_ground, to_lab
+from vipo.rewards.geneval import GenEvalHf
+from vipo.rewards.image_reward import ImageReward
+from vipo.rewards.ocr import Ocr
+from vipo.rewards.qwen_vl import HpsV3, VideoAlign
 from vipo.types import Prompt, Reward, UserError
 
 SCENES = Path(__file__).parent / "data" / "scenes"
+LOADED: dict[str, type] = {
+    "hpsv2.1": HpsV21,
+    "pickscore": PickScore,
+    "clipscore": ClipScore,
+    "aesthetic": Aesthetic,
+    "imagereward": ImageReward,
+    "videoalign": VideoAlign,
+    "hpsv3": HpsV3,
+    "ocr": Ocr,
+    "geneval_hf": GenEvalHf,
+}
 EMBEDDED = ("emoji_match", "emoji_judge", "emoji_layout")
 
 
@@ -97,6 +117,19 @@ def test_scores_keep_missing_ones_missing_and_say_so() -> None:
     assert scores.total[3] == -4.0
 
 
+def test_the_options_that_the_page_of_rewards_names_are_those_they_take() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| .* \| (.*)\|$", page.partition("## In another process")[0], re.MULTILINE)
+    common = {"pretrained", "dtype", "batch_size", "offload", "sha256", "tokenizer", "frames"}
+    assert [name for name, _ in rows] == list(LOADED)
+    for name, cell in rows:
+        taken = set(inspect.signature(LOADED[name]).parameters)
+        missing = {"ocr": common, "geneval_hf": {"sha256", "tokenizer", "frames"}, "aesthetic": {"tokenizer"}}
+        missing["videoalign"] = {"frames"}
+        assert set(re.findall(r"`(\w+)`", cell)) == taken - common, name
+        assert taken & common == common - missing.get(name, set()), name
+
+
 def test_a_reward_that_raises_is_named_with_its_cause() -> None:
     def mine(_media: Tensor, _prompts: Sequence[Prompt]) -> Tensor:
         raise RuntimeError("the server is down")
@@ -112,13 +145,41 @@ def test_a_reward_that_raises_is_named_with_its_cause() -> None:
         (torch.ones(4, 1), r"returned \(4, 1\)"),
         (torch.ones(3), r"returned \(3,\)"),
         (torch.ones(4, dtype=torch.complex64), "one real number per sample"),
-        ([1.0] * 4, "returned list"),
+        ([1.0] * 3, r"returned \(3,\)"),
+        ([[1.0]] * 4, r"number 0 is \[1.0\], a list; each must be a real number, or None"),
+        (np.ones((4, 1)), r"number 0 is \[1.0\], a list"),
+        ([1.0, "2.0", 3.0, 4.0], "number 1 is '2.0', a str"),
+        ([1.0, 1j, 3.0, 4.0], "number 1 is 1j, a complex"),
+        ([10**400] * 4, "number 0 is 10+, a int"),
+        ("1234", "returned str; it must return one number per sample, as a tensor, an array or a list of 4"),
+        ({0: 1.0}, "returned dict"),
+        (1.0, "returned float"),
+        (np.float64(1.0), "returned float64"),
+        (None, "returned NoneType"),
         (torch.full((4,), torch.nan), "4 of 4 samples .* nothing to learn from"),
     ],
 )
 def test_answers_that_are_no_scores_are_refused(answer: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         _score(lambda *_: answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [0.1, None, 2, math.nan],
+        (0.1, math.inf, True + 1, None),
+        [torch.tensor(0.1), None, np.float32(2), np.int64(-1) * math.nan],
+        np.array([0.1, np.nan, 2, np.nan]),
+        np.array([0.1, None, 2, None]),
+    ],
+)
+def test_a_reward_may_return_a_list_of_numbers_with_none_where_there_is_no_score(answer: object) -> None:
+    scores = _score(lambda *_: answer)
+    expected = torch.tensor([0.1, torch.nan, 2, torch.nan])
+    assert scores.by_name["mine"].dtype == torch.float32
+    torch.testing.assert_close(scores.by_name["mine"], expected, rtol=0, atol=0, equal_nan=True)
+    assert "2 of 4 samples (indices 1, 3)" in scores.failures["mine"]
 
 
 def test_rewards_run_without_gradients_and_weights_must_match() -> None:
@@ -309,3 +370,48 @@ def test_judges_made_for_another_vocabulary_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr("vipo.rewards.embedded._vocabulary_stamp", lambda: "[]")
     with pytest.raises(UserError, match="another vocabulary"):
         EmojiLayout()
+
+
+RATED = """
+class Rated:
+    def __init__(self, media_fps=16.0, index=0):
+        self.rate = float(media_fps)
+    def __call__(self, media, prompts):
+        return media.new_full((len(media),), self.rate)
+def plain(media, prompts, media_fps=1.0):
+    return media.new_full((len(media),), media_fps)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rate"),
+    [
+        ("Rated", {}, 4.0),  # a class has to be called anyway
+        ("Rated", {"index": 1}, 4.0),
+        ("Rated", {"media_fps": 2.0}, 2.0),
+        ("plain", {}, 1.0),  # it is the reward itself
+    ],
+)
+def test_what_is_offered_is_taken_by_who_has_it_unless_told_otherwise(
+    tmp_path: Path, name: str, options: dict[str, float], rate: float
+) -> None:
+    (tmp_path / "rated.py").write_text(RATED)
+    media, prompts = torch.rand(2, 3, 5, 4, 4), [Prompt("")] * 2
+    reward = rewards.build(f"{tmp_path}/rated.py:{name}", {"media_fps": 4.0, "colour": 1}, **options)
+    assert reward(media, prompts).tolist() == [rate, rate]
+    assert rewards.takes(f"{tmp_path}/rated.py:{name}", "media_fps")
+
+
+def test_videoalign_is_offered_the_rate_of_the_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):  # noqa: N818
+        pass
+
+    def shared_model(options: qwen_vl.ModelOptions) -> None:
+        raise Asked(options.media_fps)
+
+    monkeypatch.setattr(qwen_vl, "shared_model", shared_model)
+    for given, rate in (({}, 4.0), ({"media_fps": 12.0}, 12.0)):
+        with pytest.raises(Asked, match=str(rate)):
+            rewards.build("videoalign", {"media_fps": 4.0}, **given)
+    assert [name for name in rewards.REWARDS if rewards.takes(name, "media_fps")] == ["videoalign"]
+    assert rewards.build("redness", {"media_fps": 4.0})(torch.rand(1, 3, 1, 4, 4), [Prompt("")]).shape == (1,)

@@ -52,6 +52,31 @@ def test_remote_scores_are_the_local_ones_bit_for_bit(frames: int, encoding: str
         assert torch.equal(remote(media, PROMPTS), reward(media, PROMPTS))
 
 
+def test_a_served_reward_and_the_same_reward_in_process_agree_bit_for_bit() -> None:
+    """Pixels between the 256 levels of a picture file, and a network that looks at them: nothing may be rounded."""
+    reward, prompts = (
+        rewards.build("emoji_match"),
+        [Prompt("a cat on a teal background"), Prompt("a fox left of a moon on a navy background")],
+    )
+    media = torch.rand(2, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with served(reward) as server:
+        far, rounded = (Remote(url=server.url, **options)(media, prompts) for options in ({}, {"encoding": "8bit"}))
+    here = reward(media, prompts)
+    assert torch.equal(far, here) and (rounded != here).all()
+
+
+def test_requests_hold_fewer_long_clips() -> None:
+    short, long = torch.empty(20, 3, 1, 512, 512), torch.empty(20, 3, 53, 240, 416)
+    assert wire.fitting(short, 8, 200) == 8 and wire.fitting(long, 8, 200) == 2 and wire.fitting(long, 8, 1) == 1
+    body = wire.encode_request(_pictures(count=1), PROMPTS[:1], encoding="exact")
+    numbers = _pictures(count=1).numel()
+    assert numbers * wire.FLOAT_BYTES < len(body) < numbers * wire.FLOAT_BYTES + 500
+    with scripted(_honest) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vipo.rewards.remote.REQUEST_MEGABYTES", 2 * numbers * wire.FLOAT_BYTES / 1e6 + 1e-5)
+        Remote(url=server.url)(_pictures(), PROMPTS)
+    assert [len(request["items"]) for request in server.bodies] == [2, 2, 1]
+
+
 def test_exact_keeps_float32_and_8bit_rounds_to_the_nearest_level() -> None:
     media = torch.rand(1, 3, 1, 6, 9, generator=torch.Generator().manual_seed(1))
     exact, rounded = (
@@ -62,11 +87,12 @@ def test_exact_keeps_float32_and_8bit_rounds_to_the_nearest_level() -> None:
     assert 0 < (rounded - media).abs().max() <= 0.5 / 255 + 1e-7
 
 
-def test_pixels_that_are_not_finite_stay_so() -> None:
+@pytest.mark.parametrize("encoding", wire.ENCODINGS)
+def test_pixels_that_are_not_finite_stay_so(encoding: str) -> None:
     media = _pictures(count=2)
     media[1, 0, 0, 2, 3] = torch.nan
     with served(rewards.build("redness")) as server:
-        answer = Remote(url=server.url).explain(media, PROMPTS[:2])
+        answer = Remote(url=server.url, encoding=encoding).explain(media, PROMPTS[:2])
     assert answer.scores.isfinite().tolist() == [True, False]
     assert answer.causes == {1: "the reward gave no finite score"}
 
@@ -307,7 +333,7 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_options_that_make_no_sense() -> None:
     for options, message in (
         ({"batch_size": 0}, "batch_size=0"),
-        ({"encoding": "jpeg"}, "must be one of 8bit, exact"),
+        ({"encoding": "jpeg"}, "must be one of exact, 8bit"),
         ({"timeout_seconds": 0.0}, "must be positive"),
         ({"retries": -1}, "not negative"),
     ):

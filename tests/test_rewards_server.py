@@ -147,7 +147,9 @@ def test_health_and_info(redness: RewardServer) -> None:
 def test_a_batch_over_the_limit_is_told_so_even_while_it_is_still_being_sent(redness: RewardServer) -> None:
     media = torch.rand(2, 3, 1, 1024, 1024)  # 25 MB: far more than the kernel keeps for us
     remote = Remote(url=redness.url, encoding="exact", retries=0)
-    with pytest.raises(UserError, match=r"status 413: .* over 1 MB; lower batch_size or serve with a higher"):
+    with pytest.raises(
+        UserError, match=r"status 413: .* over 1 MB; lower batch_size, take encoding=8bit, or serve with a higher"
+    ):
         remote(media, PROMPTS[:2])
 
 

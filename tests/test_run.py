@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import FluxPipeline
 from PIL import Image, ImageSequence
+from rich.console import Console
 from safetensors.torch import load_file
 
 import tiny
@@ -23,12 +26,13 @@ from vipo.build import Session
 from vipo.checkpoint import list_checkpoints
 from vipo.evaluate import evaluate
 from vipo.generators.text_cache import TextCache
-from vipo.recipe import parse_recipe
+from vipo.progress import follow
+from vipo.recipe import Recipe, parse_recipe
 from vipo.report.clips import cut
 from vipo.report.page import write_report
 from vipo.report.pictures import load_sheet, to_uint8
 from vipo.run import Evaluated, Run, load_run, train
-from vipo.rundir import RunDirectory
+from vipo.rundir import RunDirectory, environment
 from vipo.types import TrainStep, UserError
 
 KILLER = """
@@ -92,6 +96,11 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, raw: dict[str, Any], mode
     assert not leftovers(root)
 
 
+def test_the_environment_has_torchs_local_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")  # which a package's metadata may leave out
+    assert environment(2)["packages"]["torch"] == "2.11.0+cu130" and environment(2)["processes"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [6])  # evaluation, 2 iterations, evaluation, iteration 2 and, dying, iteration 3
 def test_a_killed_and_resumed_run_ends_byte_for_byte_like_an_undisturbed_one(
@@ -116,14 +125,21 @@ def test_a_killed_and_resumed_run_ends_byte_for_byte_like_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, raw: dict[str, Any]) -> None:
-    recipe, output = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run"
+    recipe, output = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "my run"
     stop = {"KILL_MARKER": str(tmp_path / "marker"), "KILL_AT": "2", "KILL_WITH": str(int(signal.SIGINT))}
-    process = tiny.command_line("train", recipe, "seed=3", "--no-report", "--output", output, **stop)
+    rewards = f"rewards={{{tmp_path / 'killer.py'}:reward: 1.0}}"
+    overrides = ["structuring.sources=[perceptual]", "name=red [bold] things", rewards]
+    process = tiny.command_line("train", recipe, *overrides, "--no-report", "--output", output, **stop)
     said, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
-    assert "Traceback" not in said + errors
-    assert f"vipo train {recipe} seed=3 --output {output} --resume" in said
+    assert "Traceback" not in said + errors and "1 process.\n" in said
     assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-000001"]
+    (command,) = (line for line in said.splitlines() if line.endswith(" --resume --no-report"))
+    assert all(shlex.quote(word) in command for word in overrides)
+    pasted = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert pasted.returncode == 0 and "4/4 reward" in pasted.stdout, pasted
+    assert parse_recipe(yaml.safe_load((output / "recipe.yaml").read_text())).name == "red [bold] things"
+    assert not (output / "report.html").exists()
 
 
 @pytest.mark.parametrize("when", [0, 1, 3])
@@ -170,18 +186,13 @@ def test_resuming_with_another_recipe_is_refused_and_more_iterations_are_not(
 ) -> None:
     raw["training"]["iterations"] = 2
     run_all(raw, tmp_path / "run")
-    with pytest.raises(UserError, match=r"cannot resume .*: seed, optimizer differ"):
+    with pytest.raises(UserError, match=r"cannot resume .*: seed 0 -> 1, which can never change"):
         Run(parse_recipe(raw | {"seed": 1, "optimizer": {"learning_rate": 1.0}}), tmp_path / "run", resume=True)
     longer = raw | {"training": raw["training"] | {"iterations": 4}}
     assert run_all(longer, tmp_path / "run", resume=True).iteration == 4
     run_all(longer, tmp_path / "calm")
     ours, calm = outcome(tmp_path / "run"), outcome(tmp_path / "calm")
     assert {name for name in calm if ours[name] != calm[name]} <= {"recipe.yaml"}
-
-
-def test_resuming_nothing_begins_a_run(tmp_path: Path, raw: dict[str, Any]) -> None:
-    raw["training"]["iterations"] = 1
-    assert run_all(raw, tmp_path / "run", resume=True).finished
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, raw: dict[str, Any]) -> None:
@@ -253,6 +264,24 @@ def test_train_yields_its_steps(tmp_path: Path, raw: dict[str, Any]) -> None:
     assert [step.iteration for step in steps] == [0, 1]
 
 
+def test_one_process_trains_in_one_precision_after_the_other(raw: dict[str, Any]) -> None:
+    """Each as if it were alone, also a run that goes on after another one has begun."""
+    raw["rewards"] = {"redness": 1.0}
+
+    def recipe(precision: str) -> Recipe:
+        return parse_recipe({**raw, "training": {"iterations": 2, "precision": precision}})
+
+    def metrics(precision: str) -> list[dict[str, float]]:
+        return [dict(step.metrics) for step in train(recipe(precision))]
+
+    exact = metrics("no")
+    assert metrics("bf16") != exact and metrics("no") == exact
+    going_on = train(recipe("no"))
+    begun = next(going_on)
+    metrics("bf16")
+    assert [dict(begun.metrics), dict(next(going_on).metrics)] == exact
+
+
 def test_a_failed_export_leaves_nothing_half_written(
     tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +305,10 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
     command = [*launch, "train", str(recipe), "--no-report", "--output", str(both)]
     done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("4/4 reward") == 1  # one process speaks
+    assert done.stdout.count("4/4 reward") == done.stdout.count("2 processes.") == 1  # one process speaks
+    assert json.loads((both / "environment.json").read_text())["processes"] == 2
+    again = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stdout
     run_all(raw, alone)
     for key, tolerance in (("reward", 1e-3), ("ratio_deviation", 1e-6)):
         ours, theirs = ([line[key] for line in tiny.lines(folder / "metrics.jsonl")] for folder in (both, alone))
@@ -385,3 +417,105 @@ def test_a_picture_run_has_no_clips_and_no_flicker(tmp_path: Path, raw: dict[str
     assert {path.suffix for path in (tmp_path / "run" / "samples").iterdir()} == {".png", ".json"}
     assert "map/flicker" not in tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert "frames" not in load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]
+
+
+def test_prompts_that_are_cut_are_told_at_the_start_and_in_the_first_event(
+    tmp_path: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the prompts that the run will deal, not of the whole file; and of the evaluation's."""
+    texts = [*tiny.PROMPTS, "a cat and a dog " * 9]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    (tmp_path / "evaluation.txt").write_text("a cat\n" + "a red car " * 9)
+    raw["evaluation"] |= {"prompts": str(tmp_path / "evaluation.txt"), "every": None}
+    raw["training"] |= {"iterations": 3}  # six prompts: each of the five
+    run = Run(parse_recipe(raw), tmp_path / "run")
+    follow(run, Console(width=400))
+    said = capsys.readouterr().out
+    training, evaluation = run.notices
+    assert training.startswith("1 of 5 training prompts longer than the 16 tokens that T5 reads, the rest is cut")
+    assert "the first is 'a cat and a dog a cat" in training and training.endswith(" tokens")
+    assert evaluation.startswith("1 of 2 evaluation prompts longer")
+    assert said.count(training) == said.count(evaluation) == 1
+    metrics = tiny.lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["events"] for line in metrics] == [[training, evaluation], [], []]
+
+    raw["training"] |= {"iterations": 1}
+    dealt = {prompt.text for prompt in run.session.trainer.prompts.groups(0)}
+    told = [notice.split(" prompts")[0] for notice in Run(parse_recipe(raw), tmp_path / "short").notices]
+    assert told == (["1 of 2 training"] if texts[-1].strip() in dealt else []) + ["1 of 2 evaluation"]
+
+
+def test_a_run_resumed_before_its_first_checkpoint_tells_of_cut_prompts_again(
+    tmp_path: Path, raw: dict[str, Any]
+) -> None:
+    with (tmp_path / "prompts.txt").open("a") as file:
+        file.write("a cat and a dog " * 9)
+    raw["training"] |= {"iterations": 3, "checkpoint_every": 2}
+    stopped = Run(parse_recipe(raw), tmp_path / "stopped")
+    next(event for event in stopped if isinstance(event, TrainStep))
+    assert not list_checkpoints(tmp_path / "stopped" / "checkpoints")
+    run_all(raw, tmp_path / "stopped", resume=True)
+    run_all(raw, tmp_path / "calm")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "calm")
+    assert len(tiny.lines(tmp_path / "calm" / "metrics.jsonl")[0]["events"]) == 1
+
+
+def test_without_a_run_directory_cut_prompts_are_the_first_event_too(tmp_path: Path, raw: dict[str, Any]) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat and a dog " * 9)
+    raw["training"] |= {"iterations": 2}
+    first, second = train(parse_recipe(raw))
+    assert len(first.events) == 2 and second.events == ()
+
+
+RATED = """
+class Rated:
+    def __init__(self, *, media_fps=16.0, share=1.0):
+        self.rate = media_fps
+    def __call__(self, media, prompts):
+        return media.mean((1, 2, 3, 4)) + self.rate
+"""
+
+
+@pytest.fixture
+def rated(tmp_path: Path, video: dict[str, Any]) -> dict[str, Any]:
+    """A reward that adds the rate of the clips, as it was told."""
+    (tmp_path / "rated.py").write_text(RATED)
+    video["rewards"] = {"pace": {"reward": f"{tmp_path / 'rated.py'}:Rated"}}
+    video["training"] |= {"iterations": 1}
+    return video
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"), [({}, 4), ({"share": 0.5}, 4), ({"media_fps": 4.0}, 4), ({"media_fps": 16}, 16)]
+)
+def test_a_reward_gets_the_rate_of_the_clips_and_a_difference_is_told(
+    tmp_path: Path, rated: dict[str, Any], options: dict[str, float], rate: float
+) -> None:
+    rated["rewards"]["pace"]["options"] = options
+    run_all(rated, tmp_path / "run")
+    (line,) = tiny.lines(tmp_path / "run" / "metrics.jsonl")
+    assert rate < line["reward"] < rate + 1
+    told = "reward 'pace' has media_fps=16, but the clips have 4 frames per second; left out, it is theirs"
+    assert line["events"] == [told] * (rate == 16)
+
+
+def test_the_rate_of_the_clips_may_not_change_where_a_score_depends_on_it(
+    tmp_path: Path, rated: dict[str, Any]
+) -> None:
+    run_all(rated, tmp_path / "run")
+    rated["generator"] |= {"fps": 8}
+    with pytest.raises(UserError, match=r"generator\.fps 4.0 -> 8.0"):
+        Run(parse_recipe(rated), tmp_path / "run", resume=True)
+
+
+def test_files_of_a_run_are_as_the_umask_says(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"] |= {"iterations": 1}
+    before = os.umask(0o022)
+    try:
+        run_all(raw, tmp_path / "run")
+    finally:
+        os.umask(before)
+    found = list((tmp_path / "run").rglob("*"))
+    assert sum(path.suffix == ".safetensors" for path in found) == 4
+    wrong = [path for path in found if path.stat().st_mode & 0o777 != (0o755 if path.is_dir() else 0o644)]
+    assert not wrong

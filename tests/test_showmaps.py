@@ -1,10 +1,8 @@
-"""Maps of the user's own clips: every frame is read, latent frames are as asked for, what does not fit is refused."""
+"""Maps of the user's own files: sheets with names of their own, latent frames as asked for, bad files refused."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from PIL import Image
 
 from vipo.samples import save_samples
-from vipo.showmaps import read_media, show_maps
+from vipo.showmaps import sheet_paths, show_maps
 from vipo.types import UserError
 
 LITE: dict[str, Any] = {"backbone": "efficientnet_lite", "backbone_options": {"resolution": 64}}
@@ -25,11 +23,6 @@ def clip(frames: int) -> torch.Tensor:
     for k in range(frames):
         media[:, :, k, 8:24, 8 * k : 8 * k + 16] = torch.tensor([0.9, 0.6, 0.1])[:, None, None]
     return media
-
-
-def test_all_frames_of_a_clip_are_read(tmp_path: Path) -> None:
-    (path,) = save_samples(tmp_path, clip(5), ["clip"])
-    assert torch.equal((read_media(path) * 255).round(), (clip(5)[0] * 255).round())
 
 
 @pytest.mark.parametrize(("stride", "columns"), [(1, 5), (4, 2)])
@@ -49,46 +42,67 @@ def test_a_clip_that_does_not_fit_the_stride_is_refused_and_leaves_nothing(tmp_p
     assert not (tmp_path / "maps").exists()
 
 
-def test_a_video_needs_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "clip.mp4").touch()
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"clip\.mp4' needs PyAV to be read; install vipo\[video\]"):
-        read_media(tmp_path / "clip.mp4")
+def picture(path: Path, level: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 12), (level, 0, 0)).save(path)
+    return path
 
 
-class Container:
-    """As PyAV opens a file, with the frames it is given."""
-
-    def __init__(self, frames: list[np.ndarray]) -> None:
-        self.frames = frames
-
-    def __enter__(self) -> Container:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-    def decode(self, video: int) -> list[SimpleNamespace]:
-        assert video == 0
-        return [SimpleNamespace(to_ndarray=lambda format, kept=frame: kept) for frame in self.frames]  # noqa: ARG005
+def test_files_of_one_stem_keep_their_own_sheets(tmp_path: Path) -> None:
+    files = [picture(tmp_path / name) for name in ("ok.png", "ok.jpg", "a/ok.png", "b/OK.png", "other.gif")]
+    sheets = show_maps(files, tmp_path / "maps", **LITE)
+    assert [sheet.name for sheet in sheets] == [
+        "ok.png-map.png",
+        "ok.jpg-map.png",
+        "ok.png-2-map.png",
+        "OK.png-3-map.png",
+        "other-map.png",
+    ]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == sorted(sheet.name for sheet in sheets)
 
 
-def test_a_video_is_read_frame_by_frame_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "clip.MP4").touch()
-    frames = list((clip(3)[0].permute(1, 2, 3, 0) * 255).round().byte().numpy())
+def test_names_that_a_unique_stem_has_are_left_to_it(tmp_path: Path) -> None:
+    files = [Path(name) for name in ("ok.png", "ok.jpg", "ok.png.gif", "ok.png")]
+    names = [path.name for path in sheet_paths(files, tmp_path)]
+    assert names == ["ok.png-2-map.png", "ok.jpg-map.png", "ok.png-map.png", "ok.png-3-map.png"]
 
-    def open_with(given: list[np.ndarray]) -> None:
-        monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=lambda _: Container(given)))
 
-    open_with(frames)
-    assert torch.equal((read_media(tmp_path / "clip.MP4") * 255).round(), (clip(3)[0] * 255).round())
-    open_with([])
-    with pytest.raises(UserError, match="holds no frame"):
-        read_media(tmp_path / "clip.MP4")
+@pytest.mark.usefixtures("unchecked")
+def test_a_sheet_never_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    files = [picture(tmp_path / "ok.png"), picture(tmp_path / "ok-map.png")]
+    with pytest.raises(UserError, match=r"would overwrite '.*ok-map\.png', which is one of the files; choose another"):
+        show_maps(files, tmp_path, **LITE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ok-map.png", "ok.png"]
 
-    def broken(_: str) -> Container:
-        raise ValueError("Invalid data found")
 
-    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=broken))
-    with pytest.raises(UserError, match=r"cannot be read as a video: Invalid data found"):
-        read_media(tmp_path / "clip.MP4")
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("size", [(1, 1), (7, 500)])
+def test_a_picture_too_small_for_a_map_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "dot.png")
+    with pytest.raises(UserError, match=rf"dot\.png' is {size[0]} x {size[1]} pixels, .* at least 8 a side"):
+        show_maps([tmp_path / "dot.png"], tmp_path / "maps", **LITE)
+    assert not (tmp_path / "maps").exists()
+
+
+def test_a_strip_has_a_sheet_too(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 4000, 3), dtype=np.uint8)).save(
+        tmp_path / "strip.png"
+    )
+    (sheet,) = show_maps([tmp_path / "strip.png"], tmp_path / "maps", **LITE)
+    assert sheet.is_file()
+
+
+def test_the_sheet_shows_the_picture_as_a_viewer_does(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.new("RGBA", (64, 32), (255, 0, 0, 0))
+    wide.paste((0, 0, 255, 255), (40, 0, 64, 32))
+    wide.save(tmp_path / "photo.png", exif=exif)
+    (sheet,) = show_maps([tmp_path / "photo.png"], tmp_path / "maps", **LITE)
+    with Image.open(sheet) as opened:
+        pixels = np.asarray(opened.convert("RGB")).astype(int)
+    red = (pixels[..., 0] > 200) & (pixels[..., 1:] < 80).all(-1)
+    blue = (pixels[..., 2] > 240) & (pixels[..., :2] < 15).all(-1)
+    rows, columns = np.nonzero(blue[:, : 24 + 190 + 16 + 96])
+    assert not red[:, : 24 + 190 + 16 + 96].any(), "the hidden red must stay hidden"
+    assert np.ptp(columns) > 80 and np.ptp(rows) == pytest.approx(192 * 24 / 64, abs=4), "upright: the blue is below"

@@ -26,6 +26,7 @@ from vipo.types import FeatureMap
 RULES = [rule for rule in get_args(Orientation) if rule != "release"]
 SHAPES = [(20, 7, 9), (80, 6, 6)]  # D < n takes the covariance, D > n the Gram matrix
 GRID = (11, 10)
+COMPONENTS = MAPS = structuring
 
 
 def blob(width: int, h: int, w: int, batch: int = 3) -> Tensor:
@@ -77,11 +78,82 @@ def test_large_matrices_are_solved_as_well_by_iteration(
     torch.testing.assert_close(by_iteration.projections.abs(), in_full.projections.abs(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(260, 17, 16), (300, 17, 16)])
-def test_an_iteration_that_stops_early_still_ignores_the_order_of_tokens(shape: tuple[int, int, int]) -> None:
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))  # a flat spectrum
+def white(width: int, h: int, w: int, batch: int = 2, steepness: float = 0.0) -> Tensor:
+    """Noise whose eigenvalues fall as rank ** -steepness: 0 leaves them as they are, which is nearly flat."""
+    noise = torch.randn(batch, width, h * w, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    if steepness:
+        left, singular, right = torch.linalg.svd(noise - noise.mean(2, keepdim=True), full_matrices=False)
+        rank = torch.arange(1, singular.shape[1] + 1, dtype=torch.float64)
+        noise = (left * rank ** (-steepness / 2)) @ right
+    return noise.unflatten(2, (h, w))
+
+
+def reference(features: Tensor, components: int = 3) -> structuring.Components:
+    """The principal components by numpy's singular values, picture by picture."""
+    projections, explained, energy = [], [], []
+    for picture in features.double().flatten(2).numpy():
+        tokens = picture.T - picture.T.mean(0)
+        left, singular, _ = np.linalg.svd(tokens, full_matrices=False)
+        projections.append((left * singular).T[:components].reshape(components, *features.shape[2:]))
+        explained.append(singular[:components] ** 2 / (singular**2).sum())
+        energy.append(np.linalg.norm(tokens, axis=1).reshape(features.shape[2:]))
+    return structuring.Components(*(torch.from_numpy(np.stack(part)) for part in (projections, explained, energy)))
+
+
+FLAT = [(260, 17, 16), (300, 17, 16), (520, 20, 20)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("steepness", [0.0, 0.2, 0.35, 0.5, 1.0])
+def test_maps_of_any_spectrum_are_those_of_the_singular_values(
+    monkeypatch: pytest.MonkeyPatch, rule: Orientation, steepness: float
+) -> None:
+    for shape in FLAT:
+        features = white(*shape, steepness=steepness)
+        found = allocation_map(features, GRID, orientation=rule)
+        with monkeypatch.context() as patched:
+            patched.setattr(MAPS, "principal_components", reference)
+            torch.testing.assert_close(found, allocation_map(features, GRID, orientation=rule), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", FLAT)
+def test_a_flat_spectrum_has_the_same_map_in_any_order_of_the_tokens(shape: tuple[int, int, int]) -> None:
+    noise = white(*shape)
     mirrored = allocation_map(noise.flip(-1), GRID).flip(-1)
     torch.testing.assert_close(mirrored, allocation_map(noise, GRID), atol=1e-5, rtol=0)
+    order = torch.randperm(shape[1] * shape[2], generator=torch.Generator().manual_seed(1))
+    shuffled = noise.flatten(2)[..., order].unflatten(2, shape[1:])
+    options: dict[str, Any] = {"smoothing_sigma": 0, "orientation": "skewness"}
+    expected = allocation_map(noise, shape[1:], **options).flatten(1)[:, order]
+    torch.testing.assert_close(allocation_map(shuffled, shape[1:], **options).flatten(1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", FLAT)
+def test_only_pictures_whose_iteration_has_not_settled_are_solved_in_full(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    steep, flat = white(*shape, steepness=1.0), white(*shape)
+    blank = 0.1 + 1e-9 * flat[:1]  # white too, if it were not rounding
+    rank_one = steep[:1] * 0 + torch.linspace(0, 1, shape[2]).double()  # the other two components are negligible
+    unchecked, solved = principal_components(steep), []
+    solve = COMPONENTS._all_vectors
+
+    def counted(matrix: Tensor, components: int) -> Tensor:
+        solved.append(len(matrix))
+        return solve(matrix, components)
+
+    monkeypatch.setattr(COMPONENTS, "_all_vectors", counted)
+    found = principal_components(torch.cat([steep, blank, rank_one]))
+    assert not solved
+    monkeypatch.setattr(COMPONENTS, "SETTLED", float("inf"))
+    assert all(torch.equal(a[:2], b) for a, b in zip(found, principal_components(steep), strict=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(COMPONENTS, "_all_vectors", counted)
+    found = principal_components(torch.cat([flat[:1], steep, flat[1:], blank]))
+    assert solved == [2]
+    torch.testing.assert_close(found.projections[1:3], unchecked.projections)
+    torch.testing.assert_close(found.projections[[0, 3]].abs(), reference(flat).projections.abs(), atol=1e-7, rtol=0)
+    assert not found.projections[4].any() and not found.energy[4].any()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -27,7 +27,7 @@ from vipo.prompts import PromptSampler
 from vipo.rollout import Solver
 from vipo.structuring import PerceptualStructuring
 from vipo.trainer import Objective, Trainer, Update
-from vipo.types import FeatureMap, Prompt, Rollout
+from vipo.types import FeatureMap, Prompt, Rollout, TrainStep
 
 HEIGHT, WIDTH = 24, 40  # not square; latents 6 x 10, FLUX tokens 3 x 5
 GRID = (1, 6, 10)
@@ -174,6 +174,17 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
         update=Update(**update),
         **own,
     )
+
+
+def same_calls(trainer: Trainer) -> Trainer:
+    """The trainer with every network called on one group at a time, in whichever process the group is."""
+    trainer.rollout_batch_size = trainer.generator.decode_batch_size = trainer.group_size
+    return trainer
+
+
+def advantage_of(trainer: Trainer, step: TrainStep) -> Tensor:
+    """The advantage (N,) that an iteration trained on, in this process."""
+    return trainer._weights(step.scores, step.maps, step.rollout)[1]
 
 
 _HOMES = {

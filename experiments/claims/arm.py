@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix import ARMS, SETTING, Arm
 from safetensors.torch import save_file
 from torch import Tensor
 
+from matrix import ARMS, SETTING, Arm
 from vipo.build import Session, build
 from vipo.evaluate import Evaluation, evaluate
 from vipo.files import write_text, written_whole
 from vipo.recipe import Recipe, load_recipe
 from vipo.report.pictures import save_sheet
+from vipo.types import RunFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("reward", "clipped_fraction", "approx_kl", "grad_norm", "skipped", "flat_groups")
@@ -69,7 +70,9 @@ def train(name: str, seed: int, iterations: int, every: int, prompts: int, folde
     seconds = 0.0
     for done in range(1, iterations + 1 if arm.trained else 1):
         begin = time.perf_counter()
-        step = session.trainer.step()
+        step = session.trainer.step(last=done == iterations)
+        if step.failure:
+            raise RunFailed(step.failure)
         seconds += time.perf_counter() - begin
         for key in KEPT:
             if key in step.metrics:

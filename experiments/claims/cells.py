@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from matrix import ARMS
 from results import Results, Spread, planned_seeds
-
 from vipo.report.page import fixed, signed
 
 NONE = "\N{EN DASH}"
@@ -27,7 +26,7 @@ class Table:
 
 
 def arm_cell(arm: str) -> Cell:
-    return arm, ", ".join(ARMS[arm].changes) or "the recipe as it is"
+    return arm, ", ".join(ARMS[arm].changes) or "the shared keys alone"
 
 
 def seeds_cell(results: Results, arm: str, iteration: int) -> Cell:

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from arm import recipe_of
-from matrix import ARMS
 from safetensors.torch import load_file
 from torch import Tensor
 
+from arm import recipe_of
+from matrix import ARMS
 from vipo import map_sources, objective
 from vipo.backbones.efficientnet_lite import EfficientNetLite
 from vipo.build import Session, build

@@ -1,7 +1,7 @@
 """Which arms there are, how long each is trained, and what is measured on it.
 
-An arm is a recipe and the keys that it changes. Everything else, prompts, noise, iterations and learning rate, is equal
-between arms of one seed. ``tables.py`` says which arms make which table.
+An arm is a recipe, the keys that all arms share (``COMMON``) and those of its own. Everything else, prompts, noise and
+iterations, is equal between arms of one seed. ``tables.py`` says which arms make which table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMMON += (f"optimizer.learning_rate={RATE}",)
 class Arm:
     """One thing to train.
 
-    recipe: file in ``recipes/``. changes: its keys. every: iterations between evaluations, if not the setting's.
+    recipe: file in ``recipes/``. changes: its own keys. every: iterations between evaluations, if not the setting's.
     measures: more numbers per prompt, from the untrained and the present evaluation. seeds: if not the setting's.
     short: trained up to the first evaluation only, to be compared with the others there.
     """

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plots
-from cells import Table
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matrix import ARMS
 from PIL import Image
+
+import plots
+from cells import Table
+from matrix import ARMS
 from results import Results, planned_seeds, read
 from tables import ABLATIONS, REDNESS, SOURCES, tables
 from verdicts import FROM_PAPER, Claim, Verdict, claims, claims_table
-
 from vipo import report
 from vipo.files import write_text
 from vipo.report.page import PAPER, fixed, signed

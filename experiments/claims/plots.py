@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from markupsafe import Markup, escape
+
 from results import SCALAR, Results, Signal, Spread, gain, levels, paired, signals, spread
 from tables import CLIPPED, REDNESS, SCORES, SOURCES, STRUCTURE, clipped_share, last, rival
-
 from vipo.report.figures import Panel
 from vipo.report.page import fixed, signed
 from vipo.report.svg import Frame, Line, chart, number, tick_labels, ticks

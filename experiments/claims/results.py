@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix import ARMS, SETTING
 from torch import Tensor
 
+from matrix import ARMS, SETTING
 from vipo import randomness
 from vipo.types import UserError
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
+
 from cells import (
     NONE,
     Cell,
@@ -23,8 +25,6 @@ from cells import (
 )
 from matrix import ARMS
 from results import SCALAR, Level, Results, Spread, gain, levels, overlap, paired, planned_seeds, signals, spread
-from torch import Tensor
-
 from vipo.report.page import fixed, signed
 
 SCORES = ("emoji_match", "emoji_judge", "emoji_layout")
@@ -84,7 +84,7 @@ def ablations(results: Results) -> Table:
             lines += _lines(results, arm, ("vipo", "sample"), last(results, arm))
     return Table(
         "ablations",
-        "One key changed at a time",
+        "Ablations",
         note,
         (*HEAD, "minus ViPO", "minus scalar GRPO", "Ranges"),
         tuple(lines),

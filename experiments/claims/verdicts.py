@@ -8,7 +8,6 @@ from typing import Literal
 from cells import Cell, Table, effect_cell
 from results import Results, Spread, gain, levels, paired
 from tables import SCALAR_REDNESS, SCORES, kept_more
-
 from vipo.report.page import signed
 
 Verdict = Literal["holds", "does not hold", "cannot be told apart", "not measured yet"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scenes import Scene, SceneComposer
+from vipo.files import written_whole
 
 DEFAULT_ART = Path("~/.cache/vipo/art")
 DEFAULT_WORK = Path("~/.cache/vipo/emoji-flux")
@@ -87,11 +88,9 @@ def restore_optimizers(optimizers: Iterable[torch.optim.Optimizer], flat: Mappin
 
 def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, float]) -> None:
     """Write tensors and a few numbers to one safetensors file, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
     packed = {name: value.detach().contiguous() for name, value in tensors.items()}
-    save_file(packed, partial, metadata={"notes": json.dumps(dict(notes))})
-    partial.replace(file)
+    with written_whole(file) as aside:
+        save_file(packed, aside, metadata={"notes": json.dumps(dict(notes))})
 
 
 def load_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from common import DEFAULT_WORK, SHIPPED, load_checkpoint
 from model import Generator, assemble, folder_bytes
+from vipo.files import write_text, written_whole
 
 
 def load_weights(generator: nn.Module, file: Path, averaged: bool = True) -> dict[str, float]:
@@ -45,18 +46,13 @@ def export(pipeline: DiffusionPipeline, folder: Path) -> int:
     """Write the pipeline folder, keeping a README.md that is already there; returns its size in bytes."""
     pipeline.transformer.half()
     pipeline.vae.half()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    if (folder / "README.md").is_file():
-        shutil.copy(folder / "README.md", partial / "README.md")
-    for file in partial.rglob("*.safetensors"):
-        file.chmod(0o644)
-    config = json.loads((partial / "vae" / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # the folder it was loaded from is nobody's business
-    (partial / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with written_whole(folder) as aside:
+        pipeline.save_pretrained(aside)
+        if (folder / "README.md").is_file():
+            shutil.copy(folder / "README.md", aside / "README.md")
+        config = json.loads((aside / "vae" / "config.json").read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # the folder it was loaded from is nobody's business
+        write_text(aside / "vae" / "config.json", json.dumps(config, indent=2) + "\n")
     return folder_bytes(folder)
 
 

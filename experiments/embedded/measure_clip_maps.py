@@ -1,6 +1,6 @@
 """Does the allocation map follow the thing in a clip? Share of its mass on the true track, per smoothing and scope.
 
-Clips are composed, so every frame's true mask is known. "area" is what scalar credit (a map of ones) puts there;
+Clips are composed, so every frame's true mask is known. "area" is what a map of ones puts there;
 "frames shuffled" is the same map with its latent frames in a random order: what is left without following in time.
 """
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common import DEFAULT_ART, DEFAULT_WORK, Average, Log, draw_scenes, to_pixels, trapezoid
 from scenes import Scene, SceneComposer
+from vipo.files import written_whole
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -139,7 +140,8 @@ def main() -> None:
     train(vae, composer, args, log).copy_to(vae)
     vae.eval()
     measure(vae, composer, work, log)
-    vae.save_pretrained(work / args.out)
+    with written_whole(work / args.out) as aside:
+        vae.save_pretrained(aside)
 
 
 if __name__ == "__main__":

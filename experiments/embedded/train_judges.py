@@ -26,6 +26,7 @@ from judge_measure import measure
 from vipo.backbones.efficientnet_lite import FoldedTrunk, load_unfolded, to_input
 from vipo.backbones.preprocess import freeze, resize
 from vipo.embedded import VOCABULARY
+from vipo.files import written_whole
 from vipo.rewards.embedded import MATCH_RESOLUTION
 from vipo.rewards.judge_networks import JudgeNetwork, LayoutNetwork, MatchHead
 
@@ -37,14 +38,11 @@ SMOOTHING = 0.03
 
 def save(network: nn.Module, file: Path) -> None:
     """Write a network's tensors as float16 safetensors, whole or not at all, with the vocabulary it was trained on."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: t.detach().half().contiguous() for name, t in network.state_dict().items() if t.is_floating_point()
     }
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"objects": json.dumps(list(VOCABULARY.names))})
-    partial.chmod(0o644)
-    partial.replace(file)
+    with written_whole(file) as aside:
+        save_file(tensors, aside, metadata={"objects": json.dumps(list(VOCABULARY.names))})
 
 
 def presence_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from clips import Clip, ClipComposer
 from common import DEFAULT_ART, WAN_WORK, Average, Log, trapezoid
 from train_autoencoder import reconstruction_loss
+from vipo.files import written_whole
 from vipo.generators.wan import channels_last
 from wan_model import build_autoencoder
 
@@ -123,7 +124,8 @@ def main() -> None:
     train(vae, composer, args, log).copy_to(vae)
     vae.eval()
     measure(vae, composer, work, log)
-    vae.save_pretrained(work / "vae")
+    with written_whole(work / "vae") as aside:
+        vae.save_pretrained(aside)
 
 
 if __name__ == "__main__":

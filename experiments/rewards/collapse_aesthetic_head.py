@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from vipo.files import written_whole
 from vipo.rewards.aesthetic import SHIPPED_HEAD
 from vipo.rewards.linear_head import affine_head
 from vipo.rewards.pretrained import read_tensors
@@ -34,8 +35,8 @@ def main() -> None:
     weight, bias = affine_head("aesthetic", arguments.published, read_tensors("aesthetic", arguments.published))
     sha256 = hashlib.sha256(arguments.published.read_bytes()).hexdigest()
     tensors = {"weight": weight[None].contiguous(), "bias": torch.tensor([bias])}
-    save_file(tensors, arguments.output, metadata={**NOTICE, "sha256": sha256})
-    arguments.output.chmod(0o644)
+    with written_whole(arguments.output) as aside:
+        save_file(tensors, aside, metadata={**NOTICE, "sha256": sha256})
     print(f"{arguments.output}: |w| = {float(weight.norm()):.4f}, b = {bias:.4f}, from sha256 {sha256}")
 
 

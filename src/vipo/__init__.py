@@ -27,6 +27,10 @@ _HOMES = {
 __all__ = ["PerceptualStructuring", "__version__", "build", "load_recipe", "train"]
 
 
+def __dir__() -> list[str]:
+    return sorted({name for name in globals() if name.startswith("__")} | {*__all__, *_HOMES})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vipo' has no attribute {name!r}")

@@ -13,6 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo import backbones, embedded, generators, map_sources, rewards
+from vipo.generators import attention
+from vipo.generators.folder import pipeline_class
+from vipo.health import Health
+from vipo.launch import check_engine, open_engine
 from vipo.objective import NEEDS_MAPS
 from vipo.policy import Policy
 from vipo.prompts import SHIPPED, PromptSampler, read_prompts, shipped_set
@@ -80,23 +84,31 @@ def prompt_file(name: str) -> Path:
 def model_path(name: str) -> str:
     """A model's folder or hub id; ``embedded:NAME`` is one that ships with the package."""
     if not name.startswith(EMBEDDED):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         return str(embedded.path(name.removeprefix(EMBEDDED)))
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
 
 
-def build_generator(section: GeneratorSection, *, device: str) -> Generator:
-    """Load the model.
+def build_generator(section: GeneratorSection, *, device: str, precision: str = "no") -> Generator:
+    """Load the model; ``precision`` is what it will be trained in, as ``training.precision`` has it.
 
     Raises:
-        UserError: an unknown adapter, an option it does not take, or weights that cannot be loaded.
+        UserError: an unknown adapter, one that does not read this model, an option it does not take, weights that
+            cannot be loaded, or attention that cannot be trained with here.
     """
-    load = generators.factory(section.name)
+    attention.check(section.attention)
+    path = model_path(section.path)
+    if section.name is not None:
+        generators.entry(section.name)  # a slip in the name is told before the model is looked for
+    name = generators.choose(section.name, pipeline_class(path), section.path)
     sizes = {"height": section.height, "width": section.width, "frames": section.frames}
-    arguments = generators.arguments(section.name, **sizes, given=section.options)
-    return load(model_path(section.path), device=device, dtype=DTYPES[section.dtype], **arguments)
+    arguments = generators.arguments(name, **sizes, given=section.options)
+    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **arguments)
+    worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
+    attention.install(generator.network, section.attention, dtype=worked_in)
+    return generator
 
 
 def build_structuring(section: StructuringSection, *, temporal_stride: int, device: str) -> PerceptualStructuring:
@@ -127,10 +139,16 @@ def build_map_source(section: StructuringSection, generator: Generator, scorer: 
     return sources[0] if len(sources) == 1 else map_sources.Product(sources, section.normalization)
 
 
-def build_rewards(sections: Mapping[str, JudgeSection], **policy: Any) -> RewardSuite:
-    """Rewards by name with their weights; ``policy`` is what :class:`RewardSuite` does about failures."""
+def build_rewards(sections: Mapping[str, JudgeSection], *, fps: float, **policy: Any) -> RewardSuite:
+    """Rewards by name with their weights.
+
+    Args:
+        fps: frames per second of the clips, for rewards that take ``media_fps`` and whose options do not say it.
+        policy: what :class:`RewardSuite` does about failures.
+    """
+    told = {"media_fps": fps}
     return RewardSuite(
-        {name: rewards.build(section.reward or name, **section.options) for name, section in sections.items()},
+        {name: rewards.build(section.reward or name, told, **section.options) for name, section in sections.items()},
         {name: section.weight if isinstance(section, RewardSection) else 1.0 for name, section in sections.items()},
         **policy,
     )
@@ -172,7 +190,8 @@ def keep_text(session: Session) -> None:
     if isinstance(generator, DiffusersGenerator):
         folder = None if section.text_cache is None else Path(section.text_cache).expanduser()
         ahead = _texts(session) if section.offload_text else []
-        prepare(generator, ahead, folder=folder, offload=section.offload_text)
+        with attention.scope(section.attention):
+            prepare(generator, ahead, folder=folder, offload=section.offload_text)
 
 
 def _texts(session: Session) -> list[str]:
@@ -188,6 +207,48 @@ def _texts(session: Session) -> list[str]:
     return [prompt.text for prompt in (*dealt, *session.evaluation_prompts)] + without_text
 
 
+def _remedies(recipe: Recipe, generator: Generator) -> list[str]:
+    """What a new run of this recipe can be given where the gradient is not finite."""
+    section, found = recipe.generator, []
+    if attention.takes_backend(generator.network) and section.attention != attention.EXACT:
+        found.append(f"generator.attention={attention.EXACT}")
+    if section.dtype != "float32":  # only float32 weights are sure to work without autocast
+        found.append("generator.dtype=float32 training.precision=no")
+    elif recipe.training.precision != "no":
+        found.append("training.precision=no")
+    return found
+
+
+def notices(session: Session) -> list[str]:
+    """What to tell before the first iteration: prompts that will be cut, and clips that a reward takes for others."""
+    from vipo.generators.common import DiffusersGenerator
+
+    recipe, generator = session.recipe, session.generator
+    sections = {**recipe.judges, **recipe.rewards}
+    told = rate_notices({name: section.options for name, section in sections.items()}, recipe.generator.fps)
+    if isinstance(generator, DiffusersGenerator):
+        dealt = [prompt.text for prompt in session.trainer.prompts.dealt(recipe.training.iterations)]
+        told += generator.cut_prompts(training=dealt, evaluation=[prompt.text for prompt in session.evaluation_prompts])
+    return told
+
+
+def rates_clips(recipe: Recipe) -> bool:
+    """Whether a score depends on ``generator.fps``: a reward takes ``media_fps`` and is not given another."""
+    sections = {**recipe.judges, **recipe.rewards}
+    asking = (section.reward or name for name, section in sections.items() if "media_fps" not in section.options)
+    return any(rewards.takes(name, "media_fps") for name in asking)
+
+
+def rate_notices(options: Mapping[str, Mapping[str, Any]], fps: float) -> list[str]:
+    """A sentence for each reward, by name, whose options have a ``media_fps`` that is not the clips' own rate."""
+    rates = {name: given["media_fps"] for name, given in options.items() if "media_fps" in given}
+    return [
+        f"reward {name!r} has media_fps={rate}, but the clips have {fps:g} frames per second; left out, it is theirs"
+        for name, rate in rates.items()
+        if rate != fps
+    ]
+
+
 def build(recipe: Recipe, *, accelerator: Accelerator | None = None, keep_reference: bool = False) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
 
@@ -195,19 +256,21 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None, keep_refere
     a recipe with a KL term keeps it anyway.
 
     Raises:
-        UserError: a name, file or option in the recipe is wrong.
+        UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
     """
-    accelerator = accelerator or Accelerator(mixed_precision=recipe.training.precision)
+    accelerator = accelerator or open_engine(recipe.training.precision)
+    check_engine(accelerator)
     training_prompts = read_prompts(prompt_file(recipe.prompts.file))
     evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
     trying: dict[str, Any] = {
         "retries": recipe.training.reward_retries,
         "pause_seconds": recipe.training.reward_pause_seconds,
     }
-    scorer = build_rewards(recipe.rewards, max_failed_share=recipe.training.max_failed_share, **trying)
-    held_out = build_rewards(recipe.judges)
+    fps = recipe.generator.fps
+    scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=recipe.training.max_failed_share, **trying)
+    held_out = build_rewards(recipe.judges, fps=fps)
     device = str(accelerator.device)
-    generator = build_generator(recipe.generator, device=device)
+    generator = build_generator(recipe.generator, device=device, precision=recipe.training.precision)
     solver = build_solver(recipe, generator)
     map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
@@ -231,6 +294,8 @@ def build(recipe: Recipe, *, accelerator: Accelerator | None = None, keep_refere
         rollout_batch_size=recipe.training.rollout_batch_size,
         prompts_at_once=recipe.training.prompts_at_once,
         keep_per_group=recipe.training.keep_per_group,
+        attention=recipe.generator.attention,
+        health=Health(recipe.training.max_skipped_in_a_row, _remedies(recipe, generator)),
     )
     judge = RewardSuite({**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, **trying)
     return Session(recipe, trainer, judge, tuple(evaluation_prompts))

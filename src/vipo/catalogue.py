@@ -10,6 +10,7 @@ from vipo.backbones import NOTES
 from vipo.generators import GENERATORS
 from vipo.prompts import read_prompts, shipped_sets
 from vipo.recipe import Recipe, load_recipe, nested_section, shipped_recipes
+from vipo.resume import rule_of
 from vipo.rewards import REWARDS, state
 
 Row = dict[str, str]
@@ -67,7 +68,8 @@ def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[Row]:
         nested = nested_section(entry.annotation)
         if nested is None or entry.description:
             default = "required" if entry.is_required() else str(entry.get_default(call_default_factory=True))
-            rows.append({"key": prefix + name, "default": default, "meaning": entry.description or ""})
+            key = prefix + name
+            rows.append({"key": key, "default": default, "meaning": entry.description or "", "on resume": rule_of(key)})
         if nested is not None:
             many = "NAME." if entry.description and "dict" in str(entry.annotation) else ""
             rows += _keys(nested, f"{prefix}{name}.{many}")

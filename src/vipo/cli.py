@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -18,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vipo.types import UserError
+from vipo.types import RunFailed, UserError
 
 if TYPE_CHECKING:
     from vipo.types import Prompt
@@ -31,10 +33,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Post-train image and video generators with RL that credits positions, not whole pictures.",
 )
-console = Console()
+console = Console(markup=False, emoji=False)  # what is printed is data: a name may look like markup, or a path like :x:
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`vipo list recipes`).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+FAILED = 3  # exit code of a run in which nothing was learned
 STOPPED = 130  # exit code of a run that was asked to stop, as shells have it
 
 
@@ -44,11 +48,21 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in --output.")] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--from", help="With --resume: go on from this checkpoint, e.g. step-000010; later ones go."),
+    ] = None,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(help="With --resume: a key or section that may differ now; may be given several times."),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
 ) -> None:
     """Train a recipe.
 
     Example: `vipo train recipes/quickstart.yaml credit=sample --output runs/scalar`
+
+    Example: `vipo train quickstart optimizer.learning_rate=1e-4 --resume --from step-000010`
     """
     from vipo.recipe import load_recipe
 
@@ -58,12 +72,20 @@ def train(
     from vipo.run import Run
 
     folder = output or Path("runs") / parsed.name
-    run = Run(parsed, folder, resume=resume)
+    run = Run(parsed, folder, resume=resume, checkpoint=checkpoint, allow_changes=allow_changes or ())
     console.quiet = not run.writes  # with several processes, one speaks
     follow(run, console)
     if not run.finished:
-        command = " ".join(["vipo train", recipe, *(overrides or []), f"--output {folder}", "--resume"])
-        console.print(f"Stopped and saved after iteration {run.iteration}. Go on with:\n  {command}", soft_wrap=True)
+        said = ["--output", str(folder), "--resume", *([] if report else ["--no-report"])]
+        said += [word for key in allow_changes or () for word in ("--allow-changes", key)]
+        command = shlex.join([*_vipo(), "train", recipe, *(overrides or []), *said])
+        how = (
+            f"Go on, with the same launcher of {count} processes, with"
+            if (count := run.processes) > 1
+            else "Go on with"
+        )
+        stopped = f"Stopped and saved after iteration {run.iteration}. {how}:\n  {command}"
+        console.print(stopped, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if report and run.writes:
         from vipo.report.page import write_report
@@ -71,14 +93,25 @@ def train(
         console.print(f"Report: {write_report(folder)}", soft_wrap=True)
 
 
+def _vipo() -> list[str]:
+    """The words that start this program again."""
+    called = Path(sys.argv[0])
+    if called.suffix == ".py":  # python -m vipo.cli
+        return [sys.executable, "-m", "vipo.cli"]
+    found = shutil.which("vipo")
+    return ["vipo"] if found and Path(found).resolve() == called.resolve() else [str(called)]
+
+
 def _read_texts(prompts: list[str]) -> list[Prompt]:
     """Each argument is a prompt file if it looks like one, else a prompt."""
     from vipo.build import EMBEDDED, prompt_file
-    from vipo.prompts import names_prompts, read_prompts
+    from vipo.prompts import is_unicode, names_prompts, read_prompts
     from vipo.types import Prompt
 
     found: list[Prompt] = []
     for entry in prompts:
+        if not is_unicode(entry):
+            raise UserError(f"--prompts {entry!r} is not UTF-8; write it again")
         is_file = entry.startswith(EMBEDDED) or names_prompts(entry)
         found += read_prompts(prompt_file(entry)) if is_file else [Prompt(entry)]
     return found
@@ -89,9 +122,7 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option("--prompts", help="A prompt file, set:NAME, embedded:NAME or a prompt; may be given several times."),
 ]
-Lora = Annotated[
-    Path | None, typer.Option(help="A diffusers-format LoRA, file or folder, as the policy of a plain model.")
-]
+Lora = Annotated[Path | None, typer.Option(help="A LoRA, .safetensors file or folder, as the policy of a plain model.")]
 Batch = Annotated[
     int | None, typer.Option(min=1, help="Samples at a time; fewer need less memory. Default 64 pictures or frames.")
 ]
@@ -123,7 +154,7 @@ def sample(
         Literal["number", "prompt"], typer.Option(help="Name files by number, or by the prompt as VBench wants them.")
     ] = "number",
     video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
-    fps: Annotated[float, typer.Option(min=1, help="Of videos.")] = 8.0,
+    fps: Annotated[float | None, typer.Option(min=1, help="Of video files; default the model's.")] = None,
     batch: Batch = None,
 ) -> None:
     """Sample pictures or videos from a run's policy or from any model folder.
@@ -138,15 +169,16 @@ def sample(
     given = _read_texts(prompts) if prompts else None
     model = open_target(target, size=size, height=height, width=width, frames=frames, lora=lora)
     texts = given or model.evaluation_prompts or _read_texts(["embedded:prompts_eval"])
+    _warn(model.notices(texts))
     files = iter(sample_names([prompt.text for prompt in texts], count, names))
     for part in model.sample(texts, count=count, steps=steps, seed=seed, batch_size=batch, base_tail=base_tail):
-        save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps)
-    console.print(f"{len(texts) * count} samples in {output}")
+        save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps or model.fps)
+    console.print(f"{len(texts) * count} samples in {output}", soft_wrap=True)
 
 
 @app.command()
 def maps(
-    files: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP, GIF; mp4 with vipo[video].")],
+    files: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP, GIF, TIFF; mp4 with vipo[video].")],
     backbone: Annotated[str, typer.Option(help="See `vipo list backbones`.")] = "efficientnet_lite",
     output: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("maps"),
     components: Annotated[int, typer.Option(min=1)] = 3,
@@ -159,6 +191,9 @@ def maps(
     scope: Annotated[str, typer.Option(help="frame or clip: one basis per frame, or for all frames.")] = "frame",
 ) -> None:
     """Show what the allocation map sees in pictures or clips of yours.
+
+    A picture is seen as a viewer shows it: turned as its EXIF says, 16 bits in full; what is transparent is white. At
+    most 67108864 pixels (8192 x 8192, over all frames) of a file are read.
 
     Example: `vipo maps photo.jpg clip.gif --output maps`
     """
@@ -221,6 +256,9 @@ def evaluate(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
+    fps: Annotated[
+        float | None, typer.Option(min=1, help="Of a plain model's clips, for rewards that ask; default the model's.")
+    ] = None,
     batch: Batch = None,
     output: Annotated[Path | None, typer.Option(help="Folder for scores and sheets, see docs/evaluate.md.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in --output.")] = False,
@@ -242,7 +280,7 @@ def evaluate(
     if output is None and (resume or pictures):
         raise UserError("--resume and --pictures need a folder to work in; name it with --output")
     given = _read_texts(prompts) if prompts else None
-    model = open_target(target, size=size, height=height, width=width, frames=frames, lora=lora)
+    model = open_target(target, size=size, height=height, width=width, frames=frames, fps=fps, lora=lora)
     if rewards and rewards.endswith((".yaml", ".yml")):
         model, rewards = model.judged_by(read_judges(rewards)), None
     texts, asked = given or model.evaluation_prompts, rewards.split(",") if rewards else list(model.rewards)
@@ -250,25 +288,31 @@ def evaluate(
         raise UserError("this model has no run behind it, so name what to score with --rewards A,B")
     if not texts:
         raise UserError("this model has no run behind it, so name prompts with --prompts FILE")
+    _warn(model.notices(texts, asked))
     shared: dict[str, Any] = {"count": count, "steps": steps, "batch_size": batch or model.batch_size}
     folder = None
     if output is not None:
         settings = model.settings(texts, asked, **shared)
-        folder = EvaluationFolder(output, settings, resume=resume, pictures=pictures)
+        folder = EvaluationFolder(output, settings, fps=model.fps, resume=resume, pictures=pictures)
     with _counting(len(texts)) as done:
         judgement = model.evaluate(texts, asked, **shared, keeper=folder, progress=done)
     if folder is not None:
         folder.finish(judgement)
     rows = summary(judgement)
     _show(rows, evaluation_table(rows), as_json=as_json)
-    for failure in judgement.failures:
-        Console(stderr=True).print(failure, markup=False, highlight=False, soft_wrap=True)
+    _warn(judgement.failures)
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    """On the error stream, so that what is read by a program stays what it is."""
+    for sentence in sentences:
+        errors.print(sentence, soft_wrap=True)
 
 
 @contextmanager
 def _counting(prompts: int) -> Iterator[Callable[[int], None]]:
     """A line on a terminal's error stream that says how many prompts are done."""
-    with Console(stderr=True).status(f"0 of {prompts} prompts") as status:
+    with errors.status(f"0 of {prompts} prompts") as status:
         yield lambda done: status.update(f"{done} of {prompts} prompts")
 
 
@@ -357,7 +401,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories; th
     """
     from vipo.report.compare import compare_runs, text_table
 
-    console.print(text_table(compare_runs(runs)), markup=False, highlight=False, soft_wrap=True)
+    console.print(text_table(compare_runs(runs)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -414,22 +458,20 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Entry point. What the user can mend becomes one sentence and exit code 2; anything else shows its trace."""
+    """Entry point. What the user can mend becomes one sentence and exit code 2, a run that learned nothing one and 3.
+
+    Anything else shows its trace.
+    """
     debug = bool(os.environ.get("VIPO_DEBUG"))
     if not debug:
         _quiet()
     try:
         app()
-    except UserError as error:
+    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
-        Console(stderr=True).print(f"vipo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission
-        if debug:
-            raise
-        Console(stderr=True).print(f"vipo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        errors.print(f"vipo: {error}", style="red", soft_wrap=True)
+        sys.exit(FAILED if isinstance(error, RunFailed) else 2)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from vipo.judged import Part, plain
 from vipo.report.clips import cut
 from vipo.report.pictures import labelled_grid, load_sheet, save_png, save_sheet
 from vipo.rundir import environment
-from vipo.samples import save_samples
+from vipo.samples import FPS, save_samples
 from vipo.types import UserError
 
 SHEET_PROMPTS = 16  # how many prompts the sheets show, with their first sample
@@ -41,6 +41,7 @@ class EvaluationFolder:
     Args:
         root: the folder.
         settings: everything the scores depend on, as JSON.
+        fps: frames per second of clips among the pictures.
         resume: go on with the evaluation in ``root``; without one, start.
         pictures: keep every picture too.
 
@@ -49,9 +50,15 @@ class EvaluationFolder:
     """
 
     def __init__(
-        self, root: Path, settings: Mapping[str, Any], *, resume: bool = False, pictures: bool = False
+        self,
+        root: Path,
+        settings: Mapping[str, Any],
+        *,
+        fps: float = FPS,
+        resume: bool = False,
+        pictures: bool = False,
     ) -> None:
-        self.root, self.pictures = root, pictures
+        self.root, self.fps, self.pictures = root, fps, pictures
         self.settings = {**settings, "packages": environment()["packages"]}
         self._settings_file = root / "settings.json"
         if root.exists() and not root.is_dir():
@@ -89,7 +96,7 @@ class EvaluationFolder:
         for model, result in results.items() if self.pictures else ():
             per = result.samples_per_prompt
             names = [f"{first + i // per:05d}-{i % per}" for i in range(len(result.media))]
-            save_samples(self.root / "pictures" / model, result.media, names)
+            save_samples(self.root / "pictures" / model, result.media, names, fps=self.fps)
         with written_whole(self._part(first)) as aside:
             aside.mkdir()
             for model, result in results.items():
@@ -178,9 +185,14 @@ def _summary_rows(judgement: Judgement) -> list[list[Any]]:
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows that end with a newline. Written with a carriage return too, so that a cell with either is quoted."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
+    written = []
+    for row in rows:
+        csv.writer(buffer, lineterminator="\r\n").writerow(row)
+        written.append(buffer.getvalue().removesuffix("\r\n") + "\n")
+        buffer.seek(buffer.truncate(0))
+    return "".join(written)
 
 
 def _json(value: Any) -> str:

@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all, whatever interrupts the writing."""
+"""Files: there whole or not at all, readable by whom the umask lets read them, and what a line of one is."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +16,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of ``path`` to write to; it takes the name ``path`` only once it is complete.
 
     Works for a file or a folder. Whatever goes wrong inside, ``path`` keeps what it was and nothing is left behind.
+    Files have the permissions that the umask gives, also where the library that wrote them gave less.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     remove(aside)
     try:
         yield aside
+        usual_permissions(_files(aside))
         _flush(aside)
         if path.is_dir():
             remove(path)
@@ -38,12 +42,60 @@ def remove(path: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Force the bytes to disk, so that the rename never survives a crash that the contents did not."""
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+    for file in _files(path):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or every file of the folder."""
+    return [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]
+
+
+def usual_permissions(files: Iterable[Path]) -> None:
+    """Give files that are their owner's alone the permissions of any new file; safetensors 0.8 writes 0600.
+
+    What a new file gets is tried, not worked out: the umask cannot be read without setting it, for all threads, and in
+    a folder with a default access list it does not count.
+    """
+    for file in files:
+        present = file.stat().st_mode & 0o777
+        if not present & 0o077 and (usual := _mode_of_new_file(file)) != present:
+            file.chmod(usual)
+
+
+def _mode_of_new_file(neighbour: Path) -> int:
+    probe = neighbour.with_name(f".{uuid.uuid4().hex}.probe")
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole."""
     with written_whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text: only a newline, alone or after a carriage return, ends one.
+
+    ``str.splitlines`` would also end one at U+0085, U+2028, a form feed and others, which may stand inside a prompt.
+    """
+    return re.split("\r?\n", text)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, with or without a byte order mark; a lone carriage return stays in its line."""
+    return lines(path.read_bytes().decode("utf-8-sig"))
+
+
+def complete_lines(path: Path, errors: str = "strict") -> list[str]:
+    """The lines of a log that were written whole and are not blank; a kill can cut the last one short.
+
+    Args:
+        errors: what becomes of bytes that are not UTF-8, see ``bytes.decode``.
+    """
+    return [line for line in lines(path.read_bytes().decode(errors=errors))[:-1] if line.strip()]

@@ -74,9 +74,10 @@ class RewardGradient:
             total = torch.zeros((), device=media.device)
             scored = torch.ones(len(media), dtype=torch.bool, device=media.device)
             for name, reward in self.rewards.items():
-                values = reward(media, prompts).to(media.device)
-                if not values.requires_grad:
+                values = reward(media, prompts)
+                if not isinstance(values, Tensor) or not values.requires_grad:  # a list of numbers has none either
                     raise UserError(f"reward {name!r} has no gradient; structuring.sources takes another source then")
+                values = values.to(media.device)
                 scored &= values.isfinite()
                 total = total + self.weights[name] * values[values.isfinite()].sum()
             gradient = torch.autograd.grad(total, media)[0]

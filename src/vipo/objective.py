@@ -61,6 +61,24 @@ def groups_without_spread(rewards: Float[Tensor, " N"], group_size: int) -> Bool
     return (group_advantage(rewards, group_size).unflatten(0, (-1, group_size)) == 0).all(1)
 
 
+def spread(rewards: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
+    """How far scores differ within groups: the root of the mean variance (unbiased) of the groups' scored samples.
+
+    A group with one score has no variance and does not count; if no group has two scores the spread is 0, and NaN if
+    nothing was scored at all.
+    """
+    if group_size == 1:
+        return torch.zeros((), device=rewards.device)
+    grouped = rewards.unflatten(0, (-1, group_size))
+    scored = grouped.isfinite()
+    count = scored.sum(1)
+    mean = grouped.where(scored, torch.nan).nanmean(1, keepdim=True)
+    squares = (grouped - mean).square().where(scored, 0.0).sum(1) / (count - 1).clamp_min(0)  # 0 / 0: no variance
+    variance = grouped.var(1).where(count == group_size, squares)
+    found = variance.nanmean().sqrt()
+    return found.where(found.isfinite() | ~scored.any(), 0.0)
+
+
 def combine_advantages(
     rewards: Mapping[str, Float[Tensor, " N"]], weights: Mapping[str, float], group_size: int
 ) -> Float[Tensor, " N"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from vipo.types import Generator, UserError
+
+CHECKED_AT_ONCE = 1 << 20  # elements
 
 
 class Policy:
@@ -43,10 +46,14 @@ class Policy:
         """Low-rank updates on every linear layer whose name fully matches the regular expression ``targets``.
 
         Raises:
-            UserError: no linear layer matches.
+            UserError: no linear layer matches, or ``targets`` is no regular expression.
         """
+        try:
+            wanted = re.compile(targets)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"LoRA targets {targets!r} is no regular expression: {error}") from error
         linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-        chosen = [name for name in linear if re.fullmatch(targets, name)]
+        chosen = [name for name in linear if wanted.fullmatch(name)]
         if not chosen:
             raise UserError(
                 f"LoRA targets {targets!r} match none of the {len(linear)} linear layers, e.g. {list(linear)[:3]}"
@@ -115,6 +122,17 @@ class Policy:
             assert self.ema_decay is not None
             average.lerp_(self.parameters[name], 1 - self.ema_decay)
 
+    @torch.no_grad()
+    def fingerprint(self) -> tuple[int, ...]:
+        """Numbers for the bits of all trained tensors: on one machine, other weights give others."""
+        return tuple(torch.cat([_checksums(parameter) for parameter in self.parameters.values()]).tolist())
+
+    @torch.no_grad()
+    def gradient_peaks(self) -> dict[str, Tensor]:
+        """The largest absolute value of each gradient, a scalar by the parameter's name; NaN if one is in there."""
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return dict(zip(found, torch._foreach_norm(list(found.values()), math.inf), strict=True)) if found else {}
+
     def state(self) -> dict[str, Tensor]:
         """The trainable weights by name."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -148,3 +166,10 @@ class Policy:
         scale = next(m.scaling["default"] for m in self.network.modules() if isinstance(m, BaseTunerLayer))
         layers = get_peft_model_state_dict(self.network)
         return {name: value * scale if "lora_B" in name else value for name, value in layers.items()}
+
+
+def _checksums(values: Tensor) -> Tensor:
+    """Sums of float32 bits, each times the odd number of its place, modulo 2^64; one for a part, to save memory."""
+    parts = values.detach().flatten().view(torch.int32).split(CHECKED_AT_ONCE)
+    odd = 2 * torch.arange(len(parts[0]), device=values.device) + 1
+    return torch.stack([(part * odd[: len(part)]).sum() for part in parts])

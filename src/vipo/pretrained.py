@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vipo.files import lines
 from vipo.types import UserError
 
 PROBED = 64  # elements of each tensor that a fingerprint looks at
@@ -105,19 +106,19 @@ def not_found(
 
 def cause(error: Exception) -> str:
     """The first line of what went wrong, for the end of a sentence."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return lines(str(error))[0] or type(error).__name__
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' table of loaded keys off the terminal: what it says is checked here."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet(library: str = "transformers", level: int = logging.ERROR) -> Iterator[None]:
+    """Keep a library's remarks on loaded keys off the terminal: what they say is checked here."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def _model_type(user: str, pretrained: str | Path) -> str:

@@ -22,13 +22,18 @@ RATIO_TOLERANCE = 1e-6  # a first-update log-ratio above this is reported as the
 def follow(run: Run, console: Console) -> None:
     """Drive a run to its end, showing what happens: a live line on a terminal, a line per iteration elsewhere."""
     seconds: list[float] = []
-    base = {name: torch.tensor(_numbers(values)) for name, values in run.directory.first_scores().items()}
+    known = {} if run.start.evaluates_anew else run.directory.first_scores()
+    base = {name: torch.tensor(_numbers(values)) for name, values in known.items()}
     judged, warned = "", False
-    line = Text("building ...")
+    for note in run.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for notice in run.notices:
+        console.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    line = Text("sampling ...")
     with Live(line, console=console, refresh_per_second=8, transient=True) as live:
         for event in run:
             if isinstance(event, Evaluated):
-                console.print(_evaluation(event, base))
+                console.print(_evaluation(event, base, run.comparable_since))
                 judged = _judged(event, run.recipe.judges)
                 continue
             seconds.append(sum(event.seconds.values()))
@@ -36,8 +41,8 @@ def follow(run: Run, console: Console) -> None:
             live.update(status)
             if not console.is_terminal:
                 console.print(status, soft_wrap=True)
-            for message in event.events:
-                console.print(f"iteration {event.iteration}: {message}", style="yellow", markup=False)
+            for message in event.events[len(run.notices) if event.iteration == 0 else 0 :]:  # those were told
+                console.print(Text(f"iteration {event.iteration}: {message}", style="yellow"))
             if not warned and event.metrics["ratio_deviation"] > RATIO_TOLERANCE:
                 warned = True
                 console.print(_noise_floor(event.metrics, run.recipe.objective.clip_range), style="yellow")
@@ -84,11 +89,12 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _evaluation(event: Evaluated, base: dict[str, Tensor]) -> Table:
-    """Scores now, and their paired gain over the untrained model's."""
+def _evaluation(event: Evaluated, base: dict[str, Tensor], since: int) -> Table:
+    """Scores now, and their paired gain over those after ``since`` iterations."""
     per = event.evaluation.samples_per_prompt
     table = Table(title=f"after {event.iteration} iterations", title_justify="left")
-    for column in ("reward", "mean", "gain over untrained, 95 % interval"):
+    over = f"iteration {since}" if since else "untrained"
+    for column in ("reward", "mean", f"gain over {over}, 95 % interval"):
         table.add_column(column)
     for name, on_device in event.evaluation.scores.items():
         values = on_device.cpu()
@@ -97,5 +103,5 @@ def _evaluation(event: Evaluated, base: dict[str, Tensor]) -> Table:
         if first is not values:
             gain = estimate(values - first, per)
             change = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-        table.add_row(name, f"{estimate(values, per).mean:.4f}", change)
+        table.add_row(Text(name), f"{estimate(values, per).mean:.4f}", change)
     return table

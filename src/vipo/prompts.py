@@ -6,14 +6,17 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from vipo import randomness
+from vipo.files import read_lines
 from vipo.types import Prompt, UserError
 
 TEXT_KEYS = ("prompt", "text", "caption", "prompts")  # columns that may hold the prompt, in this order, in any case
 SHIPPED = "set:"  # before the name of a benchmark's prompts that come with the package
+SPACE = " \t\r\n"  # taken off a prompt's ends; rarer white space may be meant and stays
 _SETS = Path(__file__).parent / "prompt_sets"
 
 
@@ -39,13 +42,18 @@ def names_prompts(entry: str) -> bool:
     return entry.startswith(SHIPPED) or Path(entry).suffix in _READERS or os.path.isdir(entry)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON and a command line can bring half of a character, a lone surrogate."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a file, or of a folder of ``.json`` files.
 
     ``.txt`` has one a line; ``.jsonl``, ``.csv``, ``.tsv`` and ``.parquet`` have a column for them; ``.json`` is a list
     of texts or of objects. The column is called prompt, text, caption or prompts; others become ``Prompt.metadata``.
-    Empty lines are skipped. In a folder every file is one style, as HPD v2 has it: its name becomes the metadata
-    ``style``, in alphabetical order.
+    Only a newline, alone or after a carriage return, ends a line, and empty lines are skipped. In a folder every file
+    is one style, as HPD v2 has it: its name becomes the metadata ``style``, in alphabetical order.
 
     Raises:
         UserError: the file is missing, unreadable, of another kind, or holds no prompt.
@@ -80,12 +88,11 @@ def _read_rows(path: Path) -> list[Any]:
 
 
 def _read_text(path: Path) -> Iterable[Mapping[str, Any]]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    return ({"prompt": line} for line in lines if line)
+    return ({"prompt": line} for line in read_lines(path) if line.strip())
 
 
 def _read_jsonl(path: Path) -> Iterable[Mapping[str, Any]]:
-    return (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    return (json.loads(line) for line in read_lines(path) if line.strip())
 
 
 def _read_json(path: Path) -> Iterable[Any]:
@@ -96,14 +103,20 @@ def _read_json(path: Path) -> Iterable[Any]:
 
 
 def _read_csv(path: Path) -> Iterable[Mapping[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+    """In double quotes a cell may hold newlines; outside them a lone carriage return is refused, not taken for one."""
+    with path.open(newline="\n", encoding="utf-8-sig") as file:
+        try:
+            return list(csv.DictReader(file))
+        except csv.Error as error:
+            if "new-line" not in str(error):
+                raise
+            raise ValueError("a carriage return stands alone outside double quotes; put its cell into them") from error
 
 
 def _read_tsv(path: Path) -> Iterable[Mapping[str, Any]]:
     """Tabs only: in PartiPrompts a quotation mark is part of the prompt."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    cells = [line.split("\t") for line in read_lines(path) if line]
+    return [dict(zip(cells[0], row, strict=False)) for row in cells[1:]]
 
 
 def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -122,7 +135,9 @@ def _prompt(row: object, index: int, path: Path) -> Prompt:
     key = next((named[wanted] for wanted in TEXT_KEYS if wanted in named), None)
     if key is None:
         raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(TEXT_KEYS)}")
-    return Prompt(row[key].strip(), index, {k: v for k, v in row.items() if k != key})
+    if not is_unicode(row[key]):
+        raise UserError(f"entry {index + 1} of {str(path)!r} holds half of a character: {row[key]!r}; write it again")
+    return Prompt(row[key].strip(SPACE), index, {k: v for k, v in row.items() if k != key})
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
@@ -133,6 +148,12 @@ _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, lap: int) -> tuple[int, ...]:
+    """How one pass over the prompts goes."""
+    return tuple(randomness.permutation(count, seed=seed, purpose="prompts", indices=(lap,)))
 
 
 class PromptSampler:
@@ -153,7 +174,10 @@ class PromptSampler:
         first = iteration * self.per_iteration
         return [self._at(position) for position in range(first, first + self.per_iteration)]
 
+    def dealt(self, iterations: int) -> list[Prompt]:
+        """The prompts of the first so many iterations, each once, in the order in which they come."""
+        return [self._at(position) for position in range(min(iterations * self.per_iteration, len(self.prompts)))]
+
     def _at(self, position: int) -> Prompt:
         lap, place = divmod(position, len(self.prompts))
-        order = randomness.permutation(len(self.prompts), seed=self.seed, purpose="prompts", indices=(lap,))
-        return self.prompts[order[place]]
+        return self.prompts[_order(len(self.prompts), self.seed, lap)[place]]

@@ -1,29 +1,32 @@
 """The typed schema of a recipe: YAML in, a frozen and fully checked :class:`Recipe` out. Unknown keys are refused.
 
-A recipe may start from another one (``extends: other.yaml``, relative to itself) and change some keys; the command line
-changes more of them (``key=value``, dots for nested keys).
+A recipe may start from another one (``extends: other.yaml``, relative to itself, or the name of a shipped one) and
+change some keys; the command line changes more of them (``key=value``, dots for nested keys).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from vipo.objective import NEEDS_MAPS, CreditKind
+from vipo.prompts import is_unicode
 from vipo.rollout import Schedule, Solver, Window
 from vipo.sde import Kind, Reduce
 from vipo.structuring import Aggregation, Normalization, Orientation, Scope
@@ -31,26 +34,49 @@ from vipo.types import UserError
 
 Combination = Literal["advantage", "reward"]
 
+SHOWN_CHARACTERS = 60  # of a wrong value, in an error
+LONGEST_NAME = 200  # bytes of a run's name; file systems allow 255, and a temporary name is longer
+MAX_SIDE = 16_384  # pixels
+MAX_STEPS = 1000  # of a solver: the models were trained with so many noise levels
+MAX_FPS = 240.0
+ONE_DAY = 86_400.0  # seconds
+
 
 class Section(BaseModel):
     """A part of a recipe: immutable, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
 SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation"]
 
 
 class GeneratorSection(Section):
-    name: str = Field("flux", description="adapter, see `vipo list generators`")
+    name: str | None = Field(
+        None, description="adapter, see `vipo list generators`; null takes the one that reads the model's pipeline"
+    )
     path: str = Field(description="pipeline folder, hub id, or embedded:NAME")
-    height: PositiveInt = Field(description="pixels")
-    width: PositiveInt = Field(description="pixels")
-    frames: PositiveInt = Field(1, description="of a video, in pixel space; 1 for a picture")
-    fps: PositiveFloat = Field(8.0, description="frames per second of video files")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
+    height: Side = Field(description="pixels")
+    width: Side = Field(description="pixels")
+    frames: Count = Field(1, description="of a video, in pixel space; 1 for a picture")
+    fps: float = Field(
+        8.0,
+        ge=0.1,
+        le=MAX_FPS,
+        description="frames per second of clips, in their files and for rewards that take media_fps",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen weights; float16 with LoRA and training.precision=no only"
+    )
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
+    attention: str = Field(
+        "auto",
+        description="auto: anything but cuDNN's attention; or a name that diffusers' set_attention_backend takes",
+    )
     text_cache: str | None = Field(
         None, description="folder that keeps encoded prompts, for other runs too; null keeps them in memory"
     )
@@ -59,20 +85,20 @@ class GeneratorSection(Section):
 
 class PromptsSection(Section):
     file: str = Field(description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME or embedded:NAME")
-    per_iteration: PositiveInt = Field(description="prompts, and so groups, per iteration over all processes")
-    group_size: int = Field(ge=2, description="pictures per prompt")
+    per_iteration: Count = Field(description="prompts, and so groups, per iteration over all processes")
+    group_size: int = Field(ge=2, lt=2**31, description="pictures per prompt")
 
 
 class WindowSection(Section):
-    size: PositiveInt = Field(2, description="consecutive stochastic steps")
-    starts: PositiveInt = Field(1, description="how many first steps it may begin at")
-    first: int = Field(0, ge=0, description="the earliest step it may begin at")
+    size: Count = Field(2, description="consecutive stochastic steps")
+    starts: Count = Field(1, description="how many first steps it may begin at")
+    first: int = Field(0, ge=0, lt=2**31, description="the earliest step it may begin at")
     schedule: Schedule = Field("random", description="how the start is chosen: random, sliding or fixed")
-    every: PositiveInt = Field(1, description="iterations between moves of a sliding window")
+    every: Count = Field(1, description="iterations between moves of a sliding window")
 
 
 class SolverSection(Section):
-    steps: PositiveInt = Field(description="solver steps of a rollout")
+    steps: Steps = Field(description="solver steps of a rollout")
     shift: PositiveFloat | None = Field(None, description="time shift; null takes the model's own")
     kind: Kind = Field("dance", description="the stochastic step: dance, flow or cps")
     eta: float = Field(0.3, ge=0, description="its noise strength")
@@ -92,12 +118,18 @@ class RewardSection(JudgeSection):
 
 def _weight_alone(value: Any) -> Any:
     """``redness: 1.0`` is short for ``redness: {weight: 1.0}``."""
+    if isinstance(value, bool) or not isinstance(value, int | float | dict | RewardSection):
+        raise ValueError("a reward's value is its weight, a number, or {weight: 1.0, reward: NAME, options: {...}}")
     return {"weight": value} if isinstance(value, int | float) else value
 
 
 def _names_alone(value: Any) -> Any:
     """``[a, b]`` is short for ``{a: {}, b: {}}``."""
-    return {name: {} for name in value} if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        raise ValueError("a list of judges is names, each once; one with options is {NAME: {options: {...}}}")
+    return {name: {} for name in value}
 
 
 Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
@@ -109,7 +141,40 @@ def _word_no(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _folder_name(name: str) -> str:
+    """A run's name is that of its default folder under ``runs``, which it must not leave."""
+    unfit = name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name)
+    if unfit or not name.strip() or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            "it names the run's folder: give letters, without a slash, a dot in front or a line break, at most"
+            f" {LONGEST_NAME} bytes; another place is chosen with --output"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_word_no)]
+
+
+def _expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+Expression = Annotated[str, AfterValidator(_expression)]
+
+# Which generator.dtype goes with which policy.kind and training.precision, as tried on every family; what is not here
+# fails inside the network. float16 has no place beside bfloat16 under autocast. Fully trained weights are float32, and
+# without autocast they do not take the bfloat16 or float16 that the text encoders hand them.
+DTYPES_OF: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("lora", "no"): ("float32", "bfloat16", "float16"),
+    ("lora", "bf16"): ("float32", "bfloat16"),
+    ("full", "no"): ("float32",),
+    ("full", "bf16"): ("float32", "bfloat16"),
+}
 
 
 class StructuringSection(Section):
@@ -120,7 +185,7 @@ class StructuringSection(Section):
     )
     backbone: str = Field("efficientnet_lite", description="see `vipo list backbones`")
     backbone_options: dict[str, Any] = Field({}, description="the backbone's own, e.g. pretrained")
-    components: PositiveInt = Field(3, description="principal components K")
+    components: Count = Field(3, description="principal components K")
     aggregation: Aggregation = Field("variance", description="of the components")
     smoothing_sigma: float = Field(1.0, ge=0, description="Gaussian, in feature cells; 0 is off")
     normalization: Normalization = Field("unit_mean", description="unit_mean keeps the scalar learning rate's scale")
@@ -130,9 +195,11 @@ class StructuringSection(Section):
 
 class PolicySection(Section):
     kind: Literal["lora", "full"] = Field("lora", description="what is trained")
-    rank: PositiveInt = Field(8, description="of the LoRA")
+    rank: Count = Field(8, description="of the LoRA")
     alpha: PositiveFloat | None = Field(None, description="of the LoRA; null means the rank, which scales by 1")
-    targets: str = Field("blocks", description="a named choice of the generator or a regular expression over layers")
+    targets: Expression = Field(
+        "blocks", description="a named choice of the generator or a regular expression over layers"
+    )
     ema_decay: float | None = Field(None, ge=0, lt=1, description="moving average used for evaluation and export")
 
 
@@ -144,48 +211,54 @@ class ObjectiveSection(Section):
     kl_weight: float = Field(0.0, ge=0, description="weight of the divergence from the untrained model")
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     learning_rate: PositiveFloat = Field(description="of AdamW")
     weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW, each from 0 to below 1")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
     guard_factor: PositiveFloat = Field(20.0, description="an update over so many median norms is skipped")
-    per_iteration: PositiveInt = Field(1, description="optimiser steps per iteration")
+    per_iteration: Count = Field(1, description="optimiser steps per iteration")
 
 
 class TrainingSection(Section):
-    iterations: PositiveInt = Field(description="in all")
+    iterations: Count = Field(description="in all")
     precision: Precision = Field("bf16", description="autocast: no or bf16; trained weights stay float32")
-    rollout_batch_size: PositiveInt | None = Field(None, description="samples per network call; null means all")
-    prompts_at_once: PositiveInt | None = Field(
+    rollout_batch_size: Count | None = Field(None, description="samples per network call; null means all")
+    prompts_at_once: Count | None = Field(
         None, description="sampled together; with fewer, a part is scored while the next is sampled; null means all"
     )
-    replay_batch_size: PositiveInt | None = Field(None, description="transitions per replay; null means a whole step")
-    keep_per_group: PositiveInt | None = Field(
+    replay_batch_size: Count | None = Field(None, description="transitions per replay; null means a whole step")
+    keep_per_group: Count | None = Field(
         None, description="train on so many of each group, half best and half worst (best-of-n); null means all"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, a second forward")
-    checkpoint_every: PositiveInt = Field(10, description="iterations")
-    keep_checkpoints: PositiveInt = Field(2, description="the newest so many stay")
-    maps_every: PositiveInt = Field(10, description="iterations between pictures of allocation maps")
+    checkpoint_every: Count = Field(10, description="iterations")
+    keep_checkpoints: Count = Field(2, description="the newest so many stay")
+    max_skipped_in_a_row: Count = Field(
+        3, description="updates skipped, or iterations without spread: an event, and the end if nothing was learned"
+    )
+    maps_every: Count = Field(10, description="iterations between pictures of allocation maps")
     max_failed_share: float = Field(0.5, ge=0, lt=1, description="a reward failing on more samples stops the run")
-    reward_retries: int = Field(2, ge=0, description="further tries of a reward that cannot be reached")
-    reward_pause_seconds: float = Field(15.0, ge=0, description="before each of them")
+    reward_retries: int = Field(2, ge=0, lt=2**31, description="further tries of a reward that cannot be reached")
+    reward_pause_seconds: float = Field(15.0, ge=0, le=ONE_DAY, description="before each of them")
 
 
 class EvaluationSection(Section):
     prompts: str = Field(description="as prompts.file")
-    samples_per_prompt: PositiveInt = Field(2, description="each from its own fixed noise")
-    steps: PositiveInt | None = Field(None, description="null takes solver.steps")
-    every: PositiveInt | None = Field(None, description="iterations; null evaluates before and after only")
-    limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
+    samples_per_prompt: Count = Field(2, description="each from its own fixed noise")
+    steps: Steps | None = Field(None, description="null takes solver.steps")
+    every: Count | None = Field(None, description="iterations; null evaluates before and after only")
+    limit: Count | None = Field(None, description="use only the first so many prompts")
 
 
 class Recipe(Section):
     """Everything that decides a run; ``vipo list keys`` explains each key."""
 
-    name: str = Field(description="of the run, and of its default folder")
-    seed: int = Field(0, description="of every random draw")
+    name: Name = Field(description="of the run, and of its default folder")
+    seed: int = Field(0, ge=0, lt=2**64, description="of every random draw")
     credit: CreditKind = Field("advantage_map", description="sample, uniform, reward_map or advantage_map (ViPO)")
     generator: GeneratorSection
     prompts: PromptsSection
@@ -213,8 +286,24 @@ class Recipe(Section):
                 f"structuring.sources names {sorted(between)[0]}, which compares the samples of a group, but with"
                 " solver.same_noise=false they differ everywhere; set it to true or take another source"
             )
+        at_once = self.generator.options.get("decode_batch_size", 1)
+        if not isinstance(at_once, int) or at_once < 1:
+            raise ValueError(
+                f"generator.options.decode_batch_size={shown(at_once)} must be a whole number of samples, 1 or more"
+            )
+        self._check_dtype()
         self._check_counts()
         return self
+
+    def _check_dtype(self) -> None:
+        kind, precision, dtype = self.policy.kind, self.training.precision, self.generator.dtype
+        accepted = DTYPES_OF[kind, precision]
+        if dtype not in accepted:
+            others = [f"{p} with {', '.join(dtypes)}" for (k, p), dtypes in DTYPES_OF.items() if k == kind]
+            raise ValueError(
+                f"generator.dtype={dtype} does not go with policy.kind={kind} and training.precision={precision}; a"
+                f" {kind} policy takes training.precision={' or '.join(others)}"
+            )
 
     def _check_counts(self) -> None:
         """Something must be left to train on in every optimiser step."""
@@ -271,11 +360,28 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
 
 def parse_section(section: type[S], raw: Mapping[str, Any], *, source: str) -> S:
     """Check one section alone, for values that do not come from a recipe; ``source`` begins the message."""
+    for problem in _unsound(raw, ""):
+        raise UserError(f"{source}: {problem}")
     try:
         return section.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise UserError(f"{source}: {problems}") from error
+
+
+def _unsound(value: Any, where: str) -> Iterator[str]:
+    """What no recipe may hold at any depth, options included: numbers that are none, text that is no Unicode."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _unsound(key, where)
+            yield from _unsound(entry, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for place, entry in enumerate(value):
+            yield from _unsound(entry, f"{where}.{place}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{where}: {value} is not a finite number; give one"
+    elif isinstance(value, str) and not is_unicode(value):
+        yield f"{where or 'a key'}: {shown(value)} holds half of a character, which no file can; write it again"
 
 
 class _JudgesFile(Section):
@@ -296,7 +402,7 @@ def read_judges(path: str | Path) -> dict[str, JudgeSection]:
 def _parsed(path: Path, what: str) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, no such date
         raise UserError(f"{what} {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -317,11 +423,22 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values")
     if "extends" in raw:
-        parent = path.parent / str(raw.pop("extends"))
-        if not parent.is_file():
-            raise UserError(f"recipe {str(path)!r} extends {str(parent)!r}, which does not exist")
+        parent = _parent(path, raw.pop("extends"))
         return _merge(_read(parent, (*children, path.resolve())), raw)
     return raw
+
+
+def _parent(child: Path, named: Any) -> Path:
+    """The recipe that ``child`` extends: a file beside it, else a shipped one of that name."""
+    if isinstance(named, str) and (child.parent / named).is_file():
+        return child.parent / named
+    shipped = shipped_recipes()
+    if isinstance(named, str) and named in shipped:
+        return shipped[named]
+    raise UserError(
+        f"recipe {str(child)!r} extends {shown(named)}, but there is no such file in {str(child.parent)!r} and no"
+        f" shipped recipe of that name; give a YAML file or one of {', '.join(shipped)}"
+    )
 
 
 def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +454,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``key=value``, dots for nested keys, in a nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override {override!r} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
+        raise UserError(f"override {shown(override)} is not of the form key=value, e.g. optimizer.learning_rate=1e-4")
     *parents, leaf = key.split(".")
     node = raw
     for parent in parents:
@@ -346,18 +463,20 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[parent]
     try:
         node[leaf] = _number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"override {shown(override)}: {shown(text)} is not a YAML value") from error
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-4 (no dot) as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    scientific = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if scientific else value
+
+
+def shown(value: Any) -> str:
+    """A wrong value in an error, shortened."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
 
 
 def _explain(problem: Any) -> str:
@@ -368,9 +487,8 @@ def _explain(problem: Any) -> str:
         return f"unknown key {where!r}; the nearest known one is {near[0]!r}" if near else f"unknown key {where!r}"
     if problem["type"] == "missing":
         return f"{where} is required"
-    given = f" (given: {problem['input']!r})" if where and not isinstance(problem["input"], dict) else ""
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}{given}" if where else message
+    return f"{where}: {message} (given: {shown(problem['input'])})" if where else message
 
 
 def nested_section(annotation: Any) -> type[BaseModel] | None:

@@ -77,6 +77,11 @@ class Solver:
                 f"the window reaches step {last} of steps={self.steps}, but the last step is never stochastic:"
                 " lower window.size, window.starts or window.first, or take more steps"
             )
+        if self.kind != "ode" and not bool((sde.shifted_sigmas(self.steps, self.shift).diff() < 0).all()):
+            raise UserError(
+                f"a shift of {self.shift:g} crowds the noise levels of steps={self.steps} until two are the same number"
+                " in float32, and no noise fits between them; give a solver.shift nearer to 1 (models have 1 to 12)"
+            )
 
     def deterministic(self, steps: int | None = None) -> Solver:
         """The same grid without noise between the steps, each sample from its own start: for evaluation."""
@@ -133,7 +138,8 @@ def _check_finite(latents: Tensor, step: int, solver: Solver) -> None:
     if not bool(latents.isfinite().all()):
         raise UserError(
             f"the latents became NaN or infinite at solver step {step + 1} of {solver.steps}: the policy has diverged;"
-            " resume from an earlier checkpoint with a lower optimizer.learning_rate or solver.eta"
+            " go on from an earlier checkpoint (--resume --from step-NNNNNN) with a lower optimizer.learning_rate, or a"
+            " lower solver.eta (--allow-changes solver.eta)"
         )
 
 

@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from vipo.build import build_structuring
-from vipo.files import written_whole
+from vipo.media.reading import read_media
 from vipo.recipe import StructuringSection, parse_section
 from vipo.report.maps import clip_map_sheet, map_sheet
+from vipo.report.pictures import save_png
 from vipo.run import components
 from vipo.structuring import PerceptualStructuring
 from vipo.types import UserError
 
 MAP_SIDE = 64  # map cells along the longer side: fine enough to look at
-VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # what only PyAV reads
-
-
-def read_media(path: Path) -> Float[Tensor, "3 F Y X"]:
-    """A picture or a video file in [0, 1]; a picture has F = 1.
-
-    Raises:
-        UserError: it does not exist, is neither, or is a video that needs PyAV.
-    """
-    if not path.is_file():
-        raise UserError(f"picture {str(path)!r} does not exist")
-    frames = _video_frames(path) if path.suffix.lower() in VIDEOS else _frames(path)
-    pixels = torch.from_numpy(np.stack(frames))
-    return pixels.permute(3, 0, 1, 2).float() / 255
-
-
-def _frames(path: Path) -> list[np.ndarray]:
-    """One, or all of an animated WebP, GIF or PNG."""
-    try:
-        with Image.open(path) as picture:
-            return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as a picture: {error}") from error
-
-
-def _video_frames(path: Path) -> list[np.ndarray]:
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(
-            f"{str(path)!r} needs PyAV to be read; install vipo[video], or give an animated WebP or GIF"
-        ) from error
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as a video: {error}") from error
-    if not frames:
-        raise UserError(f"{str(path)!r} holds no frame; give a video with pictures in it")
-    return frames
+SHORTEST = 8  # pixels of a side; fewer have no structure to speak of
 
 
 def show_maps(
@@ -75,7 +37,8 @@ def show_maps(
     """Write one sheet per file and return their paths.
 
     A picture's sheet shows picture, components as colours, map, overlay; a clip's sheet has a column per latent frame.
-    Every file is read before the first sheet is written, so a bad one leaves nothing behind.
+    Every file is read before the first sheet is written, so a bad one leaves nothing behind; and again for its sheet,
+    so that memory holds one at a time. A sheet is called as ``sheet_paths`` says.
 
     Args:
         temporal_stride: pixel frames per latent frame of a causal video VAE, for clips; 1 shows a map per frame.
@@ -83,20 +46,56 @@ def show_maps(
     Raises:
         UserError: a file that cannot be read, a clip that does not fit the stride, or an unknown option.
     """
-    media = [read_media(path) for path in files]
-    for path, clip in zip(files, media, strict=True):
-        _check_stride(path, clip.shape[1], temporal_stride)
+    targets = sheet_paths(files, output)
+    for path in files:
+        _check(path, read_media(path), temporal_stride)
     options = {"backbone": backbone, "backbone_options": backbone_options, **structuring}
     section = parse_section(StructuringSection, options, source="maps")
     source = build_structuring(section, temporal_stride=temporal_stride, device="cpu")
-    written = []
-    for path, clip in zip(files, media, strict=True):
-        target = output / f"{path.stem}-map.png"
-        sheet = _sheet(path.name, clip[None], source)
-        with written_whole(target) as aside:
-            sheet.save(aside, format="PNG")
-        written.append(target)
-    return written
+    for path, target in zip(files, targets, strict=True):
+        save_png(target, _sheet(path.name, read_media(path)[None], source))
+    return targets
+
+
+def sheet_paths(files: Sequence[Path], output: Path) -> list[Path]:
+    """Where the sheet of each file goes: STEM-map.png, or NAME-map.png (NAME-2-map.png ...) where a stem comes twice.
+
+    Raises:
+        UserError: a sheet would take the place of one of the files.
+    """
+    stems = Counter(_folded(path.stem) for path in files)
+    taken = {stem for stem, times in stems.items() if times == 1}
+    names = []
+    for path in files:
+        name = path.stem
+        if stems[_folded(name)] > 1:
+            name = next(free for free in _names(path.name) if _folded(free) not in taken)
+            taken.add(_folded(name))
+        names.append(output / f"{name}-map.png")
+    overwritten = {path.resolve() for path in files} & {name.resolve() for name in names}
+    if overwritten:
+        first = str(min(overwritten))
+        raise UserError(f"the sheets would overwrite {first!r}, which is one of the files; choose another --output")
+    return names
+
+
+def _folded(name: str) -> str:
+    """Some file systems take names that differ in case only for the same."""
+    return name.casefold()
+
+
+def _names(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{number}" for number in count(2))
+
+
+def _check(path: Path, clip: Float[Tensor, "3 F Y X"], stride: int) -> None:
+    frames, height, width = clip.shape[1:]
+    if min(height, width) < SHORTEST:
+        raise UserError(
+            f"{str(path)!r} is {width} x {height} pixels, but a map needs at least {SHORTEST} a side; give a larger one"
+        )
+    _check_stride(path, frames, stride)
 
 
 def _check_stride(path: Path, frames: int, stride: int) -> None:

@@ -53,6 +53,7 @@ NEGLIGIBLE = 1e-6  # a share of the variance below this is rounding noise, not a
 BLANK = 1e-10  # variance of the cells over their mean square, below which a picture has no structure
 
 LARGE, BLOCK, POWERS = 256, 24, 16  # side of a matrix too large to solve in full; width and length of the iteration
+SETTLED = 1e-6  # angle (radians) by which an iterated axis may be off: about ten times the error of the map
 LIKENESS, SHARPNESS = 0.35, 4  # of ``background``; measured in experiments/orientation, flat around these values
 
 
@@ -82,6 +83,7 @@ def principal_components(features: Float[Tensor, "B D *grid"], components: int =
         centred = tokens - tokens.mean(1, keepdim=True)
         total = centred.square().sum((1, 2))
         blank = total <= BLANK * scale * centred[0].numel()
+        centred.masked_fill_(blank[:, None, None], 0)  # what is left there is rounding, and has no axes to look for
         projections = _project(centred, components)
         explained = projections.square().sum(1) / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
         kept = (explained > NEGLIGIBLE) & ~blank[:, None]
@@ -131,16 +133,46 @@ def _leading_vectors(
     """Eigenvectors of the largest eigenvalues, largest first; of a large matrix by subspace iteration.
 
     The iteration multiplies what is not among the leading K by (lambda_{BLOCK+1} / lambda_K)^POWERS: nothing is left
-    for the steep spectra of backbones. Where the spectrum is flat it stops early, but on the same vectors for any order
-    of the tokens, so maps keep their symmetries.
+    for the steep spectra of backbones. Pictures whose spectrum is too flat for that are solved in full.
     """
     if matrix.shape[1] <= LARGE or components > BLOCK // 2:
-        return torch.linalg.eigh(matrix).eigenvectors.flip(-1)[..., :components]
+        return _all_vectors(matrix, components)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(POWERS // 2):
         basis = torch.linalg.qr(matrix @ (matrix @ basis)).Q
-    small = torch.linalg.eigh(basis.mT @ (matrix @ basis)).eigenvectors
-    return basis @ small.flip(-1)[..., :components]
+    image = matrix @ basis
+    small = torch.linalg.eigh(basis.mT @ image)
+    values, rotation = small.eigenvalues.flip(-1), small.eigenvectors.flip(-1)[..., :components]
+    vectors = basis @ rotation
+    moving = ~_settled(matrix, vectors, image @ rotation, values)
+    if bool(moving.any()):
+        vectors[moving] = _all_vectors(matrix[moving], components)
+    return vectors
+
+
+def _all_vectors(matrix: Float[Tensor, "B m m"], components: int) -> Float[Tensor, "B m K"]:
+    return torch.linalg.eigh(matrix).eigenvectors.flip(-1)[..., :components]
+
+
+def _settled(
+    matrix: Float[Tensor, "B m m"],
+    vectors: Float[Tensor, "B m K"],
+    image: Float[Tensor, "B m K"],
+    values: Float[Tensor, "B block"],
+) -> Bool[Tensor, " B"]:
+    """Whether each axis that counts is within ``SETTLED`` of the eigenvector: |A v - theta v| / gap bounds its angle.
+
+    The gap is the distance of theta from the nearest other one (Davis and Kahan, sin theta theorem). ``image`` is A v,
+    ``values`` all theta of the iteration's block, largest first. A share below ``NEGLIGIBLE`` does not count.
+    """
+    count = vectors.shape[2]
+    residual = (image - vectors * values[:, None, :count]).norm(dim=1)
+    distance = (values[:, :count, None] - values[:, None]).abs()
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    trace = matrix.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    allowed = max(SETTLED, torch.finfo(values.dtype).eps ** 0.5)  # float32 has no 1e-6 to give
+    near = residual <= allowed * distance.amin(2)
+    return (near | (values[:, :count] <= NEGLIGIBLE * trace)).all(1)
 
 
 def oriented(found: Components, orientation: Orientation = "background") -> Float[Tensor, "B K *grid"]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from vipo.vbench import Totals
 
@@ -15,7 +16,8 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("reward", "model", "scored", "mean", "95 % interval", "gain over base")
     for row in rows:
         scored = f"{row['scored']} of {row['samples']}"
-        table.add_row(row["reward"], row["model"], scored, *_estimate(row), " ".join(_estimate(row["gain"] or {}, "+")))
+        gain = " ".join(_estimate(row["gain"] or {}, "+"))
+        table.add_row(*map(Text, (row["reward"], row["model"], scored, *_estimate(row), gain)))
     return table
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from vipo.build import build_generator, build_rewards, model_path
+from vipo.build import build_generator, build_rewards, model_path, rate_notices
 from vipo.evaluate import EVALUATION_SEED, Evaluation, Judgement, evaluate
-from vipo.generators import GENERATORS, adapter_of, makes_video
+from vipo.generators import attention, choose, makes_video
+from vipo.generators.common import DiffusersGenerator
+from vipo.generators.folder import pipeline_class, read_config
+from vipo.generators.lora import attach_lora
 from vipo.judged import Judges, Keeper, Models, judge_parts
 from vipo.pretrained import fingerprint
 from vipo.recipe import GeneratorSection, JudgeSection, parse_section
@@ -31,9 +33,14 @@ BATCH = 64  # pictures, or frames of whole clips
 
 # How a plain model is sampled unless told otherwise. Steps by adapter, as its diffusers pipeline has them.
 PLAIN_STEPS: Mapping[str, int] = {"flux": 28, "sd3": 28, "flux2": 50, "qwen_image": 50, "z_image": 50, "wan": 50}
+NOTHING = "is neither a run directory nor a diffusers pipeline, as a folder or on the hub"
 PICTURE_SIDE = 1024  # pixels, where the autoencoder does not say
-# (height, width, frames) of a Wan by its autoencoder's stride: emoji-wan, Wan2.1 at 480p, Wan2.2-TI2V-5B at 720p.
-WAN_SIZES: Mapping[int, tuple[int, int, int]] = {4: (64, 64, 17), 8: (480, 832, 81), 16: (704, 1280, 121)}
+# A Wan's clips by its autoencoder's stride: emoji-wan, Wan2.1 at 480p, Wan2.2-TI2V-5B at 720p.
+WAN_CLIPS: Mapping[int, Mapping[str, int]] = {
+    4: {"height": 64, "width": 64, "frames": 17, "fps": 8},
+    8: {"height": 480, "width": 832, "frames": 81, "fps": 16},
+    16: {"height": 704, "width": 1280, "frames": 121, "fps": 24},
+}
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,18 @@ class OwnReward:
 class Model:
     """A generator ready to sample; with a ``reference``, also what it was before training.
 
-    ``described`` is what its samples depend on beside the weights and the solver.
+    ``described`` is what its samples depend on beside the weights and the solver, ``fps`` the frames per second of its
+    clips.
     """
 
     generator: Generator
     solver: Solver
     described: Mapping[str, Any]
+    fps: float
     reference: Callable[[], AbstractContextManager[None]] | None = None  # inside, the generator is the base model
     evaluation_prompts: tuple[Prompt, ...] = ()
     rewards: Mapping[str, OwnReward] = field(default_factory=dict)
+    attention: str = attention.AUTO
 
     def judged_by(self, sections: Mapping[str, JudgeSection]) -> Model:
         """The same model with these rewards to choose from.
@@ -64,7 +74,14 @@ class Model:
         Raises:
             UserError: one of them cannot be built.
         """
-        return replace(self, rewards=_owned(sections, build_rewards(sections).rewards))
+        return replace(self, rewards=_owned(sections, build_rewards(sections, fps=self.fps).rewards))
+
+    def notices(self, prompts: Sequence[Prompt], rewards: Sequence[str] = ()) -> list[str]:
+        """What to tell before it samples: prompts that will be cut, and clips that a reward takes for others."""
+        told = rate_notices({name: own.options for name, own in self.rewards.items() if name in rewards}, self.fps)
+        if isinstance(self.generator, DiffusersGenerator):
+            told += self.generator.cut_prompts(given=[prompt.text for prompt in prompts])
+        return told
 
     @property
     def models(self) -> Models:
@@ -100,16 +117,18 @@ class Model:
         solver, batch_size = self.solver.deterministic(steps), batch_size or self.batch_size
         part, around = max(1, batch_size // count), self._around(base_tail, solver.steps)
         for first in range(0, len(prompts), part):
-            yield sample_groups(
-                self.generator,
-                prompts[first : first + part],
-                solver,
-                group_size=count,
-                seed=seed,
-                first_group=first,
-                batch_size=batch_size,
-                around=around,
-            )
+            with attention.scope(self.attention):
+                rollout = sample_groups(
+                    self.generator,
+                    prompts[first : first + part],
+                    solver,
+                    group_size=count,
+                    seed=seed,
+                    first_group=first,
+                    batch_size=batch_size,
+                    around=around,
+                )
+            yield rollout
 
     def _around(self, base_tail: float, steps: int) -> StepContext:
         """The base model for the last ``base_tail`` of the steps, rounded to whole ones."""
@@ -138,19 +157,21 @@ class Model:
         """
         batch_size = batch_size or self.batch_size
         known = {name: entry.reward for name, entry in self.rewards.items()}
-        judges = Judges({name: known[name] if name in known else build_reward(name) for name in rewards})
+        told = {"media_fps": self.fps}
+        judges = Judges({name: known[name] if name in known else build_reward(name, told) for name in rewards})
 
         def judge(part: Sequence[Prompt], first: int) -> Evaluation:
-            return evaluate(
-                self.generator,
-                part,
-                judges,
-                self.solver,
-                samples_per_prompt=count,
-                steps=steps,
-                batch_size=batch_size,
-                first_prompt=first,
-            )
+            with attention.scope(self.attention):
+                return evaluate(
+                    self.generator,
+                    part,
+                    judges,
+                    self.solver,
+                    samples_per_prompt=count,
+                    steps=steps,
+                    batch_size=batch_size,
+                    first_prompt=first,
+                )
 
         return judge_parts(
             self.models,
@@ -197,6 +218,7 @@ def open_target(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    fps: float | None = None,
     lora: Path | None = None,
 ) -> Model:
     """Load a run's policy, or a plain model, on request with a LoRA as the policy.
@@ -205,26 +227,30 @@ def open_target(
         size: side in pixels of a plain model's square pictures, short for ``height`` and ``width``.
         height, width: pixels; None takes what a plain model was made for.
         frames: of a plain video model's clips, in pixel space; likewise.
-        lora: diffusers-format file, or folder that holds one, for a plain model.
+        fps: frames per second of them, for rewards that depend on it; likewise.
+        lora: safetensors file, or folder that holds one, for a plain model; see :mod:`vipo.generators.lora`.
 
     Raises:
         UserError: neither a run nor a pipeline that an adapter knows, a size that does not fit or fits only plain
             models, or a LoRA that does not fit.
     """
-    side = {"size": size, "height": height, "width": width, "frames": frames}
-    given = {name: pixels for name, pixels in side.items() if pixels is not None}
+    side = {"size": size, "height": height, "width": width, "frames": frames, "fps": fps}
+    given = {name: value for name, value in side.items() if value is not None}
     if RunDirectory(Path(target)).exists():
         if lora is not None:
             raise UserError(f"{target!r} is a run and has a policy of its own; give --lora with a pipeline folder")
         if given:
             raise UserError(f"{target!r} is a run and samples as it was trained; leave out --{' and --'.join(given)}")
         return _open_run(target)
-    section = _plain_section(model_path(target), given)
+    path = model_path(target)
+    name = choose(None, pipeline_class(path, absent=NOTHING), path)
+    section = _plain_section(path, name, given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = build_generator(section, device=device)
     described = {"model": target, "lora": lora and str(lora), "generator": section.model_dump(exclude=PLACES)}
     reference = None if lora is None else _attach_lora(generator, lora)
-    return Model(generator, Solver(steps=PLAIN_STEPS[section.name], shift=generator.shift), described, reference)
+    solver = Solver(steps=PLAIN_STEPS[name], shift=generator.shift)
+    return Model(generator, solver, described, section.fps, reference)
 
 
 def _open_run(target: str) -> Model:
@@ -232,7 +258,8 @@ def _open_run(target: str) -> Model:
     described = {"model": target, "lora": None, "generator": session.recipe.generator.model_dump(exclude=PLACES)}
     rewards = _owned({**session.recipe.judges, **session.recipe.rewards}, session.judge.rewards)
     solver, reference = session.trainer.solver, session.policy.reference
-    return Model(session.generator, solver, described, reference, session.evaluation_prompts, rewards)
+    section, asked = session.recipe.generator, session.evaluation_prompts
+    return Model(session.generator, solver, described, section.fps, reference, asked, rewards, section.attention)
 
 
 def _owned(sections: Mapping[str, JudgeSection], built: Mapping[str, Reward]) -> dict[str, OwnReward]:
@@ -244,74 +271,37 @@ def _owned(sections: Mapping[str, JudgeSection], built: Mapping[str, Reward]) ->
 
 
 def _attach_lora(generator: Generator, lora: Path) -> Callable[[], AbstractContextManager[None]]:
-    """Load a LoRA into the generator's pipeline; what is returned switches it off."""
-    pipeline: Any = getattr(generator, "pipeline", None)
-    if not hasattr(pipeline, "load_lora_weights"):
+    """Load a LoRA into the generator's network; what is returned switches it off."""
+    pipeline, network = getattr(generator, "pipeline", None), generator.network
+    if not hasattr(pipeline, "lora_state_dict"):
         raise UserError(f"{type(generator).__name__} takes no LoRA; leave out --lora")
-    if not lora.exists():
-        raise UserError(f"LoRA {str(lora)!r} does not exist; give a .safetensors file or the folder that holds one")
-    try:
-        pipeline.load_lora_weights(str(lora))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"LoRA {str(lora)!r} could not be loaded into this model: {_line(error)}") from error
-    if not any(isinstance(module, BaseTunerLayer) for module in generator.network.modules()):
-        raise UserError(f"LoRA {str(lora)!r} changes no layer of this model; was it made for another one?")
+    attach_lora(pipeline, lora)
 
     @contextmanager
     def without() -> Iterator[None]:
-        pipeline.disable_lora()
+        network.disable_lora()  # type: ignore[operator]
         try:
             yield
         finally:
-            pipeline.enable_lora()
+            network.enable_lora()  # type: ignore[operator]
 
     return without
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _plain_section(path: str, given: Mapping[str, int]) -> GeneratorSection:
+def _plain_section(path: str, name: str, given: Mapping[str, float]) -> GeneratorSection:
     """A plain model and the size of its media, as ``given`` or else what it was made for."""
     if "size" in given and {"height", "width"} & given.keys():
         raise UserError("--size is short for --height and --width, both that long; give it or them")
-    name = _adapter(path)
     square = {side: given["size"] for side in ("height", "width") if "size" in given}
     asked = {side: pixels for side, pixels in given.items() if side != "size"}
-    options = {"name": name, "path": path, **_usual_size(path, name), **square, **asked}
+    options = {"name": name, "path": path, **_usual_media(path, name), **square, **asked}
     return parse_section(GeneratorSection, options, source="size")
 
 
-def _adapter(path: str) -> str:
-    """Which adapter reads the pipeline."""
-    name = str(_config(path)["_class_name"])
-    adapter = adapter_of(name)
-    if adapter is None:
-        known = ", ".join(sorted(pipeline for entry in GENERATORS.values() for pipeline in entry.pipelines))
-        raise UserError(f"{path!r} is a {name}; vipo adapts {known}")
-    return adapter
-
-
-def _usual_size(path: str, name: str) -> dict[str, int]:
+def _usual_media(path: str, name: str) -> Mapping[str, int]:
     """What a pipeline's media measure unless told otherwise, from its autoencoder."""
-    autoencoder = _config(path, "vae")
+    autoencoder = read_config(path, "vae")
     if makes_video(name):
-        usual = WAN_SIZES.get(int(autoencoder.get("scale_factor_spatial", 8)), WAN_SIZES[8])
-        return dict(zip(("height", "width", "frames"), usual, strict=True))
+        return WAN_CLIPS.get(int(autoencoder.get("scale_factor_spatial", 8)), WAN_CLIPS[8])
     side = int(autoencoder.get("sample_size", PICTURE_SIDE))
     return {"height": side, "width": side}
-
-
-def _config(path: str, part: str | None = None) -> Mapping[str, Any]:
-    """What a pipeline folder or hub id says of itself, or of its ``part``; of a hub id only that file is fetched."""
-    from diffusers import AutoencoderKL, DiffusionPipeline
-
-    reader: Any = DiffusionPipeline if part is None else AutoencoderKL  # any model's class reads a config.json
-    try:
-        config: Mapping[str, Any] = reader.load_config(path, subfolder=part)
-    except OSError as error:
-        raise UserError(
-            f"{path!r} is neither a run directory nor a diffusers pipeline, as a folder or on the hub: {_line(error)}"
-        ) from error
-    return config

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo import objective, randomness, sde, structuring
+from vipo.generators.attention import AUTO, scope
+from vipo.health import Health, where_not_finite
 from vipo.policy import Policy
 from vipo.prompts import PromptSampler
 from vipo.rewards.background import Background
@@ -70,10 +72,11 @@ class GradientGuard:
     def reason_to_skip(self, norm: float) -> str | None:
         """Why this update must not be applied, or None. A norm that passes is remembered."""
         if not math.isfinite(norm):
-            return f"gradient norm is {norm}: update skipped"
+            return f"gradient norm is {norm}"
         if len(self.norms) >= GUARD_MEMORY // 2 and norm > self.factor * statistics.median(self.norms):
-            return f"gradient norm {norm:.3g} is over {self.factor:g} times the recent median: update skipped"
-        self.norms = [*self.norms, norm][-GUARD_MEMORY:]
+            return f"gradient norm {norm:.3g} is over {self.factor:g} times the recent median"
+        if norm > 0:  # rewards without spread give none at all: a median of 0 would refuse every later update
+            self.norms = [*self.norms, norm][-GUARD_MEMORY:]
         return None
 
 
@@ -104,6 +107,8 @@ class Trainer:
         prompts_at_once: groups sampled together; None means all. With fewer, each part is scored while the next is
             sampled, with the same result as one after the other.
         keep_per_group: train on so many samples of each group, half its best and half its worst; None means all.
+        attention: of the generator, as ``generator.attention``: what holds while an iteration runs.
+        health: says when nothing is learned; by default after three iterations or updates in vain.
     """
 
     def __init__(
@@ -123,6 +128,8 @@ class Trainer:
         rollout_batch_size: int | None = None,
         prompts_at_once: int | None = None,
         keep_per_group: int | None = None,
+        attention: str = AUTO,
+        health: Health | None = None,
     ) -> None:
         ranks = accelerator.num_processes
         if prompts.per_iteration % ranks:
@@ -133,7 +140,8 @@ class Trainer:
         self.group_size, self.seed, self.rollout_batch_size = group_size, seed, rollout_batch_size
         self.groups_here = prompts.per_iteration // ranks
         self.prompts_at_once = prompts_at_once or self.groups_here
-        self.keep_per_group = keep_per_group
+        self.keep_per_group, self.attention = keep_per_group, attention
+        self.health = health or Health()
         self.iteration = 0
         self.guard = GradientGuard(update.guard_factor)
         self.optimizer = torch.optim.AdamW(
@@ -145,12 +153,19 @@ class Trainer:
         while True:
             yield self.step()
 
-    def step(self) -> TrainStep:
+    def step(self, *, last: bool = False) -> TrainStep:
         """One iteration: sample, score, map, and update the policy.
+
+        After the ``last`` one a run that has not moved a weight is a failure. Whoever iterates keeps the step, and
+        raises :class:`vipo.types.RunFailed` with its ``failure`` if there is one.
 
         Raises:
             UserError: latents or maps stop being finite, or a reward fails.
         """
+        with scope(self.attention):
+            return self._step(last)
+
+    def _step(self, last: bool) -> TrainStep:
         clock, iteration = Stopwatch(), self.iteration
         first_group = self.accelerator.process_index * self.groups_here
         rollout, scores = self._sample_and_score(iteration, first_group, clock)
@@ -164,7 +179,10 @@ class Trainer:
         metrics["model_passes"] = float(rollout.model_passes)
         metrics = self._across_ranks(metrics)
         events += [f"reward {name}: {why}" for name, why in scores.failures.items()]
-        return TrainStep(iteration, metrics, clock.seconds, tuple(events), rollout, scores, maps)
+        events += self.health.iteration(metrics)
+        failure = self.health.failure(self.iteration, last=last)
+        events += [failure] if failure and not self.health.in_streak else []
+        return TrainStep(iteration, metrics, clock.seconds, tuple(events), rollout, scores, maps, failure)
 
     def _sample_and_score(self, iteration: int, first_group: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
         """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
@@ -229,21 +247,28 @@ class Trainer:
     def _train(self, rollout: Rollout, weight: Tensor, kept: Tensor, iteration: int) -> Report:
         """All optimiser steps of one iteration."""
         shares = self._split(rollout.transitions, kept, iteration)
-        reports, events = [], []
+        reports, events, skipped = [], [], 0
         for number, share in enumerate(shares):
-            report = self._optimise(rollout.conditioning, share, weight)
-            skipped = self.guard.reason_to_skip(report["grad_norm"])
-            if skipped:
-                events.append(skipped)
+            report, odd = self._optimise(rollout.conditioning, share, weight)
+            reason = self.guard.reason_to_skip(report["grad_norm"])
+            if reason:
+                skipped += 1
+                events += self.health.skipped(reason + odd, finite=math.isfinite(report["grad_norm"]))
             else:
-                self.optimizer.step()
-                self.policy.update_average()
+                self._apply(report["grad_norm"])
             self.optimizer.zero_grad()
             if number == 0:  # every log-ratio of the first update must be 0: the weights are those that sampled
                 report["ratio_deviation"] = report["largest_log_ratio"]
             reports.append(report)
         merged = {key: statistics.fmean(r[key] for r in reports) for key in reports[-1] if key != "ratio_deviation"}
-        return {**merged, "ratio_deviation": reports[0]["ratio_deviation"], "skipped": float(len(events))}, events
+        return {**merged, "ratio_deviation": reports[0]["ratio_deviation"], "skipped": float(skipped)}, events
+
+    def _apply(self, norm: float) -> None:
+        """One step of the optimiser; until one has moved a weight, look whether this one does."""
+        before = None if self.health.record.learned or norm == 0 else self.policy.fingerprint()
+        self.optimizer.step()
+        self.policy.update_average()
+        self.health.applied(moved=before is not None and self.policy.fingerprint() != before)
 
     def _split(self, recorded: Transitions, kept: Tensor, iteration: int) -> list[Transitions]:
         """The kept samples' transitions, dealt to the optimiser steps by sample, in an order of their own."""
@@ -257,8 +282,8 @@ class Trainer:
         share_of[kept[order]] = torch.arange(len(kept)) * steps // len(kept)
         return [recorded.take((share_of[recorded.sample] == share).nonzero().squeeze(1)) for share in range(steps)]
 
-    def _optimise(self, conditioning: Batched, share: Transitions, weight: Tensor) -> dict[str, float]:
-        """Accumulate the gradient of one optimiser step and clip it."""
+    def _optimise(self, conditioning: Batched, share: Transitions, weight: Tensor) -> tuple[dict[str, float], str]:
+        """Accumulate the gradient of one optimiser step and clip it; its numbers, and where it is not finite."""
         total = len(share.sample)
         batches = self._batches(share)
         sums: dict[str, Tensor] = {}
@@ -271,10 +296,12 @@ class Trainer:
             largest = torch.maximum(largest, deviation)
             for key, value in numbers.items():
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value * (len(rows) / total)
+        peaks = self.policy.gradient_peaks()  # clipping by a norm that is NaN makes every gradient NaN
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters.values(), self.update.max_grad_norm)
         keys = [*sums, "largest_log_ratio", "grad_norm"]
         values = torch.stack([*sums.values(), largest, torch.as_tensor(norm, device=weight.device).detach()])
-        return dict(zip(keys, values.tolist(), strict=True))
+        report = dict(zip(keys, values.tolist(), strict=True))
+        return report, "" if math.isfinite(report["grad_norm"]) else where_not_finite(peaks)
 
     def _sync_only_if(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are reduced over processes once per optimiser step, with its last batch."""
@@ -315,9 +342,8 @@ class Trainer:
     def _reward_metrics(self, scores: Scores, advantage: Tensor) -> dict[str, float]:
         numbers: dict[str, Tensor] = {}
         for name, values in scores.by_name.items():
-            grouped = values.unflatten(0, (-1, self.group_size))
             numbers[f"reward/{name}"] = values.nanmean()
-            numbers[f"spread/{name}"] = grouped.var(1).nanmean().sqrt() if self.group_size > 1 else torch.zeros(())
+            numbers[f"spread/{name}"] = objective.spread(values, self.group_size)
             numbers[f"unscored/{name}"] = values.isnan().float().mean()
             if len(scores.by_name) > 1:  # normalised in its groups: how far this reward pulls where the sum goes
                 own = objective.group_advantage(values, self.group_size)

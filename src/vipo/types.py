@@ -37,6 +37,10 @@ class UserError(ValueError):
     """Something the user can mend. The command line prints the message as one sentence and exits with code 2."""
 
 
+class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed, not the program
+    """A run that learned nothing though what it was given is valid. The command line exits with code 3."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One line of the prompt file. ``index`` is its place in the file, ``metadata`` whatever stood beside it."""
@@ -152,10 +156,11 @@ class TrainStep:
     iteration: int
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
-    events: tuple[str, ...]  # every guard that fired, in words
+    events: tuple[str, ...]  # every guard that fired and what a resume changed, in words
     rollout: Rollout
     scores: Scores
     maps: Float[Tensor, "N T H W"] | None  # None for credits that use no map
+    failure: str | None = None  # why the run must end here, in words: nothing was learned
 
 
 @runtime_checkable

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from vipo.files import read_lines
+
 __all__ = [
     "PICTURE_SIZE",
     "PROMPT_TOKENS",
@@ -90,7 +92,7 @@ def prompts(split: Literal["train", "eval"]) -> tuple[str, ...]:
     """Return the shipped prompts of a split; no eval prompt occurs among the train prompts."""
     if split not in ("train", "eval"):
         raise ValueError(f"split is 'train' or 'eval', not {split!r}")
-    lines = (_HERE / f"prompts_{split}.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_lines(_HERE / f"prompts_{split}.txt")
     return tuple(line.strip() for line in lines if line.strip())
 
 

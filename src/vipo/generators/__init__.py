@@ -41,15 +41,44 @@ GENERATORS: dict[str, GeneratorEntry] = {
 
 def adapter_of(pipeline: str) -> str | None:
     """The adapter that reads a diffusers pipeline class, if there is one."""
-    return next((name for name, entry in GENERATORS.items() if pipeline in entry.pipelines), None)
+    return next((name for name, known in GENERATORS.items() if pipeline in known.pipelines), None)
 
 
-def _adapter(name: str) -> Any:
+def choose(asked: str | None, pipeline: str, path: str) -> str:
+    """The adapter for a pipeline of the class ``pipeline``: the one ``asked`` for, which must read it, or else its own.
+
+    Raises:
+        UserError: there is no such adapter, it reads other pipelines, or none reads this one.
+    """
+    if asked is not None and pipeline in entry(asked).pipelines:
+        return asked
+    found = adapter_of(pipeline)
+    if found is None:
+        known = ", ".join(sorted(name for adapter in GENERATORS.values() for name in adapter.pipelines))
+        raise UserError(f"{path!r} is a {pipeline}; vipo adapts {known}")
+    if asked is not None:
+        raise UserError(
+            f"generator.name={asked} reads {' and '.join(GENERATORS[asked].pipelines)}, but generator.path={path} is a"
+            f" {pipeline}; leave generator.name out or set it to {found}, or give another path"
+        )
+    return found
+
+
+def entry(name: str) -> GeneratorEntry:
+    """What is known of the adapter called ``name``.
+
+    Raises:
+        UserError: there is none; the nearest name is given.
+    """
     if name not in GENERATORS:
         near = difflib.get_close_matches(name, GENERATORS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(f"there is no generator {name!r}; choose from {', '.join(GENERATORS)}.{hint}")
-    module, attribute = GENERATORS[name].target.split(":")
+    return GENERATORS[name]
+
+
+def _adapter(name: str) -> Any:
+    module, attribute = entry(name).target.split(":")
     return getattr(import_module(module), attribute)
 
 

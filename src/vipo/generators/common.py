@@ -15,10 +15,14 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.logging import disable_progress_bar
 from jaxtyping import Float
 from torch import Tensor
 
+from vipo.files import usual_permissions
+from vipo.generators.token_limits import TokenLimit, cut_prompts
+from vipo.generators.weights import load_pipeline
 from vipo.types import Batched, Grid, UserError
 
 Encode = Callable[[Sequence[str]], Batched]
@@ -67,15 +71,11 @@ class DiffusersGenerator(ABC):
         """Load a pipeline folder or hub id; ``options`` are the constructor's.
 
         Raises:
-            UserError: no pipeline of this family is there.
+            UserError: no pipeline of this family is there, or its weights do not fit it in both directions.
         """
-        try:
-            disable_progress_bar()
-            dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
-            pipeline = cls.pipeline_class.from_pretrained(str(path), dtype=dtypes)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no {cls.pipeline_class.__name__} could be loaded from {str(path)!r}: {error}") from error
-        return cls(pipeline.to(device), **options)
+        disable_progress_bar()
+        dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
+        return cls(load_pipeline(cls.pipeline_class, str(path), dtypes).to(device), **options)
 
     @property
     def text_encoders(self) -> tuple[torch.nn.Module, ...]:
@@ -97,6 +97,10 @@ class DiffusersGenerator(ABC):
         """What the text encoders say, one row per prompt, all of one length; without gradient."""
 
     @abstractmethod
+    def token_limits(self) -> Sequence[TokenLimit]:
+        """How much of a prompt each encoder reads that hands on a sequence of tokens; pooled vectors do not count."""
+
+    @abstractmethod
     def predict(
         self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: Any
     ) -> Float[Tensor, "N C T H W"]:
@@ -108,6 +112,12 @@ class DiffusersGenerator(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Any:
         return self.encode_text(prompts)
+
+    def cut_prompts(self, **texts: Sequence[str]) -> list[str]:
+        """A sentence for each kind of prompt, ``training`` for one, of which some are longer than an encoder reads."""
+        negative = {"negative": [self.negative_prompt]} if self.is_guided else {}
+        limits = [limit for limit in self.token_limits() if limit.tokenizer is not None]
+        return cut_prompts(limits, {f"{kind} prompts": given for kind, given in (texts | negative).items()})
 
     def velocity(
         self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: Any
@@ -138,13 +148,23 @@ class DiffusersGenerator(ABC):
         return (media / 2 + 0.5).clamp(0, 1)
 
     def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
-        """Write LoRA layers so that the pipeline's ``load_lora_weights(folder)`` reads them."""
+        """Write LoRA layers so that the pipeline's ``load_lora_weights(folder)`` reads them.
+
+        The file's header names them too, so that a reader can see that none is missing.
+        """
         saver: Any = self.pipeline_class
-        saver.save_lora_weights(str(folder), transformer_lora_layers=dict(layers))
+        ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in layers.items() if "lora_A" in name}
+        rank = next(iter(ranks.values()))  # of all of them; alpha is the rank because B is scaled already
+        settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)}
+        saver.save_lora_weights(
+            str(folder), transformer_lora_layers=dict(layers), transformer_lora_adapter_metadata=settings
+        )
+        usual_permissions([folder / LORA_WEIGHT_NAME_SAFE])
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the whole pipeline so that its ``from_pretrained(folder)`` reads it."""
         self.pipeline.save_pretrained(str(folder))
+        usual_permissions(folder.rglob("*.safetensors"))
 
 
 def check_multiple(cell: int, model: str, **sides: int) -> None:

@@ -23,6 +23,7 @@ from vipo.generators.common import (
     shift_of,
     unpack_patches,
 )
+from vipo.generators.token_limits import TokenLimit
 from vipo.types import Batched
 
 PATCH = 2  # latent positions per token side, fixed by the architecture
@@ -97,6 +98,10 @@ class FluxGenerator(DiffusersGenerator):
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return FluxConditioning(embeds, pooled)
+
+    def token_limits(self) -> Sequence[TokenLimit]:
+        """T5's; CLIP's pooled vector always stands for the first 77 tokens only."""
+        return [TokenLimit("T5", self.pipeline.tokenizer_2, self.max_sequence_length)]
 
     def blank_conditioning(self, rows: int) -> FluxConditioning:
         """Zeros of the shape of encoded prompts, for planning without weights."""

@@ -26,6 +26,7 @@ from vipo.generators.common import (
     shift_of,
     unpack_patches,
 )
+from vipo.generators.token_limits import TokenLimit, chat
 from vipo.types import Batched
 
 PATCH = 2  # autoencoder cells per token side, fixed by the architecture
@@ -113,6 +114,10 @@ class Flux2KleinGenerator(DiffusersGenerator):
             list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
         )
         return Flux2Conditioning(embeds)
+
+    def token_limits(self) -> Sequence[TokenLimit]:
+        tokenizer = self.pipeline.tokenizer
+        return [TokenLimit("Qwen3", tokenizer, self.max_sequence_length, chat(tokenizer, thinking=False))]
 
     def blank_conditioning(self, rows: int) -> Flux2Conditioning:
         """Zeros of the shape of encoded prompts, for planning without weights."""

@@ -25,6 +25,7 @@ from vipo.generators.common import (
     shift_of,
     unpack_patches,
 )
+from vipo.generators.token_limits import TokenLimit
 from vipo.types import Batched
 
 PATCH = 2  # latent positions per token side, fixed by the architecture
@@ -54,6 +55,18 @@ class QwenImageConditioning(Batched):
 
     prompt_embeds: Float[Tensor, "N L D"]
     words: Int[Tensor, " N"]  # tokens before the zeros
+
+    def shortest_and_longest(self) -> tuple[int, int]:
+        """Words of the rows; waits for the device, but saves reading padding."""
+        shortest, longest = torch.stack(self.words.aminmax()).tolist()
+        return shortest, longest
+
+
+class BlankConditioning(QwenImageConditioning):
+    """Rows without padding, whose length is their shape's: a plan has no values to look at."""
+
+    def shortest_and_longest(self) -> tuple[int, int]:
+        return self.prompt_embeds.shape[1], self.prompt_embeds.shape[1]
 
 
 class QwenImageGenerator(DiffusersGenerator):
@@ -116,12 +129,25 @@ class QwenImageGenerator(DiffusersGenerator):
         words = torch.full((len(embeds),), longest, device=embeds.device) if mask is None else mask.sum(1)
         return QwenImageConditioning(F.pad(embeds, (0, 0, 0, self.max_sequence_length - longest)), words)
 
+    def token_limits(self) -> Sequence[TokenLimit]:
+        """Of the template the pipeline drops what stands before the prompt."""
+        template, before = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
+        return [
+            TokenLimit("Qwen2.5-VL", self.pipeline.tokenizer, self.max_sequence_length, template.format, before),
+        ]
+
+    def blank_conditioning(self, rows: int) -> BlankConditioning:
+        """Zeros of the shape of encoded prompts of the greatest length, for planning without weights."""
+        shape = rows, self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim
+        embeds = torch.zeros(shape, dtype=self.pipeline.text_encoder.dtype, device=self.device)
+        return BlankConditioning(embeds, torch.full((rows,), self.max_sequence_length, device=self.device))
+
     def predict(
         self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: QwenImageConditioning
     ) -> Float[Tensor, "N C 1 H W"]:
         dtype = self.pipeline.transformer.dtype
         words = conditioning.words
-        shortest, longest = torch.stack(words.aminmax()).tolist()  # waits for the device, but saves reading padding
+        shortest, longest = conditioning.shortest_and_longest()
         mask = torch.arange(longest, device=words.device) < words[:, None]
         tokens = self.network(
             hidden_states=pack_patches(latents).to(dtype),

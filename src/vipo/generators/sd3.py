@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.generators.common import DiffusersGenerator, check_multiple, decode_scaled, shift_of
+from vipo.generators.token_limits import TokenLimit
 from vipo.types import Batched, UserError
 
 _ATTENTION = r"attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -117,6 +118,13 @@ class StableDiffusion3Generator(DiffusersGenerator):
             max_sequence_length=self.max_sequence_length,
         )
         return StableDiffusion3Conditioning(embeds, pooled)
+
+    def token_limits(self) -> Sequence[TokenLimit]:
+        """The CLIPs' and, if it is there, T5's: the network reads the sequences of all of them."""
+        clip = TokenLimit("CLIP", self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)
+        if self.pipeline.text_encoder_3 is None:
+            return [clip]
+        return [clip, TokenLimit("T5", self.pipeline.tokenizer_3, self.max_sequence_length)]
 
     def blank_conditioning(self, rows: int) -> StableDiffusion3Conditioning:
         """Zeros of the shape of encoded prompts, for planning without weights."""

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from jaxtyping import Float
 from torch import Tensor
 
 from vipo.generators.common import DiffusersGenerator, decode_normalised, shift_of
+from vipo.generators.token_limits import TokenLimit
 from vipo.types import Batched, UserError
 
 TIME_SCALE = 1000.0  # the transformer's time runs from 0 to 1000
@@ -106,6 +108,9 @@ class WanGenerator(DiffusersGenerator):
             device=self.device,
         )
         return WanConditioning(embeds)
+
+    def token_limits(self) -> Sequence[TokenLimit]:
+        return [TokenLimit("UMT5", self.pipeline.tokenizer, self.max_sequence_length, prompt_clean)]
 
     def blank_conditioning(self, rows: int) -> WanConditioning:
         """Zeros of the shape of encoded prompts, for planning without weights."""

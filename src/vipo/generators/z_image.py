@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vipo.generators.common import DiffusersGenerator, decode_scaled, latent_and_token_grid, shift_of
+from vipo.generators.token_limits import TokenLimit, chat
 from vipo.types import Batched
 
 PATCH = 2  # latent positions per token side, as the published models are sampled
@@ -34,6 +35,17 @@ class ZImageConditioning(Batched):
 
     prompt_embeds: Float[Tensor, "N L D"]
     words: Int[Tensor, " N"]  # tokens before the zeros
+
+    def lengths(self) -> list[int]:
+        """Words of each row."""
+        return list(self.words.tolist())
+
+
+class BlankConditioning(ZImageConditioning):
+    """Rows without padding, whose length is their shape's: a plan has no values to look at."""
+
+    def lengths(self) -> list[int]:
+        return [self.prompt_embeds.shape[1]] * len(self.prompt_embeds)
 
 
 class ZImageGenerator(DiffusersGenerator):
@@ -99,12 +111,22 @@ class ZImageGenerator(DiffusersGenerator):
             filled[: len(row)] = row
         return ZImageConditioning(embeds, torch.tensor([len(row) for row in rows], device=self.device))
 
+    def token_limits(self) -> Sequence[TokenLimit]:
+        tokenizer = self.pipeline.tokenizer
+        return [TokenLimit("Qwen3", tokenizer, self.max_sequence_length, chat(tokenizer, thinking=True))]
+
+    def blank_conditioning(self, rows: int) -> BlankConditioning:
+        """Zeros of the shape of encoded prompts of the greatest length, for planning without weights."""
+        shape = rows, self.max_sequence_length, self.pipeline.transformer.config.cap_feat_dim
+        embeds = torch.zeros(shape, dtype=self.pipeline.text_encoder.dtype, device=self.device)
+        return BlankConditioning(embeds, torch.full((rows,), self.max_sequence_length, device=self.device))
+
     def predict(
         self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: ZImageConditioning
     ) -> Float[Tensor, "N C 1 H W"]:
         dtype = self.pipeline.transformer.dtype
         embeds = conditioning.prompt_embeds.to(dtype)
-        captions = [row[:length] for row, length in zip(embeds, conditioning.words.tolist(), strict=True)]
+        captions = [row[:length] for row, length in zip(embeds, conditioning.lengths(), strict=True)]
         pictures = self.network(list(latents.to(dtype)), 1 - sigma.float(), captions, return_dict=False)[0]
         return -torch.stack(pictures).float()
 

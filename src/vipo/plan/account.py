@@ -190,8 +190,8 @@ class Ledger:
                     self._costs[key, what, batch, sharded] = measure(drawn, batch, like_cuda=self.like_cuda)
             except DataDependentOutputException as error:
                 raise UserError(
-                    f"generator {recipe.generator.name!r} cannot be planned: its adapter decides by the values of"
-                    f" tensors ({error}), which a plan does not have; plan another one, or let it decide by shapes"
+                    f"the generator of {recipe.generator.path!r} cannot be planned: its adapter decides by the values"
+                    f" of tensors ({error}), which a plan does not have; plan another one, or let it decide by shapes"
                 ) from error
         return self._costs[key, what, batch, sharded]
 

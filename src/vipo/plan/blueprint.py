@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vipo import generators
 from vipo.embedded import path as embedded_path
+from vipo.generators.folder import one_line, refuse_quantised
 from vipo.plan.published import model_config
 from vipo.policy import Policy
-from vipo.recipe import Recipe
+from vipo.recipe import GeneratorSection, Recipe
 from vipo.rollout import Solver, Window
 from vipo.types import Batched, UserError
 
@@ -70,7 +71,7 @@ def draw(recipe: Recipe) -> Blueprint:
         UserError: the model's configuration is not known, or an option does not fit it.
     """
     section = recipe.generator
-    adapter: Any = getattr(generators.factory(section.name), "__self__")  # noqa: B009 - a bound from_pretrained
+    adapter: Any = getattr(generators.factory(adapter_name(section)), "__self__")  # noqa: B009 - a bound from_pretrained
     mode = FakeTensorMode()
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         pipeline = empty_pipeline(section.path, adapter.pipeline_class, DTYPES[section.dtype])
@@ -95,6 +96,19 @@ def draw(recipe: Recipe) -> Blueprint:
     options = recipe.solver.model_dump(exclude={"window", "shift"})
     solver = Solver(shift=recipe.solver.shift or generator.shift, window=window, **options)
     return Blueprint(recipe, mode, generator, policy, solver)
+
+
+def adapter_name(section: GeneratorSection) -> str:
+    """The adapter that a recipe names, or else the one that reads its model.
+
+    Raises:
+        UserError: the model's configuration is not known, or the adapter named reads other models.
+    """
+    return generators.choose(section.name, model_config(_place(section.path))["pipeline"], section.path)
+
+
+def _place(path: str) -> str:
+    return str(embedded_path(path.removeprefix(EMBEDDED))) if path.startswith(EMBEDDED) else path
 
 
 def shapes_only(network: nn.Module) -> None:
@@ -122,11 +136,11 @@ def shapes_only(network: nn.Module) -> None:
 def _generator(recipe: Recipe, adapter: Any, pipeline: Any) -> Any:
     section = recipe.generator
     sizes = {"height": section.height, "width": section.width, "frames": section.frames}
-    generator = adapter(pipeline, **generators.arguments(section.name, **sizes, given=section.options))
+    generator = adapter(pipeline, **generators.arguments(adapter_name(section), **sizes, given=section.options))
     if not hasattr(generator, "blank_conditioning"):
         raise UserError(
-            f"generator {section.name!r} cannot be planned: its adapter has no blank_conditioning(rows), which says the"
-            " shape of encoded prompts; plan another one of the generators, or add the method"
+            f"generator {adapter_name(section)!r} cannot be planned: its adapter has no blank_conditioning(rows), which"
+            " says the shape of encoded prompts; add the method (CONTRIBUTING.md, a generator)"
         )
     generator.encode_text = lambda prompts: generator.blank_conditioning(len(prompts))
     return generator
@@ -156,19 +170,23 @@ def empty_pipeline(path: str, expected: type[Any], dtype: torch.dtype) -> Any:
     """A pipeline of the class ``expected`` whose networks have no weights.
 
     Raises:
-        UserError: the folder or hub id is a pipeline of another class, or none.
+        UserError: the folder or hub id is no pipeline, or a quantised one.
     """
-    place = str(embedded_path(path.removeprefix(EMBEDDED))) if path.startswith(EMBEDDED) else path
-    found = model_config(place)
-    if found["pipeline"] != expected.__name__:
-        raise UserError(
-            f"{path!r} is a {found['pipeline']}, but this generator reads {expected.__name__};"
-            f" set generator.name to {generators.adapter_of(found['pipeline'])!r}"
-        )
+    found = model_config(_place(path))
+    for part, entry in found.items():
+        if isinstance(entry, Mapping) and "config" in entry:
+            refuse_quantised(path, part, entry["config"])
     taken = set(expected._get_signature_keys(expected)[0]) | set(expected._get_signature_keys(expected)[1])
-    parts = {name: _component(value, dtype) for name, value in found.items() if name in taken}
+    parts = {name: _part(path, name, value, dtype) for name, value in found.items() if name in taken}
     absent = {name: None for name in expected._get_signature_keys(expected)[0] if name not in parts}
     return expected(**absent, **parts, **{k: v for k, v in found["options"].items() if k in taken})
+
+
+def _part(path: str, name: str, entry: Any, dtype: torch.dtype) -> Any:
+    try:
+        return _component(entry, dtype)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise UserError(f"the {name} of {path!r} cannot be built from its configuration: {one_line(error)}") from error
 
 
 def _component(entry: Any, dtype: torch.dtype) -> Any:

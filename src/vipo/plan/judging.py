@@ -21,6 +21,7 @@ from vipo.recipe import Recipe
 PICTURES_AT_ONCE = 16  # what the rewards and backbones of vipo take by default
 CLIP_SIDE = 224  # pixels
 DINO_SIDE = 518  # pixels of the long side, the default of vipo.backbones.dinov2
+EVERY_FRAME = ("dinov2", "hpsv2.1", "pickscore", "clipscore", "aesthetic")  # what looks at each frame of a clip
 LIGHT = (  # under 25 MB, or in another process
     *("redness", "brightness", "jpeg_compressibility", "remote", "openai_judge", "efficientnet_lite"),
     *("emoji_match", "emoji_judge", "emoji_layout", "emoji_motion", "emoji_motion_judge"),
@@ -77,11 +78,11 @@ def _judge(kind: str, options: Mapping[str, Any], recipe: Recipe, trains: bool) 
     entry = table("judges")[kind]
     part = _part(entry["part"], options)
     section = recipe.generator
+    frames = section.frames if kind in EVERY_FRAME and options.get("frames") != "first" else 1
     at_once = min(int(options.get("batch_size", PICTURES_AT_ONCE)), section.frames * recipe.prompts.group_size)
     side = _dino_input(section.height, section.width, options) if kind == "dinov2" else (CLIP_SIDE, CLIP_SIDE)
     weights, cost = _measured(part, str(options.get("dtype", entry["dtype"])), at_once, side)
     offload = bool(options.get("offload", False))
-    frames = section.frames if kind in ("dinov2", "pickscore", "clipscore", "aesthetic") else 1
     return Judge(
         name=kind,
         bytes=weights,

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vipo.generators.folder import pipeline_class, read_config
 from vipo.types import UserError
 
 FOLDER = Path(__file__).parent / "configs"
@@ -53,9 +54,8 @@ def _of_hub(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {"pipeline": index["_class_name"], "options": {}}
-    for name, value in index.items():
+    found: dict[str, Any] = {"pipeline": pipeline_class(str(folder)), "options": {}}
+    for name, value in read_config(str(folder)).items():
         if name.startswith("_"):
             continue
         if not isinstance(value, list):

@@ -6,6 +6,7 @@ import re
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from vipo.plan.account import Plan
 from vipo.plan.advice import Advice
@@ -36,7 +37,9 @@ def gigabytes(size: float) -> str:
 
 def plan_view(found: Plan, advice: Advice) -> RenderableType:
     """Tables of memory and time, and what follows from them."""
-    return Group(_resident(found), _phases(found), _time(found), *(f"  {line}" for line in sentences(found, advice)))
+    return Group(
+        _resident(found), _phases(found), _time(found), *(Text(f"  {line}") for line in sentences(found, advice))
+    )
 
 
 def _resident(found: Plan) -> Table:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vipo.report.clips import cut, resized, spaced, table
 from vipo.report.embed import clip_uri, data_uri
 from vipo.report.outcome import Change, before_and_after, total_change
-from vipo.report.pictures import load_sheet
+from vipo.report.pictures import load_sheet, open_sheet
 from vipo.report.run import EvaluationRecord, RunRecord
 from vipo.types import UserError
 
@@ -98,22 +98,20 @@ def gallery(run: RunRecord, found: Sequence[Change]) -> Gallery | None:
     room = CLIP_ROOM // (2 * len([*first, *gains, *losses]))
 
     def pairs(rows: Sequence[int]) -> tuple[Pair, ...]:
-        return tuple(
-            Pair(base.prompts[i], *_shown(before, after, i, run.fps, room), _scores(base, last, i)) for i in rows
-        )
+        return tuple(Pair(base.prompts[i], *_shown(before, after, i, run, room), _scores(base, last, i)) for i in rows)
 
     side = max(before.strips[0].width // before.frames, before.strips[0].height)
     return Gallery(pairs(first), pairs(gains), pairs(losses), one_per_prompt, side)
 
 
-def _shown(before: Tiles, after: Tiles, row: int, fps: float, room: int) -> tuple[str, str, str]:
+def _shown(before: Tiles, after: Tiles, row: int, run: RunRecord, room: int) -> tuple[str, str, str]:
     """Before, after and, for clips, both laid out, as data URIs; each clip of at most ``room`` bytes."""
     pair = before.strips[row], after.strips[row]
     if before.frames == 1:
         return data_uri(pair[0]), data_uri(pair[1]), ""
     clips = cut(pair[0], before.frames), cut(pair[1], after.frames)
     frames = data_uri(table([resized(spaced(clip, LAID_OUT), LAID_OUT_SIDE) for clip in clips]), 768)
-    return clip_uri(clips[0], fps, room), clip_uri(clips[1], fps, room), frames
+    return clip_uri(clips[0], run.fps, room), clip_uri(clips[1], run.fps, room), frames
 
 
 def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
@@ -183,7 +181,6 @@ def map_figures(run: RunRecord) -> list[tuple[int, str]]:
 
 def _opened(path: Path) -> Image.Image | None:
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError:
+        return open_sheet(path)
+    except UserError:
         return None

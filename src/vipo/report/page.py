@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,6 @@ def _changes(run: RunRecord) -> tuple[list[Change], str]:
 def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
     """(name, value, remark) of what was run."""
     generator = run.recipe.get("generator") or {}
-    structuring = run.recipe.get("structuring") or {}
     credit = str(run.recipe.get("credit", "not recorded"))
     rewards = ", ".join(run.rewards) or "not recorded"
     weights = ", ".join(f"{weight:g}" for weight in run.rewards.values())
@@ -99,17 +99,17 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Held-out judges", ", ".join(map(str, judges)) or "none", "measured, never trained on"),
         ("Iterations", str(run.iterations_done), _of_planned(run)),
     ]
-    if credit in ("advantage_map", "reward_map") and structuring:
-        facts.insert(2, _map_fact(structuring))
+    if credit in ("advantage_map", "reward_map") and "structuring" in run.recipe:
+        facts.insert(2, _map_fact(run))
     return facts
 
 
-def _map_fact(structuring: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Where the allocation map comes from; a record without sources is older than they are."""
-    sources = structuring.get("sources") or ["perceptual"]
-    remark = f"normalised by {structuring.get('normalization', 'default')}"
+def _map_fact(run: RunRecord) -> tuple[str, str, str]:
+    """Where the allocation map comes from."""
+    recorded = partial(run.recorded, "structuring")
+    sources, remark = recorded("sources"), f"normalised by {recorded('normalization')}"
     if "perceptual" in sources:
-        seen = f"{structuring.get('backbone', 'not recorded')}, {structuring.get('components', 3)} components"
+        seen = f"{recorded('backbone')}, {recorded('components')} components"
         remark = f"perceptual: {seen}; {remark}"
     return "Map", " x ".join(map(str, sources)), remark
 
@@ -123,6 +123,8 @@ def _status(run: RunRecord) -> tuple[str, str]:
     done, planned = run.iterations_done, run.iterations_planned
     damaged = [f"{count} damaged line{'s' * (count > 1)} of {name}.jsonl" for name, count in run.unreadable.items()]
     left_out = f" Left out: {', '.join(damaged)}." if damaged else ""
+    if run.failure:
+        return "open", f"Failed: {run.failure}.{left_out}"
     if planned and done >= planned:
         return "done", f"Complete: all {planned} iterations.{left_out}"
     goal = f" of {planned}" if planned else ""

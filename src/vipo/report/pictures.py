@@ -96,17 +96,29 @@ def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
     """
     try:
         info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        with _of_any_size(), Image.open(path) as opened:
-            sheet = opened.convert("RGB")
         (height, width), columns, count = info["tile"], info["columns"], len(info["prompts"])
         width, columns = width * info.get("frames", 1), columns // info.get("frames", 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"contact sheet {str(path)!r} cannot be read: {error}") from error
+    sheet = open_sheet(path)
     if sheet.size != (columns * width, math.ceil(count / columns) * height):
         raise UserError(f"contact sheet {str(path)!r} is {sheet.size} pixels, which its JSON file does not describe")
     corners = [((i % columns) * width, (i // columns) * height) for i in range(count)]
     with _of_any_size():
         return [sheet.crop((x, y, x + width, y + height)) for x, y in corners], info
+
+
+def open_sheet(path: Path) -> Image.Image:
+    """A sheet that we wrote, of any size.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        with _of_any_size(), Image.open(path) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # of a damaged file, parsers raise what they like
+        raise UserError(f"sheet {str(path)!r} cannot be read: {error}") from error
 
 
 @contextmanager

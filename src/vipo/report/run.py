@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from vipo.files import complete_lines
 from vipo.types import UserError
 
 _STEP = re.compile(r"step-(\d+)")
@@ -31,12 +32,16 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One iteration: its numbers (NaN for null), wall seconds by phase, and every guard that fired, in words."""
+    """One iteration: its numbers (NaN for null), wall seconds by phase, and every guard that fired, in words.
+
+    ``failure`` is why the run ended there, if it failed.
+    """
 
     iteration: int
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     events: tuple[str, ...]
+    failure: str | None
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class RunRecord:
 
     @property
     def fps(self) -> float:
-        """Frames per second of its clips; a record that does not say is older than the setting."""
-        return float((self.recipe.get("generator") or {}).get("fps") or 8.0)
+        """Frames per second of its clips."""
+        return float(self.recorded("generator", "fps"))
 
     @property
     def iterations_planned(self) -> int | None:
@@ -81,6 +86,24 @@ class RunRecord:
     @property
     def iterations_done(self) -> int:
         return self.steps[-1].iteration + 1 if self.steps else 0
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run ended with its last iteration, if it failed."""
+        return self.steps[-1].failure if self.steps else None
+
+    def recorded(self, section: str, key: str) -> Any:
+        """A key of the recipe that every run writes down.
+
+        Raises:
+            UserError: it is not there.
+        """
+        try:
+            return self.recipe[section][key]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the recipe.yaml of {str(self.folder)!r} has no {section}.{key}; put back what `vipo train` wrote"
+            ) from error
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Iterations and values of one metric, where it is a finite number."""
@@ -102,7 +125,7 @@ def read_run(folder: Path) -> RunRecord:
     logs = {name: _read_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing", "evaluations")}
     seconds = {line["iteration"]: _numbers(line) for line in logs["timing"][0]}
     steps = [_step(line, seconds.get(line["iteration"], {})) for line in logs["metrics"][0]]
-    evaluations = [_evaluation(line) for line in logs["evaluations"][0] if isinstance(line.get("values"), dict)]
+    evaluations = [_evaluation(line) for line in _comparable(logs["evaluations"][0])]
     return RunRecord(
         folder,
         _parse_recipe(folder, recipe_text),
@@ -151,8 +174,7 @@ def _read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     """
     if not file.exists():
         return [], 0
-    text = file.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    lines = complete_lines(file, errors="replace")
     parsed = list(_parsed(lines))
     return parsed, len(lines) - len(parsed)
 
@@ -167,6 +189,13 @@ def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def _comparable(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations that can be compared with the last: a resumed run may have changed how it is evaluated."""
+    whole = [record for record in records if isinstance(record.get("values"), dict)]
+    since = int(whole[-1].get("comparable_since") or 0) if whole else 0
+    return [record for record in whole if record["iteration"] >= since]
+
+
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The numeric entries; null is NaN."""
     kept = {k: v for k, v in record.items() if k != "iteration" and (v is None or isinstance(v, int | float))}
@@ -175,7 +204,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _step(record: Mapping[str, Any], seconds: Mapping[str, float]) -> StepRecord:
     events = tuple(str(event) for event in record.get("events") or ())
-    return StepRecord(record["iteration"], _numbers(record), seconds, events)
+    return StepRecord(record["iteration"], _numbers(record), seconds, events, record.get("failure"))
 
 
 def _evaluation(record: Mapping[str, Any]) -> EvaluationRecord:

@@ -7,18 +7,20 @@ the user's own needs no entry: ``path/to/file.py:function`` is a name too.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 from vipo.rewards.answer import Answer, RewardUnavailable
 from vipo.rewards.scoring import score
-from vipo.rewards.user_file import is_user_file, load_user_reward
+from vipo.rewards.user_file import is_user_file, load_user_reward, parameters, user_function
 from vipo.types import Reward, UserError
 
-__all__ = ["REWARDS", "Answer", "RewardEntry", "RewardUnavailable", "build", "score", "state"]
+__all__ = ["REWARDS", "Answer", "RewardEntry", "RewardUnavailable", "build", "score", "state", "takes"]
 
 
 @dataclass(frozen=True)
@@ -44,62 +46,71 @@ class RewardEntry:
     needs: str | None = None
 
 
-def _lazy(module: str, name: str) -> Callable[..., Reward]:
-    """``vipo.rewards.MODULE.NAME``, imported when it is called."""
+@dataclass(frozen=True)
+class Lazy:
+    """``vipo.rewards.MODULE.NAME``, imported when it is called or asked what it takes."""
 
-    def factory(**options: Any) -> Reward:
-        reward: Reward = getattr(import_module(f"vipo.rewards.{module}"), name)(**options)
-        return reward
+    module: str
+    name: str
 
-    return factory
+    def _imported(self) -> Callable[..., Reward]:
+        factory: Callable[..., Reward] = getattr(import_module(f"vipo.rewards.{self.module}"), self.name)
+        return factory
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._imported())
+
+    def __call__(self, **options: Any) -> Reward:
+        return self._imported()(**options)
 
 
 CLIP_L = ("openai/clip-vit-large-patch14", "model.safetensors")
 VOCABULARY = "captions of the embedded vocabulary"
 CLIPS = "captions of the embedded clips"
 REWARDS: dict[str, RewardEntry] = {
-    "redness": RewardEntry(_lazy("rules", "Redness"), "mean of red minus the mean of green and blue", "-1 to 1"),
-    "brightness": RewardEntry(_lazy("rules", "Brightness"), "mean luma", "0 to 1"),
+    "redness": RewardEntry(Lazy("rules", "Redness"), "mean of red minus the mean of green and blue", "-1 to 1"),
+    "brightness": RewardEntry(Lazy("rules", "Brightness"), "mean luma", "0 to 1"),
     "jpeg_compressibility": RewardEntry(
-        _lazy("rules", "JpegCompressibility"), "minus the kilobytes of a JPEG of quality 95", "below 0"
+        Lazy("rules", "JpegCompressibility"), "minus the kilobytes of a JPEG of quality 95", "below 0"
     ),
     "emoji_match": RewardEntry(
-        _lazy("embedded", "EmojiMatch"),
+        Lazy("embedded", "EmojiMatch"),
         "log-probability that the named objects are there; for training the embedded model",
         "below 0",
         "Apache-2.0",
         needs=VOCABULARY,
     ),
     "emoji_judge": RewardEntry(
-        _lazy("embedded", "EmojiJudge"),
+        Lazy("embedded", "EmojiJudge"),
         "probability that the named objects are there; a held-out judge from other drawings",
         "0 to 1",
         "Apache-2.0",
         needs=VOCABULARY,
     ),
     "emoji_layout": RewardEntry(
-        _lazy("embedded", "EmojiLayout"),
+        Lazy("embedded", "EmojiLayout"),
         "share of a caption's claims that hold: objects, relation, ground colour; held out",
         "0 to 1",
         "Apache-2.0",
         needs=VOCABULARY,
     ),
     "emoji_motion": RewardEntry(
-        _lazy("embedded_motion", "EmojiMotion"),
+        Lazy("embedded_motion", "EmojiMotion"),
         "how far the thing in a clip goes the way its caption says; for training the embedded video model",
         "below 1",
         "Apache-2.0",
         needs=CLIPS,
     ),
     "emoji_motion_judge": RewardEntry(
-        _lazy("embedded_motion", "MotionJudge"),
+        Lazy("embedded_motion", "MotionJudge"),
         "probability of the motion that the caption claims; a held-out judge from other drawings",
         "0 to 1",
         "Apache-2.0",
         needs=CLIPS,
     ),
     "hpsv2.1": RewardEntry(
-        _lazy("clip_family", "HpsV21"),
+        Lazy("clip_family", "HpsV21"),
         "human preference: cosine of picture and prompt",
         "0.1 to 0.4",
         "Apache-2.0 (code)",
@@ -107,7 +118,7 @@ REWARDS: dict[str, RewardEntry] = {
         (("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("openai/clip-vit-large-patch14", "tokenizer.json")),
     ),
     "pickscore": RewardEntry(
-        _lazy("clip_family", "PickScore"),
+        Lazy("clip_family", "PickScore"),
         "human preference: scaled cosine",
         "18 to 25",
         "MIT (code)",
@@ -115,7 +126,7 @@ REWARDS: dict[str, RewardEntry] = {
         (("yuvalkirstain/PickScore_v1", "model.safetensors"),),
     ),
     "imagereward": RewardEntry(
-        _lazy("image_reward", "ImageReward"),
+        Lazy("image_reward", "ImageReward"),
         "human preference: a BLIP that reads the prompt",
         "-2.3 to 2",
         "Apache-2.0",
@@ -123,7 +134,7 @@ REWARDS: dict[str, RewardEntry] = {
         (("zai-org/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")),
     ),
     "clipscore": RewardEntry(
-        _lazy("clip_family", "ClipScore"),
+        Lazy("clip_family", "ClipScore"),
         "agreement with the prompt: cosine; scale=hessel or percent",
         "0.15 to 0.35",
         "MIT",
@@ -131,7 +142,7 @@ REWARDS: dict[str, RewardEntry] = {
         (CLIP_L,),
     ),
     "aesthetic": RewardEntry(
-        _lazy("aesthetic", "Aesthetic"),
+        Lazy("aesthetic", "Aesthetic"),
         "LAION's aesthetic predictor; reads no prompt",
         "3 to 8",
         "Apache-2.0 (head), MIT (CLIP)",
@@ -139,7 +150,7 @@ REWARDS: dict[str, RewardEntry] = {
         (CLIP_L,),
     ),
     "videoalign": RewardEntry(
-        _lazy("qwen_vl", "VideoAlign"),
+        Lazy("qwen_vl", "VideoAlign"),
         "video quality VQ, motion MQ, text TA or Overall; raw or normalised",
         "about -5 to 5",
         "MIT (code), Apache-2.0 (weights)",
@@ -148,7 +159,7 @@ REWARDS: dict[str, RewardEntry] = {
         needs="its prompt template, from its repository",
     ),
     "hpsv3": RewardEntry(
-        _lazy("qwen_vl", "HpsV3"),
+        Lazy("qwen_vl", "HpsV3"),
         "human preference: a Qwen2-VL 7B",
         "-2 to 13",
         "MIT (code)",
@@ -157,7 +168,7 @@ REWARDS: dict[str, RewardEntry] = {
         needs="its prompt template, from its repository",
     ),
     "ocr": RewardEntry(
-        _lazy("ocr", "Ocr"),
+        Lazy("ocr", "Ocr"),
         "share of the text in double quotes that can be read in the picture",
         "0 to 1",
         "Apache-2.0",
@@ -167,7 +178,7 @@ REWARDS: dict[str, RewardEntry] = {
         needs="prompts with a text in double quotes",
     ),
     "geneval_hf": RewardEntry(
-        _lazy("geneval", "GenEvalHf"),
+        Lazy("geneval", "GenEvalHf"),
         "GenEval's checks of objects, counts, colours, positions; another detector",
         "0 to 1",
         "MIT (both)",
@@ -178,10 +189,10 @@ REWARDS: dict[str, RewardEntry] = {
         needs="prompts with GenEval's metadata, such as set:geneval",
     ),
     "remote": RewardEntry(
-        _lazy("remote", "Remote"), "whatever `vipo serve-reward` serves at url=", "the served reward's", needs="url="
+        Lazy("remote", "Remote"), "whatever `vipo serve-reward` serves at url=", "the served reward's", needs="url="
     ),
     "openai_judge": RewardEntry(
-        _lazy("openai_judge", "OpenAiJudge"),
+        Lazy("openai_judge", "OpenAiJudge"),
         "a score that a vision language model writes, behind an OpenAI-compatible server",
         "low= to high=",
         "the model's",
@@ -209,23 +220,41 @@ def _downloaded(repository: str, file: str) -> bool:
     return isinstance(try_to_load_from_cache(repository, file), str)
 
 
-def build(name: str, **options: Any) -> Reward:
+def takes(name: str, option: str) -> bool:
+    """Whether a reward has an option of that name.
+
+    Raises:
+        UserError: no reward of that name, or a file that does not give one.
+    """
+    return option in parameters(user_function(name) if is_user_file(name) else _entry(name).factory)
+
+
+def build(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Reward:
     """The reward ``name``, or the user's own function for ``path/to/file.py:function``.
+
+    Args:
+        offered: options that it is given if it has them and ``options`` do not say otherwise.
 
     Raises:
         UserError: no reward of that name, an option it does not have, or a file that does not give a reward.
     """
     if is_user_file(name):
-        return load_user_reward(name, **options)
+        return load_user_reward(name, offered, **options)
+    factory = _entry(name).factory
+    added = {key: value for key, value in offered.items() if key in parameters(factory)}
+    try:
+        return factory(**{**added, **options})
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"reward {name!r} refused its options {options}: {error}") from error
+
+
+def _entry(name: str) -> RewardEntry:
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=2, cutoff=0.4)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UserError(
             f"there is no reward {name!r}; choose from {', '.join(REWARDS)}, or give file.py:function.{hint}"
         )
-    try:
-        return REWARDS[name].factory(**options)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"reward {name!r} refused its options {options}: {error}") from error
+    return REWARDS[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,23 +13,27 @@ from vipo.rewards.answer import Answer, RewardUnavailable
 from vipo.rewards.http import JsonClient
 from vipo.types import Prompt, UserError
 
+REQUEST_MEGABYTES = 200  # of media in one request; a server takes 256 unless told otherwise
+
 
 class Remote:
     """The scores of the reward that ``url`` serves. Samples that the server does not score are NaN with its reason.
 
     Args:
         url: of the server, as it prints it.
-        batch_size: samples per request. A request that fails for good costs only its own samples.
-        encoding: "8bit" sends pictures as PNG, which is what scorers are trained on; "exact" sends float32.
+        batch_size: samples per request, at most; a request holds fewer of long clips, so that the server takes it. A
+            request that fails for good costs only its own samples.
+        encoding: "exact" sends float32, so the scores are those of the same reward in this process; "8bit" rounds to
+            256 levels, as a picture file would, which is other pixels and other scores for a fraction of the bytes.
         connection: time-outs, retries, token and cool-down, see :class:`vipo.rewards.http.JsonClient`.
     """
 
-    def __init__(self, *, url: str, batch_size: int = 8, encoding: str = "8bit", **connection: Any) -> None:
+    def __init__(self, *, url: str, batch_size: int = 8, encoding: str = "exact", **connection: Any) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive")
         if encoding not in wire.ENCODINGS:
             raise ValueError(f"encoding={encoding!r} must be one of {', '.join(wire.ENCODINGS)}")
-        self.batch_size, self.encoding = batch_size, cast(wire.Encoding, encoding)
+        self.batch_size, self.encoding = batch_size, encoding
         self.client = JsonClient(url, **connection)
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
@@ -41,8 +45,8 @@ class Remote:
         Raises:
             UserError: the server refused the request, or its answer breaks the protocol.
         """
-        starts = range(0, len(prompts), self.batch_size)
-        batches = (slice(start, start + self.batch_size) for start in starts)
+        size = wire.fitting(media, self.batch_size, REQUEST_MEGABYTES)
+        batches = (slice(start, start + size) for start in range(0, len(prompts), size))
         return Answer.cat([self._ask(media[batch], prompts[batch]) for batch in batches])
 
     def _ask(self, media: Tensor, prompts: Sequence[Prompt]) -> Answer:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -64,7 +67,7 @@ def ask(name: str, reward: Reward, media: Float[Tensor, "N 3 F Y X"], prompts: S
     """One reward, once, without gradients; if it cannot be reached, that is the answer.
 
     Raises:
-        UserError: the reward raised anything but ``RewardUnavailable``, or did not return (N,) real numbers.
+        UserError: the reward raised anything but ``RewardUnavailable``, or did not return N real numbers.
     """
     try:
         with torch.no_grad():
@@ -96,14 +99,36 @@ def _check(
 
 
 def _checked(name: str, values: Any, count: int) -> Float[Tensor, " N"]:
+    """What a reward returned as float32; a list, tuple or array of numbers will do, and None in it is no score."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, list | tuple):
+        values = torch.tensor([_number(name, place, value) for place, value in enumerate(values)], dtype=torch.float64)
     if not isinstance(values, Tensor):
-        raise UserError(f"reward {name!r} returned {type(values).__name__}; it must return a tensor ({count},)")
+        raise UserError(
+            f"reward {name!r} returned {type(values).__name__}; it must return one number per sample,"
+            f" as a tensor, an array or a list of {count}"
+        )
     if values.shape != (count,) or values.is_complex():
         raise UserError(
             f"reward {name!r} returned {tuple(values.shape)} of {values.dtype};"
             f" it must return one real number per sample, shape ({count},)"
         )
     return values.detach().float()
+
+
+def _number(name: str, place: int, value: Any) -> float:
+    if value is None:
+        return torch.nan
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
+        value = value.item()
+    with suppress(OverflowError):  # a whole number for which there is no float
+        if isinstance(value, Real):
+            return float(value)
+    raise UserError(
+        f"reward {name!r} returned values of which number {place} is {value!r:.40}, a {type(value).__name__};"
+        " each must be a real number, or None where there is no score"
+    )
 
 
 def _failure(name: str, missing: Tensor, causes: Mapping[int, str]) -> str:

@@ -173,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.unread > self._home.max_bytes:
             limit = f"{self._home.max_bytes / MEGABYTE:g}"
             raise HttpError(
-                413, f"{self.unread} bytes are over {limit} MB; lower batch_size or serve with a higher --max-megabytes"
+                413,
+                f"{self.unread} bytes are over {limit} MB; lower batch_size, take encoding=8bit, or serve with a higher"
+                " --max-megabytes",
             )
         with self._home.place():
             try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 from vipo.types import Reward, UserError
@@ -17,12 +19,33 @@ def is_user_file(name: str) -> bool:
     return ".py:" in name or name.endswith(".py")
 
 
-def load_user_reward(name: str, **options: Any) -> Reward:
+def load_user_reward(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Reward:
     """Import the file and take the function from it; with options, it is called with them and must return a reward.
+
+    Args:
+        offered: options that are added if the function has them and is called, or is a class, which must be.
 
     Raises:
         UserError: no function named, no such file, the file does not import, no such function, or it is not callable.
     """
+    reward = user_function(name)
+    called = bool(options) or isinstance(reward, type)
+    added = {key: value for key, value in offered.items() if called and key in parameters(reward)}
+    if options or added:
+        reward = _configured(reward, name, {**added, **options})
+    return cast(Reward, reward)
+
+
+def parameters(function: Callable[..., Any]) -> Collection[str]:
+    """The names that a function's or a class's call takes; none if it does not say."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return ()
+
+
+def user_function(name: str) -> Any:
+    """What ``path/to/file.py:function`` names: a reward, or what makes one."""
     file_name, _, function = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
     if not function:
         raise UserError(f"{name!r} names a file but no function; write {name}:FUNCTION, where the file has {EXAMPLE}")
@@ -33,9 +56,7 @@ def load_user_reward(name: str, **options: Any) -> Reward:
     reward = getattr(module, function)
     if not callable(reward):
         raise UserError(f"{function!r} in {file_name} is a {type(reward).__name__}, not a function: {EXAMPLE}")
-    if options:
-        reward = _configured(reward, name, options)
-    return cast(Reward, reward)
+    return reward
 
 
 def _import(file: Path) -> ModuleType:

@@ -1,11 +1,12 @@
-"""The JSON between a reward's client and its server, version 1. No pickle, no lossy pictures.
+"""The JSON between a reward's client and its server, version 1. No pickle.
 
     POST /score  {"version": 1, "items": [{"id", "prompt", "index", "metadata", "media": {"kind", "data"}}]}
     answer       {"scores": [{"id", "score": number or null, "error": text or null}]}
 
 ``data`` is base64 of a PNG (kind "png": one RGB frame) or of a NumPy file (kind "npy": (3, F, Y, X), float32 in [0, 1],
-or uint8 where 255 is 1). All media of a request have one shape; the answer has each id once, in any order. Whatever
-does not fit raises ``WireError``, one sentence.
+or uint8 where 255 is 1). Float32 arrives as it was; the others were rounded to 256 levels before they were sent. All
+media of a request have one shape; the answer has each id once, in any order. Whatever does not fit raises
+``WireError``, one sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,16 +25,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vipo.media.reading import opened, pixels_of
 from vipo.rewards.answer import Answer
 from vipo.types import Prompt, UserError
 
 VERSION = 1
-MAX_PIXELS = 2**26  # of one PNG: 8192 x 8192
 QUOTED_CHARACTERS = 200  # of a parser's complaint
 LARGEST = float(np.finfo(np.float32).max)
 NO_REASON = "the server gave no score and no reason"
-ENCODINGS = ("8bit", "exact")
-Encoding = Literal["8bit", "exact"]  # "exact" is float32, four times the bytes and more
+Encoding = Literal["exact", "8bit"]  # the first is float32, 16 bytes a pixel in base64
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+FLOAT_BYTES = 4 * 4 / 3  # of one number on the wire, in base64
 
 
 class WireError(ValueError):
@@ -71,6 +73,11 @@ def encode_request(media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt],
         raise UserError(
             f"a prompt's metadata cannot be sent to a reward server: {error}; keep to text, numbers and lists of them"
         ) from error
+
+
+def fitting(media: Float[Tensor, "N 3 F Y X"], most: int, megabytes: float) -> int:
+    """How many of the samples a request may hold: at most ``most``, fewer if they are long clips, at least one."""
+    return max(1, min(most, int(megabytes * 1e6 / (FLOAT_BYTES * math.prod(media.shape[1:])))))
 
 
 def decode_request(content: bytes) -> Request:
@@ -168,13 +175,10 @@ def _decode(media: Any, place: int) -> Float[Tensor, "3 F Y X"]:
 
 
 def _read_png(data: bytes) -> Float[Tensor, "3 1 Y X"]:
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            if picture.mode != "RGB" or picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.mode} {picture.size} is not RGB of at most {MAX_PIXELS} pixels")
-            pixels = np.array(picture)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"over {MAX_PIXELS} pixels") from error
+    with opened(io.BytesIO(data), formats=["PNG"]) as picture:
+        if picture.mode != "RGB" or picture.has_transparency_data or getattr(picture, "n_frames", 1) > 1:
+            raise ValueError(f"{picture.mode} {picture.size} is not RGB, opaque and one frame")
+        pixels = np.array(pixels_of(picture))
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(1).float() / 255
 
 

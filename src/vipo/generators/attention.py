@@ -1,0 +1,121 @@
+"""Which attention a network runs with: ``generator.attention``.
+
+On recent NVIDIA GPUs PyTorch prefers cuDNN's attention. For the networks here its backward gives NaN in bfloat16, and
+at FLUX.1-dev's size an illegal memory access (H100, torch 2.11, cuDNN 9.19; its forward is right, and so are the other
+kernels both ways). So ``auto`` lets PyTorch choose from anything but cuDNN's. PyTorch keeps that setting for the whole
+process: :func:`scope` makes it while a network works, and puts back what the caller had.
+
+A name of diffusers' ``set_attention_backend`` is written into the network instead, for sampling and replay alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vipo.types import UserError
+
+AUTO = "auto"
+EXACT = "_native_math"  # plain matrix products: slower, everywhere the same, and differentiable everywhere
+# What a kernel that cannot run here raises, when it is chosen or when it is tried.
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError)
+PROBE_TOKENS, PROBE_HEADS, USUAL_WIDTH = 32, 2, 64
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Inside, ``auto`` holds for the whole process; with a named backend PyTorch's settings are left alone.
+
+    Enter it around work that is done at once, never around a ``yield``: what runs between is the caller's.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and name != AUTO)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def check(name: str) -> None:
+    """Look a name up in diffusers' list, before anything large is loaded.
+
+    Raises:
+        UserError: it is not there, or names attention that has no backward.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = [str(entry.value) for entry in AttentionBackendName]
+    if name != AUTO and name not in known:
+        trainable = ", ".join([AUTO, *(entry for entry in known if not _is_inference_only(entry))])
+        raise UserError(f"generator.attention={name!r} is not known to diffusers; choose from {trainable}")
+    if _is_inference_only(name):
+        raise UserError(f"generator.attention={name!r} {_NO_BACKWARD}")
+
+
+_NO_BACKWARD = f"has no backward, so nothing could be trained through it; take {AUTO}, or _native_flash for one"
+
+
+def _is_inference_only(name: str) -> bool:
+    return "sage" in name
+
+
+def install(network: nn.Module, name: str, *, dtype: torch.dtype) -> None:
+    """Give every attention of a diffusers network this backend, which must work here in ``dtype``, both ways.
+
+    ``auto`` changes nothing, but diffusers' own default, ``DIFFUSERS_ATTN_BACKEND``, must have a backward as well.
+
+    Raises:
+        UserError: the backend is unknown, cannot be used here or has no backward, or the network takes none.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    check(name)
+    default = _AttentionBackendRegistry.get_active_backend()[0]
+    chosen, said = name, f"generator.attention={name!r}"
+    if name == AUTO:
+        chosen, said = str(default.value), f"diffusers' attention backend {default.value!r} (DIFFUSERS_ATTN_BACKEND)"
+        if chosen == "native" or not takes_backend(network):
+            return
+    elif not takes_backend(network):
+        raise UserError(f"{said}: the attention of {type(network).__name__} takes no backend; leave it {AUTO}")
+    try:
+        network.set_attention_backend(chosen)  # type: ignore[operator]
+        differentiable = _has_backward(chosen, network, dtype)
+    except FAULTS as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{said} cannot be trained with here in {dtype}: {why} Take {AUTO} or {EXACT}") from error
+    finally:
+        _AttentionBackendRegistry.set_active_backend(default)  # diffusers sets it for every other model, too
+    if not differentiable:
+        raise UserError(f"{said} {_NO_BACKWARD}")
+
+
+def takes_backend(network: nn.Module) -> bool:
+    """Whether all of a network's attention goes through diffusers' choice of a backend; that of SD3 does not."""
+    found = processors(network)
+    return bool(found) and all(hasattr(processor, "_attention_backend") for processor in found)
+
+
+def processors(network: nn.Module) -> list[Any]:
+    """What computes attention in a diffusers network, one for each of its attention layers."""
+    return [module.processor for module in network.modules() if hasattr(module, "processor")]
+
+
+def _has_backward(name: str, network: nn.Module, dtype: torch.dtype) -> bool:
+    """Try it on a few tokens of the network's head width: whether all three inputs get a finite gradient."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    config: Any = network.config
+    shape = (1, PROBE_TOKENS, PROBE_HEADS, config.get("attention_head_dim") or USUAL_WIDTH)
+    device = next(network.parameters()).device
+    ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), device=device, dtype=dtype).reshape(shape)
+    inputs = [(ramp * scale).requires_grad_() for scale in (1, -1, 0.5)]
+    out = dispatch_attention_fn(*inputs, backend=name)
+    if not out.requires_grad:
+        return False
+    out.float().square().sum().backward()
+    return all(tensor.grad is not None and bool(tensor.grad.isfinite().all()) for tensor in inputs)
