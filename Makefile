@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 RUN := runs/quickstart
 # glibc gives freed memory back and asks for it again all the time; told to keep it, a forward pass took a fifth less.
-TUNING := OMP_NUM_THREADS=$(THREADS) MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
+TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
+# Tests run in processes of one thread each, at most four of them: every one imports torch.
+WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev quickstart claims claims-quick check test wheel clean
@@ -28,7 +30,7 @@ install-dev: $(VENV)/.installed-dev ## The same with what the tests need
 
 quickstart: $(VENV)/.installed ## Post-train the embedded FLUX on this machine and write a report (minutes)
 	@rm -rf $(RUN)
-	$(TUNING) $(BIN)/vipo train recipes/quickstart.yaml --output $(RUN)
+	OMP_NUM_THREADS=$(THREADS) $(TUNING) $(BIN)/vipo train recipes/quickstart.yaml --output $(RUN)
 	@echo "Open $(RUN)/report.html; pictures are in $(RUN)/samples, maps in $(RUN)/maps."
 
 CLAIMS := runs/claims
@@ -52,7 +54,7 @@ check: $(VENV)/.installed-dev ## Lint, types, import contracts
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-dev ## All tests
-	$(TUNING) $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(TUNING) $(BIN)/pytest --numprocesses $(WORKERS)
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

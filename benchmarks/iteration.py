@@ -13,7 +13,7 @@ import statistics
 
 import torch
 
-from vipo.build import Session, build
+from vipo.assemble import Session, build
 from vipo.recipe import load_recipe
 
 PHASES = ("rollout", "reward", "map", "update")

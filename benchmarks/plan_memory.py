@@ -23,10 +23,12 @@ import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 
-from vipo.build import build
+from vipo.assemble import build
 from vipo.embedded import path as embedded_path
+from vipo.engine import Engine
 from vipo.plan import Ledger, Machine, plan
-from vipo.recipe import Recipe, parse_recipe
+from vipo.recipe import parse_recipe
+from vipo.schema import Recipe
 
 FAMILIES = ("flux", "wan")
 
@@ -115,7 +117,8 @@ def predicted(recipe: Recipe) -> int:
 def measured(recipe: Recipe) -> int:
     """Bytes at worst in the second iteration."""
     before = set(_alive())  # what is not this model's
-    trainer = build(recipe, accelerator=Accelerator(mixed_precision=recipe.training.precision, cpu=True)).trainer
+    engine = Engine(accelerator=Accelerator(mixed_precision=recipe.training.precision, cpu=True))
+    trainer = build(recipe, engine=engine).trainer
     trainer.step()
     alive = {place: size for place, size in _alive().items() if place not in before}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

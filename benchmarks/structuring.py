@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vipo import structuring
-from vipo.structuring import allocation_map
+from vipo.structuring import allocation_map, components
 
 LARGE_SHAPES = [(16, 320, 17, 17), (4, 768, 37, 37), (4, 1024, 37, 37)]
 SHAPES = [(96, 112, 8, 8), (96, 112, 14, 14), (4, 1024, 37, 37)]
@@ -76,11 +75,11 @@ def steep(features: Tensor) -> Tensor:
 
 
 def without_check(features: Tensor) -> Tensor:
-    check, structuring._settled = structuring._settled, _believed
+    check, components._settled = components._settled, _believed
     try:
         return allocation_map(features, GRID)
     finally:
-        structuring._settled = check
+        components._settled = check
 
 
 def _believed(matrix: Tensor, *_: Tensor) -> Tensor:

@@ -12,23 +12,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import tiny
 from vipo import objective, sde
+from vipo.engine import Engine
 from vipo.generators.common import DiffusersGenerator
-from vipo.map_sources import Perceptual
+from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.plan import Ledger
 from vipo.plan.meter import Meter
 from vipo.policy import Policy
-from vipo.prompts import PromptSampler
+from vipo.prompts.sampler import PromptSampler
 from vipo.recipe import parse_recipe
-from vipo.rollout import Solver, replay, sample_groups
+from vipo.rollout import replay, sample_groups
 from vipo.structuring import PerceptualStructuring
-from vipo.trainer import Objective, Trainer, Update
+from vipo.structuring.sources import Perceptual
+from vipo.training.trainer import Trainer
 from vipo.types import Prompt
 
 Draw = Callable[[Any], Tensor]
@@ -155,15 +159,16 @@ def trains_two_steps(generator: DiffusersGenerator, prompts: Sequence[str]) -> N
     policy = lora(generator)
     before = {name: tensor.clone() for name, tensor in policy.state().items()}
     trainer = Trainer(
-        accelerator=Accelerator(mixed_precision="no", cpu=True),
+        engine=Engine(accelerator=Accelerator(mixed_precision="no", cpu=True)),
         generator=generator,
         policy=policy,
         prompts=PromptSampler([Prompt(text) for text in prompts], per_iteration=1, seed=0),
         scorer=tiny.scorer(tiny.redness),
         map_source=Perceptual(PerceptualStructuring(tiny.Patches(), temporal_stride=generator.temporal_stride)),
         solver=Solver(steps=3, shift=generator.shift, eta=0.7),
-        objective=Objective(credit="advantage_map", clip_range=0.2),
-        update=Update(learning_rate=1e-2),
+        credit="advantage_map",
+        objective=Objective(clip_range=0.2),
+        optimizer=OptimizerOptions(learning_rate=1e-2),
         group_size=3,
         seed=0,
     )
@@ -242,7 +247,7 @@ def counts_what_is_cut(
     generator: DiffusersGenerator, read: Callable[[str], int], *, reader: str, word: str = "cat "
 ) -> None:
     """Around its limit, ``reader``'s count of a prompt's tokens is what ``read`` says it was given, up to the limit."""
-    (limit,) = (limit for limit in generator.token_limits() if limit.reader == reader)
+    (limit,) = (limit for limit in generator.reader.limits() if limit.reader == reader)
     prompts = [(word * count).strip() for count in range(1, limit.most + 3)]
     tokens = limit.tokens(prompts)
     near = [place for place, count in enumerate(tokens) if abs(count - limit.most) <= 3]
@@ -267,7 +272,7 @@ def tokens_given(generator: DiffusersGenerator, encoder: str, tokenizer: str) ->
 
     def read(prompt: str) -> int:
         hook = part.register_forward_pre_hook(note, with_kwargs=True)
-        generator.encode_now([prompt])
+        generator.reader([prompt])
         hook.remove()
         row = given.pop()[0].tolist()
         return row.index(words.eos_token_id) + 1 if words.eos_token_id in row else len(row)
@@ -281,7 +286,7 @@ def planned_as_it_runs(generator: DiffusersGenerator, prompt: str, recipe: dict[
     ``prompt`` is one, and the generator's negative prompt too; ``recipe`` trains this model.
     """
     rows = 2
-    real, blank = generator.encode([prompt] * rows), generator.blank_conditioning(rows)
+    real, blank = generator.encode([prompt] * rows), generator.reader.blank(rows)
     for name, value in vars(real).items():
         assert getattr(blank, name).shape == value.shape and getattr(blank, name).dtype == value.dtype, name
     lora(generator, rank=recipe["policy"]["rank"])
@@ -290,6 +295,21 @@ def planned_as_it_runs(generator: DiffusersGenerator, prompt: str, recipe: dict[
         generator.velocity(noise(generator, rows), torch.full((rows,), 0.7), real)
     planned = Ledger().cost(parse_recipe(recipe), "sampling", rows).flops
     assert planned == counted.flops > 0
+
+
+def masks_as_it_says(generator: DiffusersGenerator, prompts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is given masks for ``prompts`` of different lengths if, and only if, the adapter says so."""
+    masked: list[bool] = []
+    native = AttentionBackendName.NATIVE
+    original = _AttentionBackendRegistry._backends[native]
+
+    def noting(*, attn_mask: Tensor | None, **given: Any) -> Any:
+        masked.append(attn_mask is not None)
+        return original(attn_mask=attn_mask, **given)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, native, noting)
+    velocity(generator, prompts)
+    assert masked and any(masked) == generator.masks_text
 
 
 def text_is_frozen(generator: DiffusersGenerator) -> None:

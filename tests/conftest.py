@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TF_CPP_MIN_LOG_LEVEL="3")  # subprocesses inherit them
+os.environ.update(OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")  # subprocesses inherit them
+os.environ.pop("COLUMNS", None)  # a console keeps the width that it finds when it is first imported
+if "--run-needs-gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import jaxtyping
 import pytest
@@ -15,10 +20,17 @@ import torch
 from accelerate.state import AcceleratorState
 
 import tiny
+from terminal import Said, Vipo
+from vipo.cli import main
+from vipo.recipe import parse_recipe
+from vipo.runs.run import Run
+
+NEEDS = {"weights": "real weights", "gpu": "a GPU"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-needs-weights", action="store_true", help="also run tests that need real weights")
+    for need, what in NEEDS.items():
+        parser.addoption(f"--run-needs-{need}", action="store_true", help=f"also run tests that need {what}")
 
 
 def pytest_configure() -> None:
@@ -26,17 +38,19 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-needs-weights"):
-        return
-    for item in items:
-        if item.get_closest_marker("needs_weights"):
-            item.add_marker(pytest.mark.skip(reason="needs real weights: run with --run-needs-weights"))
+    for need, what in NEEDS.items():
+        skip = pytest.mark.skip(reason=f"needs {what}: run with --run-needs-{need}")
+        for item in items:
+            if item.get_closest_marker(f"needs_{need}") and not config.getoption(f"--run-needs-{need}"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
+def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process trains at one precision, tests at several
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next module's fixtures come before its first test
 
 
 @pytest.fixture
@@ -51,3 +65,28 @@ def unchecked() -> Iterator[None]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX pipeline of random weights, small enough to train in a test."""
     return tiny.save_pipeline(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@pytest.fixture
+def vipo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Vipo:
+    """``vipo ARGUMENTS`` in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("VIPO_DEBUG", raising=False)
+
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["vipo", *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
+            main()
+        return Said(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A finished run of the tiny model; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"training__iterations": 2, "judges": ["brightness"]}
+    list(Run(parse_recipe(tiny.recipe(model_folder, folder / "prompts.txt", **changes)), folder / "run"))
+    return folder / "run"

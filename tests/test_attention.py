@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import tiny
 import tiny_sd3
-from vipo.build import Session, build
+from vipo.assemble import Session, build
+from vipo.errors import UserError
 from vipo.generators.attention import install, processors, scope
+from vipo.generators.flux import FluxGenerator
 from vipo.recipe import parse_recipe
-from vipo.run import Evaluated, Run, train
-from vipo.target import open_target
-from vipo.types import Prompt, UserError
+from vipo.runs.run import Evaluated, Run, train
+from vipo.runs.target import open_target
+from vipo.types import Prompt
 
 MATH = AttentionBackendName._NATIVE_MATH
 SPY = """
@@ -115,9 +118,9 @@ def test_it_holds_for_samples_and_scores_of_a_plain_model(tmp_path: Path, raw: d
     during: list[bool] = []
     model.generator.network.register_forward_hook(lambda *_: during.append(allowed()))
     (reward,), prompts = raw["rewards"], [Prompt("a cat"), Prompt("a red car")]
-    for _ in model.sample(prompts, count=1, steps=2, seed=0, batch_size=1):
+    for _ in model.sample(prompts, samples_per_prompt=1, steps=2, seed=0, batch_size=1):
         assert allowed()
-    model.evaluate(prompts, [reward], count=1, steps=2)
+    model.evaluate(prompts, [reward], samples_per_prompt=1, steps=2)
     assert allowed() and not any(during) and len(during) > 4 and seen(tmp_path) == {"False"}
 
 
@@ -207,7 +210,7 @@ def test_a_backend_without_a_backward_is_found_by_trying_it(raw: dict[str, Any])
 @pytest.mark.usefixtures("without_backward")
 def test_diffusers_own_default_must_have_a_backward_too(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", MATH)
-    with pytest.raises(UserError, match=r"'_native_math' \(DIFFUSERS_ATTN_BACKEND\) has no backward"):
+    with pytest.raises(UserError, match=r"'_native_math' \(DIFFUSERS_ATTN_BACKEND\) has no backward.*\. Unset that"):
         with_attention(raw, "auto")
 
 
@@ -216,3 +219,49 @@ def test_a_network_whose_attention_takes_no_backend_says_so(model_folder: Path) 
     install(model.network, "auto", dtype=torch.float32)
     with pytest.raises(UserError, match="of SD3Transformer2DModel takes no backend; leave it auto"):
         install(model.network, "_native_math", dtype=torch.float32)
+
+
+def networks_that_mask() -> Iterator[torch.nn.Module]:
+    yield QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    yield ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
+    )  # fmt: skip
+
+
+def test_a_backend_that_takes_no_mask_is_refused_where_masks_are_given() -> None:
+    for network in networks_that_mask():
+        half = network.to(torch.bfloat16)
+        install(half, "_native_flash", dtype=torch.bfloat16)  # as for a network that masks nothing
+        for name in ("auto", "native", "_native_math"):
+            install(half, name, dtype=torch.bfloat16, masked=True)
+        kind = type(network).__name__
+        with pytest.raises(UserError, match=rf"_flash' takes no mask here \(.*\), but {kind} hides .*\. Take auto"):
+            install(half, "_native_flash", dtype=torch.bfloat16, masked=True)
+
+
+def test_a_backend_that_reads_what_a_mask_hides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _AttentionBackendRegistry._backends[MATH]
+
+    def deaf(*, attn_mask: object, **given: Any) -> Any:  # noqa: ARG001
+        return original(**given)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, MATH, deaf)
+    network = next(networks_that_mask())
+    install(network, "_native_math", dtype=torch.float32)
+    with pytest.raises(UserError, match="'_native_math' does not keep to a mask here, but QwenImage"):
+        install(network, "_native_math", dtype=torch.float32, masked=True)
+
+
+def test_a_model_is_tried_with_masks_if_its_adapter_says_so(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["generator"] |= {"dtype": "bfloat16"}
+    raw["training"] |= {"precision": "bf16"}
+    with_attention(raw, "_native_flash")
+    monkeypatch.setattr(FluxGenerator, "masks_text", True)
+    with pytest.raises(UserError, match="'_native_flash' takes no mask here"):
+        with_attention(raw, "_native_flash")

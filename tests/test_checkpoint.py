@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import tiny
-from vipo import checkpoint
+from vipo.errors import UserError
 from vipo.files import write_text, written_whole
 from vipo.policy import Policy
-from vipo.trainer import Trainer
-from vipo.types import UserError
+from vipo.training import checkpoint
+from vipo.training.trainer import Trainer
 
 
 def with_average(model: Any) -> Policy:
@@ -36,7 +36,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     slots = {
         f"{name}/{slot}": value.clone()
         for name, parameter in trainer.policy.parameters.items()
-        for slot, value in trainer.optimizer.state.get(parameter, {}).items()
+        for slot, value in trainer.learner.optimizer.state.get(parameter, {}).items()
     }
     average = {f"ema/{name}": value.clone() for name, value in trainer.policy.ema.items()}
     return {n: v.clone() for n, v in trainer.policy.state().items()} | average | slots
@@ -90,34 +90,34 @@ def test_what_an_earlier_kill_left_aside_is_cleared(tmp_path: Path) -> None:
 
 
 def test_a_round_trip_restores_every_number(model_folder: Path, tmp_path: Path, trained: Trainer) -> None:
-    where = checkpoint.save(trained, tmp_path)
+    where = checkpoint.save(trained.state(), tmp_path)
     fresh = tiny.trainer(model_folder, policy=with_average, prompts_per_iteration=1)
-    checkpoint.load(fresh, where)
+    fresh.restore(checkpoint.load(where, averages=True))
     saved, loaded = everything(trained), everything(fresh)
     assert saved.keys() == loaded.keys() and any(key.endswith("/exp_avg_sq") for key in saved)
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
-    assert fresh.iteration == 2 and fresh.guard.norms == trained.guard.norms != []
-    assert fresh.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
+    assert fresh.iteration == 2 and fresh.learner.guard.norms == trained.learner.guard.norms != []
+    assert fresh.learner.optimizer.param_groups[0]["lr"] == trained.learner.optimizer.param_groups[0]["lr"]
 
 
 def test_the_iteration_after_a_round_trip_is_the_same_bit_for_bit(
     model_folder: Path, tmp_path: Path, trained: Trainer
 ) -> None:
     fresh = tiny.trainer(model_folder, policy=with_average, prompts_per_iteration=1)
-    checkpoint.load(fresh, checkpoint.save(trained, tmp_path))
+    fresh.restore(checkpoint.load(checkpoint.save(trained.state(), tmp_path), averages=True))
     ours, theirs = trained.step(), fresh.step()
     assert ours.metrics == theirs.metrics and torch.equal(ours.rollout.media, theirs.rollout.media)
     assert all(torch.equal(v, everything(fresh)[k]) for k, v in everything(trained).items())
 
 
 def test_only_json_and_safetensors_are_written(tmp_path: Path, trained: Trainer) -> None:
-    where = checkpoint.save(trained, tmp_path)
+    where = checkpoint.save(trained.state(), tmp_path)
     assert files(where) == ["ema.safetensors", "optimizer.safetensors", "policy.safetensors", "state.json"]
-    assert where.name == "step-000002" and checkpoint.trained_iterations(where) == 2
+    assert where.name == "step-000002" and checkpoint.read_head(where).iteration == 2
 
 
-def test_a_run_is_judged_by_its_average(tmp_path: Path, trained: Trainer) -> None:
-    weights = checkpoint.load_policy(checkpoint.save(trained, tmp_path))
+def test_a_run_is_known_by_its_average(tmp_path: Path, trained: Trainer) -> None:
+    weights = checkpoint.load_policy(checkpoint.save(trained.state(), tmp_path))
     assert all(torch.equal(weights[name], average) for name, average in trained.policy.ema.items())
 
 
@@ -127,8 +127,8 @@ def test_only_the_newest_checkpoints_are_kept(
 ) -> None:
     for iteration in range(2, 6):
         trained.iteration = iteration
-        checkpoint.save(trained, tmp_path, keep=keep)
-    assert [checkpoint.trained_iterations(path) for path in checkpoint.list_checkpoints(tmp_path)] == left
+        checkpoint.save(trained.state(), tmp_path, keep=keep)
+    assert [checkpoint.read_head(path).iteration for path in checkpoint.list_checkpoints(tmp_path)] == left
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -144,11 +144,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_trainer_untouched(tmp_path: Path, trained: Trainer, damage: str) -> None:
-    where = checkpoint.save(trained, tmp_path)
+    where = checkpoint.save(trained.state(), tmp_path)
     DAMAGE[damage](where)
     before = everything(trained)
     with pytest.raises(UserError, match=r"step-000002' (cannot be read|has format 99)") as raised:
-        checkpoint.load(trained, where)
+        trained.restore(checkpoint.load(where, averages=True))
     assert "\n" not in str(raised.value)
     assert all(torch.equal(before[key], value) for key, value in everything(trained).items())
 
@@ -156,13 +156,13 @@ def test_a_damaged_checkpoint_is_named_and_the_trainer_untouched(tmp_path: Path,
 def test_a_checkpoint_of_another_policy_is_refused(model_folder: Path, tmp_path: Path, trained: Trainer) -> None:
     other = tiny.trainer(model_folder, policy=lambda model: tiny.lora(model, rank=2))
     with pytest.raises(UserError, match="do not fit this policy"):
-        checkpoint.load(other, checkpoint.save(trained, tmp_path))
+        other.restore(checkpoint.load(checkpoint.save(trained.state(), tmp_path), averages=False))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_partial_one(
     tmp_path: Path, trained: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(trained, tmp_path, keep=1)
+    checkpoint.save(trained.state(), tmp_path, keep=1)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path) if (tmp_path / name).is_file()}
     write = checkpoint.save_file
 
@@ -175,12 +175,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_partial_one(
     monkeypatch.setattr(checkpoint, "save_file", full)
     trained.iteration += 1
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(trained, tmp_path, keep=1)
+        checkpoint.save(trained.state(), tmp_path, keep=1)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path) if (tmp_path / name).is_file()} == before
 
 
 def test_a_half_written_checkpoint_is_not_one(tmp_path: Path, trained: Trainer) -> None:
-    whole = checkpoint.save(trained, tmp_path)
+    whole = checkpoint.save(trained.state(), tmp_path)
     (tmp_path / ".step-000009.partial").mkdir()
     (tmp_path / ".step-000009.partial" / "state.json").write_text("{}")
     (tmp_path / "step-000008").mkdir()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from vipo.report.pictures import save_sheet
-from vipo.types import UserError
+from vipo.errors import UserError
+from vipo.media.pictures import save_sheet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "claims"))
 import page

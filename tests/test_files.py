@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tiny
-from vipo import checkpoint
-from vipo.files import complete_lines, lines, read_lines, usual_permissions, write_text, written_whole
-from vipo.generators.text_cache import prepare
+from vipo.files import complete_lines, lines, read_lines, settle_header, usual_permissions, write_text, written_whole
 from vipo.policy import Policy
 from vipo.rewards import convert
+from vipo.training import checkpoint
 
 UMASKS = {0o022: (0o644, 0o755), 0o027: (0o640, 0o750), 0o077: (0o600, 0o700), 0o002: (0o664, 0o775)}
 RARE = ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]  # ends of lines elsewhere
@@ -45,7 +45,7 @@ def test_a_checkpoint_can_be_read_by_whom_the_umask_lets(
     model_folder: Path, tmp_path: Path, modes: tuple[int, int]
 ) -> None:
     trainer = tiny.trainer(model_folder, policy=lambda model: tiny.lora(model, ema_decay=0.5))
-    check(checkpoint.save(trainer, tmp_path / "checkpoints"), modes, 3)
+    check(checkpoint.save(trainer.state(), tmp_path / "checkpoints"), modes, 3)
 
 
 @pytest.mark.parametrize("build", [tiny.lora, lambda model: Policy.full(model.network)], ids=["lora", "full"])
@@ -74,7 +74,7 @@ def test_an_export_leaves_the_permissions_of_other_files_alone(model_folder: Pat
 def test_a_shared_text_cache_can_be_read_by_whom_the_umask_lets(
     model_folder: Path, tmp_path: Path, modes: tuple[int, int]
 ) -> None:
-    prepare(tiny.generator(model_folder), tiny.PROMPTS, folder=tmp_path / "text")
+    tiny.generator(model_folder).keep_text(tiny.PROMPTS, folder=tmp_path / "text")
     check(tmp_path / "text", modes, len(tiny.PROMPTS))
 
 
@@ -121,3 +121,15 @@ def test_a_log_of_which_no_line_was_finished_has_none(tmp_path: Path) -> None:
         assert complete_lines(tmp_path / "log") == []
     (tmp_path / "log").write_bytes(b"\xffwhole\nha\xff")
     assert complete_lines(tmp_path / "log", errors="replace") == ["\ufffdwhole"]
+
+
+def test_a_header_settles_to_one_order_and_the_tensors_stay(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
+    metadata = {key: "x" * place for place, key in enumerate("zyxwvutsrq")}
+    for name in ("one", "two"):
+        save_file(tensors, tmp_path / name, metadata)
+        settle_header(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with safe_open(tmp_path / "one", "pt") as opened:
+        assert opened.metadata() == metadata
+        assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())

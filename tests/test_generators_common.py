@@ -27,9 +27,9 @@ def pipeline(model_folder: Path) -> Any:
     return tiny_sd3.generator(tiny_sd3.save_pipeline(model_folder.parent / "sd3-shared", model_folder)).pipeline
 
 
-def adapted(pipeline: Any, *, guidance_scale: float = GUIDANCE, **options: Any) -> StableDiffusion3Generator:
-    size = {"height": 24, "width": 40, "max_sequence_length": 16}
-    return StableDiffusion3Generator(pipeline, guidance_scale=guidance_scale, **size, **options)
+def adapted(pipeline: Any, **options: Any) -> StableDiffusion3Generator:
+    given = {"height": 24, "width": 40, "max_sequence_length": 16, "guidance_scale": GUIDANCE, **options}
+    return StableDiffusion3Generator(pipeline, **StableDiffusion3Generator.arguments(given))
 
 
 def rows_per_call(model: StableDiffusion3Generator) -> tuple[list[int], Tensor]:
@@ -73,15 +73,15 @@ def test_guidance_one_is_a_single_pass_that_asks_for_no_negative_prompt(
 
 
 def recorded(model: StableDiffusion3Generator, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The prompts of every call for conditioning from now on."""
+    """The prompts of every call of the text encoders from now on."""
     asked: list[list[str]] = []
-    encode = model.encode_text
+    read = model.reader.read
 
     def remembering(prompts: Sequence[str]) -> Batched:
         asked.append(list(prompts))
-        return encode(prompts)
+        return read(prompts)
 
-    monkeypatch.setattr(model, "encode_text", remembering)
+    monkeypatch.setattr(model.reader, "read", remembering)
     return asked
 
 
@@ -93,6 +93,12 @@ def test_the_negative_prompt_is_encoded_once_and_through_the_cache_of_texts(
     for _ in range(3):
         adapters.velocity(model, PROMPTS)
     assert asked.count(["a blurry dog"]) == 1 and asked.count(PROMPTS) == 3 and len(asked) == 4
+    kept = adapted(pipeline, negative_prompt="a blurry dog")
+    asked = recorded(kept, monkeypatch)
+    kept.keep_text(PROMPTS)
+    assert asked == [["a blurry dog"], *([prompt] for prompt in PROMPTS)]
+    velocity = adapters.velocity(kept, PROMPTS)
+    assert len(asked) == 4 and torch.allclose(velocity, adapters.velocity(model, PROMPTS), atol=1e-5)
 
 
 def test_decoding_in_parts_changes_nothing(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 import adapters
 import tiny
 from vipo import sde
+from vipo.errors import UserError
 from vipo.generators import factory
 from vipo.generators.common import pack_patches, unpack_patches
 from vipo.generators.flux import FluxGenerator
-from vipo.rollout import Solver, sample_groups
-from vipo.types import Prompt, UserError
+from vipo.options import Solver
+from vipo.rollout import sample_groups
+from vipo.types import Prompt
 
 PROMPTS = ["a cat", "a red car on a blue background"]
 CHANNELS, STRIDE = 4, 4  # of the tiny autoencoder; FLUX.1's has 16 and 8
@@ -55,7 +57,8 @@ def draw(pipeline: Any, *, height: int = tiny.HEIGHT, width: int = tiny.WIDTH, *
 
 
 def adapted(pipeline: Any, *, height: int = tiny.HEIGHT, width: int = tiny.WIDTH, **options: Any) -> FluxGenerator:
-    return FluxGenerator(pipeline, height=height, width=width, max_sequence_length=16, **options)
+    given = {"height": height, "width": width, "max_sequence_length": 16, **options}
+    return FluxGenerator(pipeline, **FluxGenerator.arguments(given))
 
 
 def ours(generator: FluxGenerator) -> Tensor:
@@ -202,4 +205,8 @@ def test_prompts_that_t5_cuts_are_counted(generator: FluxGenerator) -> None:
     adapters.counts_what_is_cut(
         generator, adapters.tokens_given(generator, "text_encoder_2", "tokenizer_2"), reader="T5"
     )
-    assert [limit.reader for limit in generator.token_limits()] == ["T5"]
+    assert [limit.reader for limit in generator.reader.limits()] == ["T5"]
+
+
+def test_the_network_masks_text_as_the_adapter_says(generator: FluxGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters.masks_as_it_says(generator, PROMPTS, monkeypatch)

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 import adapters
 import tiny
 from vipo import sde
+from vipo.errors import UserError
 from vipo.generators.flux2 import Flux2KleinGenerator
-from vipo.types import UserError
 
 PROMPTS = ["a cat", "a red car on a blue background"]
 STEPS, GUIDANCE = 3, 4.0
@@ -103,8 +103,8 @@ def generator(folder: Path) -> Flux2KleinGenerator:
 
 
 def adapted(pipeline: Any, *, height: int = tiny.HEIGHT, width: int = tiny.WIDTH, **options: Any) -> Any:
-    settings = {"max_sequence_length": 16, "shift_steps": STEPS, **options}
-    return Flux2KleinGenerator(pipeline, height=height, width=width, **settings)
+    given = {"height": height, "width": width, "max_sequence_length": 16, "shift_steps": STEPS, **options}
+    return Flux2KleinGenerator(pipeline, **Flux2KleinGenerator.arguments(given))
 
 
 def draw(pipeline: Any, *, height: int = tiny.HEIGHT, width: int = tiny.WIDTH, **options: Any) -> Tensor:
@@ -212,3 +212,9 @@ def test_prompts_that_are_cut_are_counted(generator: Flux2KleinGenerator) -> Non
     adapters.counts_what_is_cut(
         generator, adapters.tokens_given(generator, "text_encoder", "tokenizer"), reader="Qwen3"
     )
+
+
+def test_the_network_masks_text_as_the_adapter_says(
+    generator: Flux2KleinGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters.masks_as_it_says(generator, PROMPTS, monkeypatch)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import tiny
 import tiny_wan
+from vipo.errors import UserError
 from vipo.generators.common import DiffusersGenerator
 from vipo.generators.lora import attach_lora
 from vipo.policy import Policy
-from vipo.types import UserError
 
 RANK, ALPHA = 4, 12.0
 TARGETS = r".*\.(attn\.to_q|ff\.net\.2|proj_mlp)"  # in both kinds of blocks

@@ -21,10 +21,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 import adapters
 import tiny
+from vipo.errors import UserError
 from vipo.generators import adapter_of, factory
 from vipo.generators.qwen_image import QwenImageGenerator
-from vipo.generators.text_cache import prepare
-from vipo.types import UserError
 
 HEIGHT, WIDTH = 24, 40  # latents 6 x 10, tokens 3 x 5
 STEPS, GUIDANCE = 3, 4.0
@@ -200,11 +199,11 @@ def test_a_prompt_that_is_too_long_is_cut(build: Build) -> None:
 
 def test_a_cached_row_is_the_encoded_one_and_its_padding_is_not_stored(build: Build, tmp_path: Path) -> None:
     model = build()
-    kept = prepare(model, PROMPTS, folder=tmp_path)
+    kept = model.keep_text(PROMPTS, folder=tmp_path)
     assert kept.counts.encoded == 3  # and the negative prompt
     rows = model.encode(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
-        alone = model.encode_now([prompt])
+        alone = model.reader([prompt])
         assert torch.equal(rows.prompt_embeds[i : i + 1], alone.prompt_embeds)
         assert torch.equal(rows.words[i : i + 1], alone.words)
     stored = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
@@ -294,5 +293,11 @@ def test_the_catalogue_knows_it() -> None:
 def test_prompts_that_are_cut_are_counted_with_what_stands_after_them(build: Build) -> None:
     model = build(max_sequence_length=250)
     adapters.counts_what_is_cut(
-        model, lambda prompt: int(model.encode_now([prompt]).words[0]), reader="Qwen2.5-VL", word="x"
+        model, lambda prompt: int(model.reader([prompt]).words[0]), reader="Qwen2.5-VL", word="x"
     )
+
+
+def test_the_network_masks_text_as_the_adapter_says(
+    generator: QwenImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters.masks_as_it_says(generator, PROMPTS, monkeypatch)

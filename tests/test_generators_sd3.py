@@ -14,11 +14,13 @@ from torch import Tensor
 import adapters
 import tiny
 import tiny_sd3
+from vipo.errors import UserError
 from vipo.generators.sd3 import StableDiffusion3Generator
-from vipo.types import UserError
+from vipo.generators.settings import AdapterOptions, Guidance
 
 PROMPTS = ["a cat", "a red car on a blue background"]
 STEPS, GUIDANCE = 3, 4.5
+OPTIONS = AdapterOptions(Guidance(GUIDANCE), max_sequence_length=16)
 
 ATTENTION = {
     f"transformer_blocks.attn{second}.{layer}" for second in ("", "2") for layer in ("to_q", "to_k", "to_v", "to_out")
@@ -76,14 +78,14 @@ def test_without_guidance_the_pictures_are_the_pipelines(folder: Path) -> None:
 def test_a_scheduler_that_shifts_by_size_shifts_as_the_pipeline_does(folder: Path) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     pipeline.scheduler.register_to_config(use_dynamic_shifting=True)
-    model = StableDiffusion3Generator(pipeline, height=24, width=40, guidance_scale=GUIDANCE, max_sequence_length=16)
+    model = StableDiffusion3Generator(pipeline, height=24, width=40, options=OPTIONS)
     assert 1 < model.shift < 2  # few tokens, little shift; not the static 3
     adapters.same_pictures(ours(model), draw(pipeline))
 
 
 def test_the_t5_encoder_may_be_left_out(folder: Path) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    model = StableDiffusion3Generator(pipeline, height=24, width=40, guidance_scale=GUIDANCE, max_sequence_length=16)
+    model = StableDiffusion3Generator(pipeline, height=24, width=40, options=OPTIONS)
     assert len(model.text_encoders) == 2
     adapters.text_is_frozen(model)
     adapters.same_pictures(ours(model), draw(pipeline))
@@ -172,11 +174,11 @@ def test_prompts_that_an_encoder_cuts_are_counted(
     long = "cat " * 40
     assert [told.split(" reads")[0].split()[-1] for told in model.cut_prompts(some=[long])] == ["CLIP", "T5"]
     model.pipeline.text_encoder_3 = None
-    assert [limit.reader for limit in model.token_limits()] == ["CLIP"]
+    assert [limit.reader for limit in model.reader.limits()] == ["CLIP"]
 
 
 def test_a_negative_prompt_that_is_cut_is_told_where_it_is_used(folder: Path) -> None:
     model = tiny_sd3.generator(folder, negative_prompt="cat " * 40)
     assert [told[:30] for told in model.cut_prompts(some=["a cat"])] == ["1 of 1 negative prompts longer"] * 2
-    model.guidance_scale = 1.0
+    model = tiny_sd3.generator(folder, negative_prompt="cat " * 40, guidance_scale=1.0)
     assert model.cut_prompts(some=["a cat"]) == []

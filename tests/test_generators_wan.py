@@ -15,10 +15,10 @@ import adapters
 import tiny_wan
 from tiny_wan import Kind
 from vipo import sde
+from vipo.errors import UserError
 from vipo.generators import factory, makes_video, options
 from vipo.generators.wan import WanGenerator
 from vipo.structuring import align_frames
-from vipo.types import UserError
 
 PROMPTS = ["a cat", "a red car on a blue background"]
 GUIDANCE, STEPS = 3.0, 4
@@ -64,7 +64,7 @@ def drawing(generator: WanGenerator, start: Tensor, **options: Any) -> Callable[
             num_frames=4 * (latent_frames - 1) + 1,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
-            max_sequence_length=generator.max_sequence_length,
+            max_sequence_length=generator.reader.max_sequence_length,
             latents=start,
             output_type="pt",
             **options,
@@ -192,7 +192,7 @@ def test_padding_is_zero_and_of_one_length(small: Path) -> None:
     model = tiny_wan.generator(small)
     embeds = model.encode(["a cat", "a cat on a teal background"]).prompt_embeds
     used = model.pipeline.tokenizer("a cat", return_tensors="pt").input_ids.shape[1]
-    assert model.max_sequence_length == embeds.shape[1] == 16 > used
+    assert model.reader.max_sequence_length == embeds.shape[1] == 16 > used
     assert not embeds[0, used:].any() and bool(embeds[1, used:].any())
     assert tiny_wan.generator(small, max_sequence_length=8).encode(["a cat"]).prompt_embeds.shape[1] == 8
 
@@ -281,5 +281,9 @@ def test_prompts_that_umt5_cuts_are_counted(small: Path) -> None:
     """As the pipeline cleans them: an escaped sign is one sign."""
     model = tiny_wan.generator(small)
     adapters.counts_what_is_cut(model, adapters.tokens_given(model, "text_encoder", "tokenizer"), reader="UMT5")
-    (limit,) = model.token_limits()
+    (limit,) = model.reader.limits()
     assert limit.tokens(["a  cat &amp;amp; a dog"]) == limit.tokens(["a cat & a dog"])
+
+
+def test_the_network_masks_text_as_the_adapter_says(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters.masks_as_it_says(build(), PROMPTS, monkeypatch)

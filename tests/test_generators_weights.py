@@ -19,9 +19,9 @@ from transformers import CLIPTextModel
 import tiny_sd3
 import tiny_wan
 from vipo.embedded import path as embedded_path
+from vipo.errors import UserError
 from vipo.generators.flux import FluxGenerator
 from vipo.generators.weights import load_pipeline
-from vipo.types import UserError
 
 FLOAT32 = {"default": torch.float32}
 State = dict[str, Tensor]

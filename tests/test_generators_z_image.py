@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 import adapters
 import tiny
 from vipo.embedded import path as embedded_path
+from vipo.errors import UserError
 from vipo.generators import adapter_of, factory
 from vipo.generators.z_image import ZImageGenerator
-from vipo.types import UserError
 
 HEIGHT, WIDTH = 24, 40  # latents 6 x 10, tokens 3 x 5
 STEPS, GUIDANCE, SHIFT = 3, 2.5, 3.0
@@ -220,7 +220,13 @@ def test_the_catalogue_knows_it() -> None:
 
 
 def test_prompts_that_are_cut_are_counted_with_their_chat_template(generator: ZImageGenerator) -> None:
-    adapters.counts_what_is_cut(generator, lambda prompt: int(generator.encode_now([prompt]).words[0]), reader="Qwen3")
-    (limit,) = generator.token_limits()
+    adapters.counts_what_is_cut(generator, lambda prompt: int(generator.reader([prompt]).words[0]), reader="Qwen3")
+    (limit,) = generator.reader.limits()
     bare = len(generator.pipeline.tokenizer("a cat").input_ids)
     assert limit.tokens(["a cat"])[0] > bare
+
+
+def test_the_network_masks_text_as_the_adapter_says(
+    generator: ZImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters.masks_as_it_says(generator, PROMPTS, monkeypatch)

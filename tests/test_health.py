@@ -19,16 +19,18 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import tiny
-from vipo.build import build
-from vipo.checkpoint import list_checkpoints
-from vipo.health import Health, where_not_finite
+from vipo.assemble import build
+from vipo.errors import RunFailed, UserError
 from vipo.policy import Policy
 from vipo.recipe import apply_override, parse_recipe
 from vipo.report.page import render
 from vipo.report.run import read_run
-from vipo.run import Evaluated, Run, train
-from vipo.trainer import Trainer
-from vipo.types import RunFailed, TrainStep, UserError
+from vipo.runs.run import Evaluated, Run, train
+from vipo.training.checkpoint import list_checkpoints
+from vipo.training.credit import Credit
+from vipo.training.health import Health, where_not_finite
+from vipo.training.learner import Learner
+from vipo.types import Rollout, TrainStep
 
 CONSTANT = "def reward(media, prompts):\n    return media.new_full((len(media),), 0.3)\n"
 FLAT = {"advantage_size": 0.0, "spread/constant": 0.0, "spread/other": 0.0}
@@ -251,15 +253,14 @@ def test_train_raises_after_its_last_step(tmp_path: Path, raw: dict[str, Any], o
 
 def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[int], bool]) -> None:
     """NaN in the whole gradient of some iterations, as a wrong kernel would have it."""
-    original = Trainer._loss
+    original = Learner.learn
 
-    def loss(self: Trainer, *arguments: Any) -> Any:
-        total, *rest = original(self, *arguments)
-        if spoiled(self.iteration):
-            total.register_hook(lambda grad: grad * torch.nan)
-        return total, *rest
+    def learn(self: Learner, rollout: Rollout, credit: Credit, kept: Tensor, iteration: int) -> Any:
+        factor = torch.nan if spoiled(iteration) else 1.0
+        monkeypatch.setattr(self.engine, "backward", lambda loss: (loss * factor).backward())
+        return original(self, rollout, credit, kept, iteration)
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Learner, "learn", learn)
 
 
 def test_a_gradient_that_is_never_finite_stops_the_run_with_what_to_try(
@@ -306,7 +307,7 @@ def test_the_advice_is_what_the_recipe_does_not_do_yet_and_can_be_followed(
 @pytest.mark.slow
 def test_two_processes_fail_together_with_one_record(tmp_path: Path, raw: dict[str, Any]) -> None:
     recipe, folder = tiny.write_recipe(tmp_path / "recipe.yaml", constant(raw, tmp_path)), tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
     command = [*launch, "train", str(recipe), "--output", str(folder)]
     done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
     assert done.returncode != 0 and "vipo: nothing was learned in 3 iterations" in done.stderr

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from vipo import lock
-from vipo.lock import FolderLock
-from vipo.types import UserError
+from vipo.errors import UserError
+from vipo.runs import lock
+from vipo.runs.lock import FolderLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vipo.lock import FolderLock
+from vipo.runs.lock import FolderLock
 held = FolderLock(Path(sys.argv[1]))
 held.take()
 print("held", flush=True)

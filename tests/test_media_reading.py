@@ -15,11 +15,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.media import reading
 from vipo.media.reading import read_media
+from vipo.media.samples import save_samples
 from vipo.rewards import wire
-from vipo.samples import save_samples
-from vipo.types import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 Saved = Callable[..., Path]

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vipo import objective
+from vipo.options import CreditKind, Objective
+from vipo.training.credit import assign, flat_groups
+from vipo.types import Scores
 
 GRID = (1, 4, 6)
 
@@ -28,7 +31,7 @@ def test_a_group_of_equal_rewards_teaches_nothing_not_rounding_noise(eps: float)
     rewards = torch.full((6,), 0.7, dtype=torch.float64)
     assert rewards[:3].sum() / 3 != rewards[0]  # the mean of three of them is rounded to another number
     assert torch.equal(objective.group_advantage(rewards, 3, eps=eps), torch.zeros_like(rewards))
-    assert objective.groups_without_spread(rewards, 3).tolist() == [True, True]
+    assert flat_groups(objective.group_advantage(rewards, 3, eps=eps), 3) == 1
 
 
 def test_a_sample_without_a_score_is_left_out_of_its_group() -> None:
@@ -81,12 +84,17 @@ def test_group_size_must_divide_the_samples() -> None:
         objective.group_advantage(torch.zeros(7), 4)
 
 
-def surrogate_gradient(credit: objective.CreditKind, maps: torch.Tensor) -> torch.Tensor:
-    """d loss / d log_prob (N, T, H, W) at ratio 1."""
-    rewards = torch.randn(6, generator=rng(1))
+def credited(credit: CreditKind, rewards: torch.Tensor, maps: torch.Tensor | None) -> torch.Tensor:
+    """What multiplies each ratio; groups of three."""
     advantage = objective.group_advantage(rewards, 3)
+    scores = Scores({"reward": rewards}, {"reward": 1.0})
+    return assign(credit, Objective(clip_range=0.2), scores, advantage, maps, GRID, 3, torch.ones(1)).local
+
+
+def surrogate_gradient(credit: CreditKind, maps: torch.Tensor) -> torch.Tensor:
+    """d loss / d log_prob (N, T, H, W) at ratio 1."""
     log_prob = torch.randn(6, *GRID, generator=rng(2)).requires_grad_()
-    weight = objective.assign_credit(credit, rewards, advantage, maps, 3)
+    weight = credited(credit, torch.randn(6, generator=rng(1)), maps)
     new = log_prob.mean((1, 2, 3)) if weight.ndim == 1 else log_prob
     objective.clipped_surrogate(new, new.detach(), weight, clip_range=0.2).loss.backward()
     assert log_prob.grad is not None
@@ -129,7 +137,7 @@ def test_maps_never_flip_a_sign_and_negative_ones_are_refused() -> None:
 
 def test_reward_map_normalises_each_position_over_the_group() -> None:
     rewards, maps = torch.randn(6, generator=rng(7)), torch.rand(6, *GRID, generator=rng(8))
-    ours = objective.assign_credit("reward_map", rewards, torch.zeros(6), maps, 3)
+    ours = credited("reward_map", rewards, maps)
     by_hand = objective.group_advantage(maps[:, 0, 1, 2] * rewards, 3)
     assert torch.allclose(ours[:, 0, 1, 2], by_hand, atol=1e-6)
 
@@ -165,7 +173,7 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(N,\) and \(N, T, H, W\)"):
         objective.spatial_advantage(torch.zeros(4), torch.ones(3, *GRID))
     with pytest.raises(ValueError, match="needs maps"):
-        objective.assign_credit("advantage_map", torch.zeros(4), torch.zeros(4), None, 2)
+        credited("advantage_map", torch.zeros(6), None)
     with pytest.raises(ValueError, match="clip_range"):
         objective.clipped_surrogate(torch.zeros(4), torch.zeros(4), torch.zeros(4), clip_range=0.0)
 

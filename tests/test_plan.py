@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,21 @@ import torch
 from rich.console import Console
 
 import tiny
+from vipo.errors import UserError
+from vipo.generators.flux import FluxText
+from vipo.options import Solver, Window
 from vipo.plan import Ledger, Machine, advise, plan
-from vipo.plan.account import Accountant, work_of
+from vipo.plan.account import Accountant
 from vipo.plan.judging import judges_of
 from vipo.plan.meter import Meter
 from vipo.plan.published import table
 from vipo.plan.show import memory_size, plan_view
-from vipo.recipe import Recipe, load_recipe, parse_recipe
-from vipo.rollout import Solver, Window, sample_groups
-from vipo.types import Prompt, UserError
+from vipo.plan.work import work_of
+from vipo.recipe import load_recipe, parse_recipe
+from vipo.rollout import sample_groups
+from vipo.schema import Recipe
+from vipo.training.losses import LOSSES
+from vipo.types import Batched, Prompt, Rollout, Transitions
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "plan_memory.py"
 
@@ -53,6 +60,47 @@ def test_predicted_memory_is_what_training_takes(recipe_of: Any, kind: str, chec
     recipe = recipe_of(policy__kind=kind, training__gradient_checkpointing=checkpointing, prompts__group_size=8)
     module = benchmark()
     assert module.predicted(recipe) == pytest.approx(module.measured(recipe), rel=0.15)
+
+
+GUARD = {"clip_range": 0.2, "loss": "guard"}
+MATCHING = {"clip_range": 0.2, "loss": "matching", "matching_draws": 3}
+COMPARED = {"clip_range": 0.2, "kl_weight": 0.1}
+
+
+@pytest.mark.parametrize("objective", [GUARD, MATCHING, COMPARED], ids=["guard", "matching", "compared"])
+def test_predicted_memory_is_what_any_loss_takes(recipe_of: Any, objective: dict[str, Any]) -> None:
+    recipe = recipe_of(objective=objective, policy__kind="full", prompts__group_size=8, training__replay_batch_size=8)
+    module = benchmark()
+    assert module.predicted(recipe) == pytest.approx(module.measured(recipe), rel=0.15)
+
+
+def test_a_plan_knows_what_each_loss_records_and_trains(recipe_of: Any, ledger: Ledger) -> None:
+    plans = {
+        name: plan(recipe_of(objective=objective, solver__steps=5), Machine(), ledger)
+        for name, objective in {"clipped": {"clip_range": 0.2}, "guard": GUARD, "matching": MATCHING}.items()
+    }
+    latents, samples, steps = 4 * 4 * 6 * 10, 2 * 3, 4
+    clipped, guard, matching = plans["clipped"].resident, plans["guard"].resident, plans["matching"].resident
+    assert clipped["recorded transitions"] == samples * steps * (2 * latents + latents // 4)
+    assert guard["recorded transitions"] - clipped["recorded transitions"] == samples * steps * latents
+    assert "recorded transitions" not in matching and "drawn rows" not in plans["clipped"].phases["update"]
+    for phase in ("update", "step"):
+        assert plans["matching"].phases[phase]["drawn rows"] == samples * 3 * 2 * latents
+    assert plans["matching"].seconds["update"] == pytest.approx(plans["clipped"].seconds["update"] * 3 / 4, rel=1e-3)
+
+
+def test_the_rows_of_one_drawn_step_are_bounded(recipe_of: Any) -> None:
+    recipe = recipe_of(objective=MATCHING, solver__steps=20, prompts__group_size=40)
+    work, empty = work_of(recipe, 1), torch.empty(0)
+    assert work.trained == 240 and 12 < work.replayed_at_once < 40
+    loss = LOSSES["matching"](recipe.objective, replace(recipe.solver, shift=1.0))
+    latents, nothing = torch.zeros(80, 1, 1, 1, 1), torch.zeros(0, 1, 1, 1, 1)
+    recorded = Transitions(empty.long(), empty.long(), empty, empty, nothing, nothing, nothing[:, 0], nothing)
+    sigmas, media = torch.linspace(1, 0, 21), torch.zeros(80, 3, 1, 1, 1)
+    rollout = Rollout((Prompt("a"),) * 80, 40, Batched(), latents, media, recorded, model_passes=0, sigmas=sigmas)
+    for iteration in range(30):
+        counts = loss.rows(rollout, seed=0, iteration=iteration).step.bincount()
+        assert counts.max() <= work.replayed_at_once and len(counts) <= loss.by_step(80).steps == 20
 
 
 @pytest.mark.parametrize("window", [None, Window(size=1, starts=1, first=2), Window(size=2, starts=2, first=1)])
@@ -88,7 +136,7 @@ def test_work_is_dealt_to_processes(recipe_of: Any) -> None:
     work = work_of(recipe, 2)
     assert (work.samples, work.groups, work.recorded, work.trained) == (12, 2, 12 * 3, 8 * 3)
     assert (work.sampled_at_once, work.replayed_at_once) == (5, 4)
-    with pytest.raises(UserError, match=r"prompts.per_iteration=4 cannot be dealt to 3 GPUs.*=6"):
+    with pytest.raises(UserError, match=r"prompts.per_iteration=4 must be a multiple of 3 processes.*=6"):
         work_of(recipe, 3)
 
 
@@ -103,7 +151,7 @@ def test_training_costs_three_passes_and_checkpointing_a_fourth(recipe_of: Any, 
 
 def test_a_full_fine_tune_is_held_four_times_and_once_more_for_reference(recipe_of: Any, ledger: Ledger) -> None:
     plain = recipe_of(policy__kind="full", policy__ema_decay=0.9)
-    recipe = plain.model_copy(update={"objective": plain.objective.model_copy(update={"kl_weight": 0.1})})
+    recipe = plain.model_copy(update={"objective": replace(plain.objective, kl_weight=0.1)})
     assert "reference copy" not in plan(plain, Machine(), ledger).resident  # nothing is compared with it
     found = plan(recipe, Machine(), ledger)
     weights = 4 * sum(p.numel() for p in ledger.drawn(recipe)[1].network.parameters())
@@ -111,6 +159,10 @@ def test_a_full_fine_tune_is_held_four_times_and_once_more_for_reference(recipe_
     assert found.resident["reference copy"] == found.phases["update"]["gradients"] == weights
     assert found.resident["AdamW state"] == 2 * weights
     assert "frozen weights" not in found.resident
+    small = recipe.model_copy(update={"training": recipe.training.model_copy(update={"replay_batch_size": 1})})
+    worst = plan(small, Machine(), ledger).phases["update"]["forward and backward"]
+    # The untrained weights are asked while a copy of the present ones waits.
+    assert worst == weights + ledger.cost(small, "sampling", 1).bytes > ledger.cost(small, "replaying", 1).bytes
 
 
 def test_sharding_divides_what_belongs_to_the_network(recipe_of: Any, ledger: Ledger) -> None:
@@ -254,6 +306,14 @@ def test_an_unknown_model_is_refused(recipe_of: Any, ledger: Ledger) -> None:
         plan(recipe_of(generator=named), Machine(), ledger)
     with pytest.raises(UserError, match="takes no option 'guidance'"):
         plan(recipe_of(generator__options={"guidance": 3.0}), Machine(), ledger)
+
+
+def test_an_adapter_whose_text_cannot_be_blank_says_what_to_add(
+    recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(FluxText, "blank")
+    with pytest.raises(UserError, match=r"a FluxPipeline cannot be planned: its adapter's FluxText has no blank\(rows"):
+        plan(recipe_of(), Machine(), Ledger())
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 import tiny
+from vipo.errors import UserError
 from vipo.generators.flux import FluxGenerator
 from vipo.policy import Policy
-from vipo.types import UserError
 
 BUILD: dict[str, Callable[..., Policy]] = {
-    "lora": tiny.lora,
-    "full": lambda model, **options: Policy.full(model.network, **options),
+    "lora": lambda model, **options: tiny.lora(model, **options).begin(),
+    "full": lambda model, **options: Policy.full(model.network, **options).begin(),
 }
 
 
@@ -105,7 +105,7 @@ def test_trained_weights_are_float32_under_a_bfloat16_model(model_folder: Path) 
 
 
 def test_the_average_follows_its_formula(model: FluxGenerator) -> None:
-    policy = tiny.lora(model, ema_decay=0.9)
+    policy = tiny.lora(model, ema_decay=0.9).begin()
     name = next(name for name in policy.parameters if "lora_A" in name)
     expected = policy.parameters[name].detach().clone()
     for step in range(3):
@@ -135,9 +135,9 @@ def test_loaded_weights_give_the_saved_policy(model: FluxGenerator, model_folder
 
 
 def test_full_weights_need_no_second_copy_unless_the_reference_is_asked_for(model: FluxGenerator) -> None:
-    kept, bare = Policy.full(model.network), Policy.full(model.network, keep_reference=False)
-    assert sum(t.numel() for t in kept._base.values()) == sum(p.numel() for p in model.network.parameters())
-    assert not bare._base
+    kept, bare = (Policy.full(model.network, keep_reference=keep).begin() for keep in (True, False))
+    assert sum(t.numel() for t in kept.base.values()) == sum(p.numel() for p in model.network.parameters())
+    assert not bare.base
     with pytest.raises(ValueError, match="keep_reference=True"), bare.reference():
         pass
 

@@ -10,8 +10,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from vipo.prompts import PromptSampler, names_prompts, read_prompts, shipped_set, shipped_sets
-from vipo.types import Prompt, UserError
+from vipo.errors import UserError
+from vipo.prompts.files import names_prompts, read_prompts, shipped_set, shipped_sets
+from vipo.prompts.sampler import PromptSampler
+from vipo.types import Prompt
 
 KINDS = {
     "p.txt": "a cat\n\n  a dog  \n",

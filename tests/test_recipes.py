@@ -13,8 +13,9 @@ import tiny
 import tiny_sd3
 import tiny_wan
 import vipo
-from vipo.objective import NEEDS_MAPS
-from vipo.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from vipo.options import NEEDS_MAPS
+from vipo.recipe import load_recipe, parse_recipe, shipped_recipes
+from vipo.schema import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 GUIDE = (FOLDER.parent / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -15,17 +15,17 @@ import torch
 import yaml
 from PIL import Image, ImageSequence
 
-from vipo.evaluate import Estimate
+from vipo.errors import UserError
+from vipo.evaluation.estimate import Estimate
+from vipo.media.clips import cut, spaced
+from vipo.media.map_sheets import clip_map_sheet, heat, lit, map_sheet, shown_frames
+from vipo.media.pictures import contact_sheet, labelled_grid, load_sheet, save_sheet, to_uint8
 from vipo.report import figures, gallery, svg
-from vipo.report.clips import cut, spaced
 from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
 from vipo.report.embed import clip_uri
-from vipo.report.maps import clip_map_sheet, heat, lit, map_sheet, shown_frames
-from vipo.report.outcome import change_of, changes, headline, judge_gain
+from vipo.report.outcome import change_of, changes, headline, verdict_of
 from vipo.report.page import fixed, signed, write_report
-from vipo.report.pictures import contact_sheet, labelled_grid, load_sheet, save_sheet, to_uint8
 from vipo.report.run import EvaluationRecord, read_run
-from vipo.types import UserError
 
 PROMPTS, PER_PROMPT, ITERATIONS = 18, 2, 6
 TEXTS = [f"a <b>thing</b> number {i // PER_PROMPT}" for i in range(PROMPTS * PER_PROMPT)]
@@ -230,7 +230,7 @@ def test_the_page_escapes_prompts_describes_pictures_and_keeps_its_order(finishe
     ],
 )
 def test_the_verdict_is_where_the_interval_lies(low: float, high: float, prompts: int, verdict: str) -> None:
-    assert judge_gain(Estimate((low + high) / 2, 0.1, low, high), prompts) == verdict
+    assert verdict_of(Estimate((low + high) / 2, 0.1, low, high), prompts) == verdict
 
 
 def test_changes_are_paired_and_missing_scores_leave_both_sides(finished: Path) -> None:

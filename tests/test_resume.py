@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from vipo import checkpoint
-from vipo.catalogue import CATALOGUES
-from vipo.checkpoint import list_checkpoints
+from vipo.cli.catalogue import CATALOGUES
+from vipo.errors import UserError
 from vipo.recipe import parse_recipe
 from vipo.report.page import write_report
 from vipo.report.run import read_run
-from vipo.resume import MEANINGS, OTHERWISE, RULES, Change, changes, rule_of
-from vipo.run import Evaluated, Run, train
-from vipo.types import TrainStep, UserError
+from vipo.runs.resume import Change, changes
+from vipo.runs.rules import MEANINGS, OTHERWISE, RULES, rule_of
+from vipo.runs.run import Evaluated, Run, train
+from vipo.training import checkpoint
+from vipo.training.checkpoint import list_checkpoints
+from vipo.types import TrainStep
 
 DOCS = Path(__file__).parents[1] / "docs" / "resume.md"
 
@@ -102,7 +104,7 @@ def test_changes_are_found_key_by_key() -> None:
     ("generator.fps", 8, 4, False), ("generator.height", 24, 32, True), ("optimizer.learning_rate", 1, 2, False),
 ])  # fmt: skip
 def test_what_moves_scores_is_known(path: str, old: Any, new: Any, moves: bool) -> None:
-    assert Change(tuple(path.split(".")), old, new).moves_scores == moves
+    assert Change(tuple(path.split(".")), old, new, rule_of(path)).moves_scores == moves
 
 
 def test_the_longest_entry_counts() -> None:
@@ -120,7 +122,7 @@ def test_a_changed_optimiser_is_applied_and_told_once(tmp_path: Path, raw: dict[
     training = raw["training"] | {"rollout_batch_size": 2, "maps_every": 3}
     other = changed(raw, optimizer=optimizer, training=training)
     run = Run(parse_recipe(other), tmp_path / "run", resume=True)
-    (group,) = run.session.trainer.optimizer.param_groups
+    (group,) = run.session.trainer.learner.optimizer.param_groups
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-20, 0.5, (0.5, 0.6))
     before = {name: value.clone() for name, value in run.session.policy.state().items()}
     steps = [event for event in run if isinstance(event, TrainStep)]

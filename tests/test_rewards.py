@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import tiny
 from vipo import rewards
 from vipo.embedded import VOCABULARY, make_caption, parse_caption
+from vipo.errors import UserError
 from vipo.rewards import qwen_vl
 from vipo.rewards.aesthetic import Aesthetic
 from vipo.rewards.clip_family import ClipScore, HpsV21, PickScore
@@ -26,7 +26,8 @@ from vipo.rewards.geneval import GenEvalHf
 from vipo.rewards.image_reward import ImageReward
 from vipo.rewards.ocr import Ocr
 from vipo.rewards.qwen_vl import HpsV3, VideoAlign
-from vipo.types import Prompt, Reward, UserError
+from vipo.rewards.scoring import score
+from vipo.types import Prompt, Reward
 
 SCENES = Path(__file__).parent / "data" / "scenes"
 LOADED: dict[str, type] = {
@@ -103,14 +104,14 @@ def test_a_video_scores_as_the_mean_of_its_frames(name: str) -> None:
 
 
 def _score(reward: object, count: int = 4) -> object:
-    return rewards.score({"mine": reward}, {"mine": 1.0}, torch.rand(count, 3, 1, 8, 8), [Prompt("x")] * count)  # type: ignore[dict-item]
+    return score({"mine": reward}, {"mine": 1.0}, torch.rand(count, 3, 1, 8, 8), [Prompt("x")] * count)  # type: ignore[dict-item]
 
 
 def test_scores_keep_missing_ones_missing_and_say_so() -> None:
     def mine(_media: Tensor, _prompts: Sequence[Prompt]) -> Tensor:
         return torch.tensor([1.0, torch.nan, torch.inf, -2.0], dtype=torch.float64)
 
-    scores = rewards.score({"mine": mine}, {"mine": 2.0}, torch.rand(4, 3, 1, 8, 8), [Prompt("x")] * 4)
+    scores = score({"mine": mine}, {"mine": 2.0}, torch.rand(4, 3, 1, 8, 8), [Prompt("x")] * 4)
     assert scores.by_name["mine"].dtype == torch.float32
     torch.testing.assert_close(scores.by_name["mine"], torch.tensor([1.0, torch.nan, torch.nan, -2.0]), equal_nan=True)
     assert "2 of 4 samples (indices 1, 2)" in scores.failures["mine"]
@@ -192,7 +193,7 @@ def test_rewards_run_without_gradients_and_weights_must_match() -> None:
     assert _score(mine).by_name["mine"].tolist() == [0, 1, 2, 3]  # type: ignore[attr-defined]
     assert seen == [False]
     with pytest.raises(UserError, match="same names"):
-        rewards.score({"mine": mine}, {"yours": 1.0}, torch.rand(1, 3, 1, 8, 8), [Prompt("")])
+        score({"mine": mine}, {"yours": 1.0}, torch.rand(1, 3, 1, 8, 8), [Prompt("")])
 
 
 # --- names and files -------------------------------------------------------------------------------------------------
@@ -230,30 +231,52 @@ def test_a_file_that_does_not_import_says_why(tmp_path: Path) -> None:
 def test_unknown_names_and_options_are_user_errors() -> None:
     with pytest.raises(UserError, match="Did you mean 'redness'"):
         rewards.build("rednes")
-    with pytest.raises(UserError, match="refused its options"):
+    with pytest.raises(UserError, match=r"refused its options {'quality': 200}: quality=200: JPEG quality goes from"):
         rewards.build("jpeg_compressibility", quality=200)
+    with pytest.raises(UserError, match=r"takes no option 'qualty'; it takes quality. Did you mean 'quality'"):
+        rewards.build("jpeg_compressibility", qualty=80)
+    with pytest.raises(UserError, match="'redness' takes no option 'hue'; it takes none"):
+        rewards.build("redness", hue=1)
     with pytest.raises(UserError, match="must not be negative"):
         rewards.build("emoji_match", stray=-1.0)
 
 
 def test_every_reward_says_what_it_is() -> None:
     for entry in rewards.REWARDS.values():
-        assert all((entry.summary, entry.value_range, entry.licence, entry.size)) and callable(entry.factory)
+        assert all((entry.summary, entry.value_range, entry.licence, entry.size)) and callable(entry.load())
 
 
 @pytest.mark.parametrize("name", rewards.REWARDS)
 def test_every_entry_leads_to_a_reward_that_refuses_what_it_does_not_know(name: str) -> None:
-    with pytest.raises(UserError, match=f"reward '{re.escape(name)}' refused its options {{'nonsense': 1}}"):
+    with pytest.raises(UserError, match=f"^reward '{re.escape(name)}' takes no option 'nonsense'") as told:
         rewards.build(name, nonsense=1)
+    listed = re.search(r"; it takes (.*?)\.", str(told.value))
+    assert listed and listed[1].split(", ") == (list(rewards.REWARDS[name].parameters()) or ["none"])
+
+
+def test_what_a_reward_passes_on_to_its_connection_is_an_option_of_it() -> None:
+    for name in ("remote", "openai_judge"):
+        assert {"timeout_seconds", "token_env"} <= rewards.REWARDS[name].parameters().keys()
+        assert "connection" not in rewards.REWARDS[name].parameters()
+    with pytest.raises(UserError, match=r"takes no option 'timeout'.* Did you mean 'timeout_seconds'"):
+        rewards.build("remote", url="http://localhost:9", timeout=5)
+    assert rewards.build("remote", url="http://localhost:9", timeout_seconds=5.0).client.timeout_seconds == 5.0
+
+
+def test_an_option_without_which_there_is_no_reward_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"^reward 'remote' needs url= among its options$"):
+        rewards.build("remote")
+    with pytest.raises(UserError, match="'openai_judge' needs base_url= and model= among"):
+        rewards.build("openai_judge", low=0.0)
 
 
 def test_the_state_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    entry = rewards.RewardEntry(tiny.redness, "a", "b", weights=(("owner/model", "model.safetensors"),))
+    entry = rewards.RewardEntry("tiny:redness", "a", "b", weights=(("owner/model", "model.safetensors"),))
     assert rewards.state(rewards.REWARDS["redness"]) == "ready"
     assert rewards.state(rewards.REWARDS["emoji_match"]) == "ready; needs captions of the embedded vocabulary"
     assert rewards.state(entry) == "no weights here: hf download owner/model; or name a folder in its options"
-    missing = rewards.RewardEntry(tiny.redness, "a", "b", package="no_such_package", extra="ocr")
+    missing = rewards.RewardEntry("tiny:redness", "a", "b", package="no_such_package", extra="ocr")
     assert rewards.state(missing) == "missing: pip install 'vipo[ocr]'"
     snapshot = tmp_path / "models--owner--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)

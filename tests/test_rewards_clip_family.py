@@ -18,11 +18,12 @@ from skimage import data as photos
 from torch import Tensor, nn
 
 from vipo.embedded import path as embedded_path
-from vipo.rewards import score
+from vipo.errors import UserError
 from vipo.rewards.aesthetic import SHIPPED_HEAD, Aesthetic
 from vipo.rewards.clip_family import ClipScore, HpsV21, PickScore
-from vipo.rewards.preprocess import CLIP_MEAN, CLIP_STD, centre_crop, letterbox
-from vipo.types import Prompt, Reward, UserError
+from vipo.rewards.scoring import score
+from vipo.types import Prompt, Reward
+from vipo.vision.preprocess import CLIP_MEAN, CLIP_STD, centre_crop, letterbox
 
 TOKENIZER = embedded_path("emoji-flux") / "tokenizer"  # CLIP's kind, 655 tokens
 WORDS, LENGTH, SIDE, PATCH, EMBEDDING = 655, 12, 28, 14, 20

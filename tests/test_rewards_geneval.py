@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from vipo import embedded
+from vipo.errors import UserError
 from vipo.rewards import geneval
 from vipo.rewards.geneval import Colours, Detector, GenEvalHf, cut_out
 from vipo.rewards.geneval_checks import COLOURS, Clause, Detection, Found, read_claims, stands, verdict
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 TOKENIZER = Path(embedded.__file__).parent / "emoji-flux" / "tokenizer"
 LABELS = ("cat", "mouse", "car", "tennis racket")

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from skimage import data as photos
 from torch import Tensor, nn
 
-from vipo.rewards import score
+from vipo.errors import UserError
 from vipo.rewards.convert import convert_reward
 from vipo.rewards.image_reward import ImageReward
-from vipo.types import Prompt, UserError
+from vipo.rewards.scoring import score
+from vipo.types import Prompt
 
 SIDE, PATCH, HEADS = 32, 16, (4, 3)
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "dog", "##s", "above", "star"]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from vipo.errors import UserError
 from vipo.rewards.ocr import Ocr, Picture, edit_distance, legibility, target
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 
 def _by_brightness(picture: Picture) -> Sequence[str]:

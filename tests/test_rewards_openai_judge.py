@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from scripted import Reply, scripted
+from vipo.errors import UserError
 from vipo.rewards.answer import RewardUnavailable
 from vipo.rewards.openai_judge import OpenAiJudge
 from vipo.rewards.scoring import score
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 MEDIA = torch.randint(256, (4, 3, 1, 6, 9), generator=torch.Generator().manual_seed(0)).float() / 255
 PROMPTS = [Prompt(f"prompt {number}", number) for number in range(4)]

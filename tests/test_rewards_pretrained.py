@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vipo.embedded import path as embedded_path
+from vipo.errors import UserError
 from vipo.rewards.aesthetic import SHIPPED_HEAD
 from vipo.rewards.convert import convert_reward
 from vipo.rewards.pretrained import (
@@ -25,7 +26,6 @@ from vipo.rewards.pretrained import (
     placed,
     read_tensors,
 )
-from vipo.types import UserError
 
 TOKENIZER = embedded_path("emoji-flux") / "tokenizer"
 CLASSES = {"clip_vision_model": "CLIPVisionModel"}

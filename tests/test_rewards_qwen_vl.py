@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from vipo.errors import UserError
 from vipo.rewards import qwen_vl
 from vipo.rewards.qwen_vl import HpsV3, VideoAlign
 from vipo.rewards.qwen_vl_model import Lora, merge_lora
 from vipo.rewards.qwen_vl_text import Instruction, Reader
 from vipo.rewards.qwen_vl_vision import budgeted_size, patches, sampled_frames
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -510,8 +511,8 @@ def test_half_precision_and_offloading(video: tuple[Path, Parts], base: Path) ->
     media = _media(2, 4, 28, 28)
     exact = _align(video, base)(media, PROMPTS[:2])
     half = VideoAlign(pretrained=video[0], base=base, offload=True)
-    assert half.model.judge.model.network.dtype == torch.bfloat16
-    assert half.model.judge.model.head.weight.dtype == torch.float32
+    assert half.model.rater.model.network.dtype == torch.bfloat16
+    assert half.model.rater.model.head.weight.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(half(media, PROMPTS[:2]), exact, atol=0.15, rtol=0)
 

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from scripted import Reply, scripted, served
 from vipo import rewards
+from vipo.errors import UserError
 from vipo.rewards import wire
 from vipo.rewards.answer import Answer, RewardUnavailable
 from vipo.rewards.http import CircuitBreaker, JsonClient
 from vipo.rewards.remote import Remote
 from vipo.rewards.scoring import score
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 PROMPTS = [Prompt(f"prompt {number}", number) for number in range(5)]
 QUICK = {"first_pause_seconds": 0.001}

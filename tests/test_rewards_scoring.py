@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from vipo import rewards
-from vipo.build import RewardSuite
+from vipo.errors import UserError
 from vipo.rewards.answer import Answer, RewardUnavailable
-from vipo.rewards.background import Background
 from vipo.rewards.scoring import ask, score
-from vipo.types import Prompt, Reward, Scores, UserError
+from vipo.rewards.suite import RewardSuite
+from vipo.training.background import Background
+from vipo.types import Prompt, Reward, Scores
 
 PROMPTS = [Prompt(f"prompt {number}", number) for number in range(4)]
 MEDIA = torch.linspace(0, 1, 4)[:, None, None, None, None].expand(4, 3, 1, 8, 8).contiguous()

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from scripted import served
 from vipo import rewards
+from vipo.errors import UserError
 from vipo.rewards import wire
 from vipo.rewards.answer import RewardUnavailable
 from vipo.rewards.remote import Remote
 from vipo.rewards.server import RewardServer, serve
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 PROMPTS = [Prompt(f"prompt {number}", number) for number in range(5)]
 MEDIA = torch.rand(5, 3, 1, 6, 9, generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,11 @@ import torch
 
 import tiny
 from vipo import sde
+from vipo.errors import UserError
 from vipo.generators.flux import FluxGenerator
-from vipo.rollout import Solver, Window, replay, sample_groups
-from vipo.types import Prompt, Rollout, UserError
+from vipo.options import Solver, Window
+from vipo.rollout import replay, sample_groups, stochastic_steps
+from vipo.types import Prompt, Rollout
 
 PROMPTS = [Prompt("a cat"), Prompt("a red car")]
 SOLVER = Solver(steps=5, shift=2.0, kind="dance", eta=0.6)
@@ -122,18 +124,19 @@ def test_without_noise_the_rollout_is_the_ode(generator: FluxGenerator) -> None:
     ],
 )
 def test_windows_that_are_not_random_go_where_they_say(window: Window, starts: list[int]) -> None:
-    assert [window.start(0, iteration) for iteration in range(7)] == starts
+    solver = replace(SOLVER, window=window)
+    assert [stochastic_steps(solver, 0, iteration).start for iteration in range(7)] == starts
 
 
 def test_random_windows_cover_their_starts_and_depend_on_the_seed() -> None:
-    window = Window(size=2, starts=3)
-    drawn = [window.start(0, iteration) for iteration in range(30)]
-    assert set(drawn) == {0, 1, 2}
-    assert drawn == [window.start(0, i) for i in range(30)] != [window.start(1, i) for i in range(30)]
+    solver = replace(SOLVER, window=Window(size=2, starts=3))
+    drawn, again, other = ([stochastic_steps(solver, seed, i).start for i in range(30)] for seed in (0, 0, 1))
+    assert set(drawn) == {0, 1, 2} and drawn == again != other
+    assert set(solver.candidates) == {0, 1, 2, 3} and solver.stochastic_count == 2
 
 
 def test_a_window_may_not_reach_the_last_step() -> None:
-    with pytest.raises(UserError, match="last step is never stochastic"):
+    with pytest.raises(ValueError, match="last step is never stochastic"):
         Solver(steps=4, shift=1.0, window=Window(size=2, starts=3))
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from vipo import samples
-from vipo.prompts import read_prompts, shipped_set
-from vipo.report.pictures import to_uint8
-from vipo.samples import sample_names, save_clips, save_samples
-from vipo.types import UserError
+from vipo.errors import UserError
+from vipo.media import samples
+from vipo.media.pictures import to_uint8
+from vipo.media.samples import sample_names, save_clips, save_samples
+from vipo.prompts.files import read_prompts, shipped_set
 
 
 def clip(frames: int, height: int = 16, width: int = 32) -> torch.Tensor:

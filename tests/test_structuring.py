@@ -11,22 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vipo import structuring
+from vipo.options import Orientation
 from vipo.structuring import (
-    Orientation,
+    Components,
     PerceptualStructuring,
     align_frames,
     allocation_map,
     flicker,
+    orientation,
     oriented,
     principal_components,
+    smooth,
 )
+from vipo.structuring import components as axes
+from vipo.structuring import maps as mapping
 from vipo.types import FeatureMap
 
 RULES = [rule for rule in get_args(Orientation) if rule != "release"]
 SHAPES = [(20, 7, 9), (80, 6, 6)]  # D < n takes the covariance, D > n the Gram matrix
 GRID = (11, 10)
-COMPONENTS = MAPS = structuring
 
 
 def blob(width: int, h: int, w: int, batch: int = 3) -> Tensor:
@@ -72,7 +75,7 @@ def test_large_matrices_are_solved_as_well_by_iteration(
     features = blob(*shape, batch=2)
     by_iteration, mirrored = principal_components(features), allocation_map(features.flip(-1), GRID).flip(-1)
     torch.testing.assert_close(mirrored, allocation_map(features, GRID), atol=1e-5, rtol=0)
-    monkeypatch.setattr(structuring, "LARGE", 10_000)
+    monkeypatch.setattr(axes, "LARGE", 10_000)
     in_full = principal_components(features)
     torch.testing.assert_close(by_iteration.explained, in_full.explained, rtol=1e-6, atol=0)
     torch.testing.assert_close(by_iteration.projections.abs(), in_full.projections.abs(), atol=1e-4, rtol=0)
@@ -88,7 +91,7 @@ def white(width: int, h: int, w: int, batch: int = 2, steepness: float = 0.0) ->
     return noise.unflatten(2, (h, w))
 
 
-def reference(features: Tensor, components: int = 3) -> structuring.Components:
+def reference(features: Tensor, components: int = 3) -> Components:
     """The principal components by numpy's singular values, picture by picture."""
     projections, explained, energy = [], [], []
     for picture in features.double().flatten(2).numpy():
@@ -97,7 +100,7 @@ def reference(features: Tensor, components: int = 3) -> structuring.Components:
         projections.append((left * singular).T[:components].reshape(components, *features.shape[2:]))
         explained.append(singular[:components] ** 2 / (singular**2).sum())
         energy.append(np.linalg.norm(tokens, axis=1).reshape(features.shape[2:]))
-    return structuring.Components(*(torch.from_numpy(np.stack(part)) for part in (projections, explained, energy)))
+    return Components(*(torch.from_numpy(np.stack(part)) for part in (projections, explained, energy)))
 
 
 FLAT = [(260, 17, 16), (300, 17, 16), (520, 20, 20)]
@@ -112,7 +115,7 @@ def test_maps_of_any_spectrum_are_those_of_the_singular_values(
         features = white(*shape, steepness=steepness)
         found = allocation_map(features, GRID, orientation=rule)
         with monkeypatch.context() as patched:
-            patched.setattr(MAPS, "principal_components", reference)
+            patched.setattr(mapping, "principal_components", reference)
             torch.testing.assert_close(found, allocation_map(features, GRID, orientation=rule), atol=1e-5, rtol=0)
 
 
@@ -136,19 +139,19 @@ def test_only_pictures_whose_iteration_has_not_settled_are_solved_in_full(
     blank = 0.1 + 1e-9 * flat[:1]  # white too, if it were not rounding
     rank_one = steep[:1] * 0 + torch.linspace(0, 1, shape[2]).double()  # the other two components are negligible
     unchecked, solved = principal_components(steep), []
-    solve = COMPONENTS._all_vectors
+    solve = axes._all_vectors
 
     def counted(matrix: Tensor, components: int) -> Tensor:
         solved.append(len(matrix))
         return solve(matrix, components)
 
-    monkeypatch.setattr(COMPONENTS, "_all_vectors", counted)
+    monkeypatch.setattr(axes, "_all_vectors", counted)
     found = principal_components(torch.cat([steep, blank, rank_one]))
     assert not solved
-    monkeypatch.setattr(COMPONENTS, "SETTLED", float("inf"))
+    monkeypatch.setattr(axes, "SETTLED", float("inf"))
     assert all(torch.equal(a[:2], b) for a, b in zip(found, principal_components(steep), strict=True))
     monkeypatch.undo()
-    monkeypatch.setattr(COMPONENTS, "_all_vectors", counted)
+    monkeypatch.setattr(axes, "_all_vectors", counted)
     found = principal_components(torch.cat([flat[:1], steep, flat[1:], blank]))
     assert solved == [2]
     torch.testing.assert_close(found.projections[1:3], unchecked.projections)
@@ -241,8 +244,8 @@ def test_a_subject_cut_by_the_border_is_still_the_subject() -> None:
     maps = allocation_map(features, (12, 12))
     assert maps[0, 4:, 4:8].mean() > 3 * maps[0, :, 0].mean()
     found = principal_components(features)
-    edge = structuring._edge_cells(found)
-    weight, subject = structuring._ground_likeness(found, edge)[0], features[0, 0].flatten()[edge] > 0.5
+    edge = orientation._edge_cells(found)
+    weight, subject = orientation._ground_likeness(found, edge)[0], features[0, 0].flatten()[edge] > 0.5
     assert weight[subject].max() < 0.05 * weight[~subject].mean()
 
 
@@ -306,10 +309,10 @@ def test_the_first_of_three_components_is_the_only_one(rule: Orientation) -> Non
 
 def test_smoothing_is_a_gaussian_that_keeps_the_edge_bright() -> None:
     flat = torch.ones(1, 6, 8, dtype=torch.float64)
-    torch.testing.assert_close(structuring.smooth(flat, 1.0), flat)
+    torch.testing.assert_close(smooth(flat, 1.0), flat)
     point = torch.zeros(1, 15, 15, dtype=torch.float64)
     point[0, 7, 7] = 1.0
-    smoothed = structuring.smooth(point, 1.0)[0]
+    smoothed = smooth(point, 1.0)[0]
     assert smoothed[7, 8] / smoothed[7, 7] == pytest.approx(np.exp(-0.5))
     assert smoothed.sum() == pytest.approx(1, abs=1e-4)
 

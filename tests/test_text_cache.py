@@ -6,7 +6,7 @@ import errno
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import tiny
-from vipo.build import build, keep_text
+from vipo.assemble import Session, build, keep_text, notices
+from vipo.errors import UserError
 from vipo.generators import text_cache
-from vipo.generators.flux import FluxConditioning, FluxGenerator
-from vipo.generators.text_cache import TextCache, encoding_key, prepare
+from vipo.generators.conditioning import PooledConditioning
+from vipo.generators.flux import FluxGenerator, FluxText
+from vipo.generators.settings import AdapterOptions, Guidance
+from vipo.generators.text_cache import TextCache, encoding_key
 from vipo.recipe import parse_recipe
-from vipo.types import Batched, UserError
+from vipo.types import Batched, Generator, KeepsText, NamesCutPrompts
 
 LENGTH = 7
 
@@ -231,12 +234,12 @@ def test_a_prepared_generator_says_the_same_and_asks_its_encoders_no_more(
 ) -> None:
     expected = {text: tiny.generator(model_folder).encode([text]) for text in tiny.PROMPTS}
     watched = Watched(model)
-    kept = prepare(model, tiny.PROMPTS, folder=tmp_path)
+    kept = model.keep_text(tiny.PROMPTS, folder=tmp_path)
     assert watched.read == [len(tiny.PROMPTS)] * 2
     for _ in range(3):
         rows = model.encode([*tiny.PROMPTS, tiny.PROMPTS[0]])
-        assert isinstance(rows, FluxConditioning) and rows.pooled.device == model.device
-        assert same_bits(rows, FluxConditioning.cat([expected[text] for text in (*tiny.PROMPTS, tiny.PROMPTS[0])]))
+        assert isinstance(rows, PooledConditioning) and rows.pooled.device == model.device
+        assert same_bits(rows, PooledConditioning.cat([expected[text] for text in (*tiny.PROMPTS, tiny.PROMPTS[0])]))
     assert watched.read == [len(tiny.PROMPTS)] * 2 and kept.counts.encoded == len(tiny.PROMPTS)
 
 
@@ -245,31 +248,39 @@ def test_the_next_run_asks_nothing_at_all(model_folder: Path, tmp_path: Path) ->
     for _ in range(2):
         model = tiny.generator(model_folder)
         watched = Watched(model)
-        prepare(model, tiny.PROMPTS, folder=tmp_path)
+        model.keep_text(tiny.PROMPTS, folder=tmp_path)
         rows.append(model.encode(tiny.PROMPTS))
     assert watched.read == [0, 0] and same_bits(*rows)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model: FluxGenerator) -> None:
-    prepare(model, tiny.PROMPTS)
-    alone = FluxConditioning.cat([model.encode_now([text]) for text in tiny.PROMPTS])
+    model.keep_text(tiny.PROMPTS)
+    alone = PooledConditioning.cat([model.reader([text]) for text in tiny.PROMPTS])
     assert same_bits(model.encode(tiny.PROMPTS), alone)
 
 
 def test_several_at_once_are_as_good(model: FluxGenerator) -> None:
     watched = Watched(model)
-    kept = prepare(model, tiny.PROMPTS, batch_size=3)
-    rows, expected = model.encode(tiny.PROMPTS), model.encode_now(tiny.PROMPTS)
+    kept = model.keep_text(tiny.PROMPTS, batch_size=3)
+    rows, expected = model.encode(tiny.PROMPTS), model.reader(tiny.PROMPTS)
     assert torch.allclose(rows.prompt_embeds, expected.prompt_embeds, atol=1e-5)
     assert watched.read == [2 * len(tiny.PROMPTS)] * 2 and kept.counts.encoded == len(tiny.PROMPTS)
 
 
-def test_training_with_a_cache_is_training_without_one(model_folder: Path, tmp_path: Path) -> None:
+def one_by_one(read: Callable[..., Batched], prompts: Sequence[str]) -> Batched:
+    """Read as a cache reads, for the same bits."""
+    return PooledConditioning.cat([read([text]) for text in prompts])
+
+
+def test_training_with_a_cache_is_training_without_one(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same iterations, and the encoders are asked once per prompt instead of once per group and iteration."""
     plain, cached = (tiny.trainer(model_folder) for _ in range(2))
     asked = [Watched(trainer.generator) for trainer in (plain, cached)]
-    plain.generator.encode_text = text_cache._in_batches(plain.generator.encode_now, 1)  # the same bits to begin with
-    prepare(cached.generator, tiny.PROMPTS, folder=tmp_path)
+    reader = plain.generator.reader
+    monkeypatch.setattr(reader, "read", lambda prompts, read=reader.read: one_by_one(read, prompts))
+    cached.generator.keep_text(tiny.PROMPTS, folder=tmp_path)
     for _ in range(3):
         assert plain.step().metrics == cached.step().metrics
     assert asked[0].read == [6, 6] and asked[1].read == [4, 4]
@@ -281,12 +292,12 @@ def places(model: FluxGenerator, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sent: list[str] = []
     for encoder in model.text_encoders:
         monkeypatch.setattr(encoder, "to", lambda device: sent.append(str(device)))
-    model.device = torch.device("cpu:0")  # so that its name differs from where encoders go
+    monkeypatch.setattr(model.reader, "device", torch.device("cpu:0"))  # its name differs from where encoders go
     return sent
 
 
 def test_offloaded_encoders_come_back_for_a_new_prompt_only(model: FluxGenerator, places: list[str]) -> None:
-    prepare(model, tiny.PROMPTS, offload=True)
+    model.keep_text(tiny.PROMPTS, offload=True)
     assert places == ["cpu"] * 2
     model.encode(tiny.PROMPTS)
     assert places == ["cpu"] * 2
@@ -297,7 +308,7 @@ def test_offloaded_encoders_come_back_for_a_new_prompt_only(model: FluxGenerator
 def test_offloaded_encoders_leave_also_after_an_error(
     model: FluxGenerator, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(model, tiny.PROMPTS, offload=True)
+    model.keep_text(tiny.PROMPTS, offload=True)
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("inside")
@@ -310,11 +321,16 @@ def test_offloaded_encoders_leave_also_after_an_error(
 
 def test_guidance_has_its_negative_prompt_encoded_ahead(model: FluxGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FluxGenerator, "is_guided", property(lambda _: True))
-    model.negative_prompt = "grey"
-    assert prepare(model, ["a cat"]).counts.encoded == 2
+    options = AdapterOptions(Guidance(3.5, negative_prompt="grey"))
+    model = FluxGenerator(model.pipeline, height=tiny.HEIGHT, width=tiny.WIDTH, options=options)
+    assert model.keep_text(["a cat"]).counts.encoded == 2
     watched = Watched(model)
     model.encode(["grey", "a cat"])
     assert watched.read == [0, 0]
+
+
+def key_of(model: FluxGenerator) -> str:
+    return encoding_key(model.reader, type(model).__qualname__)
 
 
 def _other_weights(model: FluxGenerator) -> None:
@@ -327,7 +343,7 @@ def _other_dtype(model: FluxGenerator) -> None:
 
 
 def _other_length(model: FluxGenerator) -> None:
-    model.max_sequence_length -= 1
+    model.reader.max_sequence_length -= 1
 
 
 def _other_words(model: FluxGenerator) -> None:
@@ -342,33 +358,33 @@ def _other_template(model: FluxGenerator) -> None:
 def test_the_key_changes_with_what_a_row_depends_on(
     model_folder: Path, model: FluxGenerator, change: Callable[[FluxGenerator], None]
 ) -> None:
-    before = encoding_key(model)
-    assert encoding_key(tiny.generator(model_folder)) == before
+    before = key_of(model)
+    assert key_of(tiny.generator(model_folder)) == before
     change(model)
-    assert encoding_key(model) != before
+    assert key_of(model) != before
 
 
 def test_the_key_changes_with_the_libraries_and_not_with_the_network(
     model: FluxGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = encoding_key(model)
+    before = key_of(model)
     tiny.nudged(tiny.lora(model))
-    assert encoding_key(model) == before
+    assert key_of(model) == before
     monkeypatch.setattr(text_cache, "version", lambda name: f"9.9 of {name}")
-    assert encoding_key(model) != before
+    assert key_of(model) != before
 
 
 def test_a_prompt_that_was_encoded_does_not_change_the_key(model: FluxGenerator) -> None:
     """Tokenizers remember how they last padded; that must not make every run's key its own."""
-    before = encoding_key(model)
+    before = key_of(model)
     model.encode(["a cat"])
-    assert encoding_key(model) == before
+    assert key_of(model) == before
 
 
 def test_an_adapter_must_say_what_it_returns(model: FluxGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FluxGenerator.encode_now.__annotations__, "return", "Batched")
-    with pytest.raises(TypeError, match=r"annotate FluxGenerator\.encode_now with the record it returns"):
-        prepare(model, tiny.PROMPTS)
+    monkeypatch.setitem(FluxText.read.__annotations__, "return", Batched)
+    with pytest.raises(TypeError, match=r"annotate FluxText\.read with the record it returns"):
+        model.keep_text(tiny.PROMPTS)
 
 
 def test_a_run_asks_its_encoders_before_it_begins_and_not_again(model_folder: Path, tmp_path: Path) -> None:
@@ -386,3 +402,39 @@ def test_a_run_asks_its_encoders_before_it_begins_and_not_again(model_folder: Pa
         session.trainer.step()
     session.generator.encode([prompt.text for prompt in session.evaluation_prompts])
     assert watched.read == [5, 5]
+
+
+class Plain:
+    """A generator of one's own, with the methods of the protocol and no more; the work is a FLUX's."""
+
+    def __init__(self, flux: FluxGenerator) -> None:
+        self.network, self.lora_targets, self.shift, self.temporal_stride = flux.network, {}, flux.shift, 1
+        self.encode, self.velocity, self.decode = flux.encode, flux.velocity, flux.decode
+        self.latent_shape = flux.latent_shape
+        self.save_lora, self.save_pretrained = flux.save_lora, flux.save_pretrained
+
+
+def with_own(raw: dict[str, Any]) -> Session:
+    session = build(parse_recipe(raw))
+    assert isinstance(session.generator, KeepsText) and isinstance(session.generator, NamesCutPrompts)
+    own = Plain(session.generator)
+    session.trainer.generator = own
+    return replace(session, model=replace(session.model, generator=own))
+
+
+def test_a_generator_that_keeps_no_text_trains_as_well(model_folder: Path, tmp_path: Path) -> None:
+    session = with_own(tiny.recipe(model_folder, tmp_path / "prompts.txt"))
+    assert isinstance(session.generator, Generator)
+    keep_text(session)
+    assert notices(session) == []
+    assert session.trainer.step().metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("asked", [{"text_cache": "text"}, {"offload_text": True}])
+def test_a_generator_that_keeps_no_text_is_not_asked_to_in_vain(
+    model_folder: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt")
+    raw["generator"] |= asked
+    with pytest.raises(UserError, match=r"Plain has no keep_text\(ahead, \*, folder, offload\)"):
+        keep_text(with_own(raw))

@@ -19,10 +19,14 @@ from torch import Tensor
 
 import tiny
 from vipo import objective
-from vipo.evaluate import evaluate
+from vipo.errors import UserError
+from vipo.evaluation.evaluator import Sampler, scored
+from vipo.options import NEEDS_MAPS
 from vipo.policy import Policy
-from vipo.trainer import GradientGuard, Trainer
-from vipo.types import Prompt, Rollout, UserError
+from vipo.training.credit import Credit, combined
+from vipo.training.health import GradientGuard
+from vipo.training.trainer import Trainer
+from vipo.types import Prompt, Rollout, Transitions
 
 MAPS = tiny.MAPS
 
@@ -31,20 +35,27 @@ def full(model: Any) -> Policy:
     return Policy.full(model.network)
 
 
-def credited(trainer: Trainer) -> tuple[Rollout, Tensor, Tensor]:
-    """The first iteration up to its update: rollout, weight on each ratio, advantage."""
+def credited(trainer: Trainer) -> tuple[Rollout, Credit]:
+    """The first iteration up to its update."""
     rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
     scores = trainer.scorer(rollout.media, rollout.prompts)
-    return rollout, *trainer._weights(scores, trainer._maps(rollout), rollout)
+    advantage = combined(trainer.objective, scores, trainer.group_size)
+    maps = trainer._maps(rollout, scores, advantage)
+    return rollout, trainer._credit(scores, advantage, maps, rollout)
 
 
 def gradient(trainer: Trainer) -> Tensor:
     """What the first iteration's loss says, before clipping; the weights stay."""
-    rollout, weight, advantage = credited(trainer)
-    (share,) = trainer._split(rollout.transitions, trainer._kept(advantage), 0)
-    assert trainer._optimise(rollout.conditioning, share, weight)[0]["grad_norm"] < 1  # not clipped
+    rollout, credit = credited(trainer)
+    (share,) = dealt(trainer, rollout, trainer._kept(credit))
+    assert trainer.learner._accumulate(rollout.conditioning, share, credit)[0]["grad_norm"] < 1  # not clipped
     parts = [p.grad.flatten() for p in trainer.policy.parameters.values() if p.grad is not None]
     return torch.cat(parts)
+
+
+def dealt(trainer: Trainer, rollout: Rollout, kept: Tensor) -> list[Transitions]:
+    """The rows of each optimiser step of the first iteration."""
+    return trainer.learner._deal(rollout.transitions, len(rollout.prompts), kept, 0)
 
 
 def gap(one: Tensor, other: Tensor) -> float:
@@ -73,8 +84,8 @@ def test_bfloat16_trains_with_ratio_one(model_folder: Path) -> None:
 
 def score_of(trainer: Trainer) -> float:
     prompts = [Prompt(text) for text in tiny.PROMPTS]
-    judged = evaluate(trainer.generator, prompts, trainer.scorer, trainer.solver, samples_per_prompt=4)
-    return float(judged.scores["redness"].mean())
+    found = scored(Sampler(trainer.generator, trainer.solver, 4), trainer.scorer, prompts)
+    return float(found.scores["redness"].mean())
 
 
 @pytest.mark.parametrize("credit", ["sample", "advantage_map"])
@@ -88,13 +99,64 @@ def test_training_on_redness_makes_pictures_redder(model_folder: Path, credit: s
     assert score_of(trainer) - before > 0.05
 
 
+SIBLINGS: dict[str, dict[str, Any]] = {
+    "guard": {"loss": "guard"},
+    "detached": {"ratio": "detached"},
+    "noise_level": {"step_weight": "noise_level"},
+    "gradient": {"step_weight": "gradient"},
+    "matching": {"loss": "matching", "kind": "ode", "same_noise": False},
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_every_loss_begins_on_its_policy_and_makes_pictures_redder(model_folder: Path, name: str) -> None:
+    trainer = tiny.trainer(
+        model_folder,
+        **SIBLINGS[name],
+        credit="advantage_map",
+        policy=full,
+        learning_rate=3e-3,
+        group_size=8,
+        prompts_per_iteration=4,
+        steps=3,
+    )
+    before = score_of(trainer)
+    first = trainer.step().metrics
+    assert first["ratio_deviation"] == 0 and first["grad_norm"] > 0
+    assert ("clipped_fraction" in first) == (name != "matching")
+    for _ in range(9):
+        trainer.step()
+    assert score_of(trainer) - before > 0.05
+
+
+def test_a_kl_term_holds_a_loss_without_a_ratio(model_folder: Path) -> None:
+    changes = {**SIBLINGS["matching"], "scorer": tiny.scorer(tiny.constant), "kl_weight": 1.0, "learning_rate": 3e-3}
+    trainer = tiny.trainer(model_folder, **changes)
+    assert trainer.step().metrics["kl_reference"] == 0
+    tiny.nudged(trainer.policy, 0.1)
+    away = trainer.step().metrics["kl_reference"]
+    for _ in range(8):
+        last = trainer.step().metrics["kl_reference"]
+    assert 0 < last < 0.8 * away
+
+
+def test_a_loss_without_a_ratio_records_no_step(model_folder: Path) -> None:
+    trainer = tiny.trainer(model_folder, **SIBLINGS["matching"], matching_draws=3, per_iteration=2)
+    rollout, credit = credited(trainer)
+    assert len(rollout.transitions.sample) == 0
+    rows = trainer.learner.loss.rows(rollout, seed=0, iteration=0)
+    shares = trainer.learner._deal(rows, len(rollout.prompts), trainer._kept(credit), 0)
+    assert [len(share.sample) for share in shares] == [12, 12]
+    assert sorted(torch.cat([share.sample for share in shares]).tolist()) == sorted(list(range(8)) * 3)
+
+
 @pytest.mark.parametrize("credit", ["sample", "uniform", "reward_map", "advantage_map"])
 def test_every_credit_moves_the_weights(model_folder: Path, credit: str) -> None:
     trainer = tiny.trainer(model_folder, credit=credit)
     before = {name: value.clone() for name, value in trainer.policy.state().items()}
     step = trainer.step()
     assert any(not torch.equal(before[name], value) for name, value in trainer.policy.state().items())
-    assert (step.maps is not None) == (credit in objective.NEEDS_MAPS) == ("map/mean" in step.metrics)
+    assert (step.maps is not None) == (credit in NEEDS_MAPS) == ("map/mean" in step.metrics)
     assert all(math.isfinite(value) for value in step.metrics.values())
 
 
@@ -114,13 +176,13 @@ def test_where_the_map_puts_its_weight_matters(model_folder: Path) -> None:
 def test_a_map_on_one_side_moves_that_side(model_folder: Path) -> None:
     """The transposition test of the whole path: weight on the left columns, and the loss is about those alone."""
 
-    def left(rollout: Rollout) -> Tensor:
+    def left(rollout: Rollout, advantage: Tensor) -> Tensor:  # noqa: ARG001
         maps = torch.zeros(len(rollout.media), *rollout.latent_grid)
         maps[..., : rollout.latent_grid[2] // 2] = 2.0
         return maps
 
     trainer = tiny.trainer(model_folder, credit="advantage_map", map_source=left)
-    _, weight, advantage = credited(trainer)
+    weight, advantage = (found := credited(trainer)[1]).local, found.advantage
     assert weight.shape == (8, *tiny.GRID)
     assert torch.equal(weight[..., :5], (2 * advantage)[:, None, None, None].expand(8, 1, 6, 5))
     assert not weight[..., 5:].any()
@@ -183,7 +245,7 @@ def sometimes(failing: Sequence[int]) -> Callable[..., Tensor]:
 
 def test_a_sample_without_a_score_is_left_out_and_counted(model_folder: Path) -> None:
     trainer = tiny.trainer(model_folder, scorer=tiny.scorer(sometimes([2])))
-    _, weight, advantage = credited(trainer)
+    weight, advantage = (found := credited(trainer)[1]).local, found.advantage
     assert advantage[2] == 0 and not weight[2].any() and advantage.isfinite().all() and (advantage != 0).sum() == 7
     step = trainer.step()
     assert step.metrics["unscored/redness"] == 1 / 8 and any("redness" in event for event in step.events)
@@ -206,20 +268,20 @@ def test_several_rewards_are_combined_as_asked(model_folder: Path, combine: str)
         if combine == "advantage"
         else objective.group_advantage(red + 0.5 * bright, 4)
     )
-    assert torch.allclose(trainer._weights(scores, None, rollout)[1], expected)
+    assert torch.allclose(combined(trainer.objective, scores, 4), expected)
     assert trainer.step().metrics["reward"] == pytest.approx(float((red + 0.5 * bright).mean()))
 
 
 def test_weights_are_clipped_at_the_advantage_clip(model_folder: Path) -> None:
-    _, weight, _ = credited(tiny.trainer(model_folder, advantage_clip=0.5, credit="advantage_map"))
-    assert weight.abs().max() == 0.5
+    _, credit = credited(tiny.trainer(model_folder, advantage_clip=0.5, credit="advantage_map"))
+    assert credit.local.abs().max() == 0.5
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8])
 def test_several_updates_use_each_recorded_step_once(model_folder: Path, steps: int) -> None:
     trainer = tiny.trainer(model_folder, per_iteration=steps)
     rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
-    shares = trainer._split(rollout.transitions, torch.arange(8), 0)
+    shares = dealt(trainer, rollout, torch.arange(8))
     used = sorted((int(s), int(t)) for share in shares for s, t in zip(share.sample, share.step, strict=True))
     assert used == [(sample, step) for sample in range(8) for step in range(3)]
     samples = [set(share.sample.tolist()) for share in shares]
@@ -230,12 +292,12 @@ def test_several_updates_use_each_recorded_step_once(model_folder: Path, steps: 
 def test_best_of_n_trains_on_the_best_and_the_worst_of_each_group_only(model_folder: Path) -> None:
     """The gradient is that of a rollout in which the samples between them were never recorded."""
     trainer = tiny.trainer(model_folder, keep_per_group=2, per_iteration=2)
-    rollout, _, advantage = credited(trainer)
-    kept = trainer._kept(advantage)
+    rollout, credit = credited(trainer)
+    kept = trainer._kept(credit)
     scores = trainer.scorer(rollout.media, rollout.prompts).total.unflatten(0, (2, 4))
     expected = {4 * group + int(place(scores[group])) for group in range(2) for place in (torch.argmax, torch.argmin)}
     assert set(kept.tolist()) == expected
-    shares = trainer._split(rollout.transitions, kept, 0)
+    shares = dealt(trainer, rollout, kept)
     used = sorted((int(s), int(t)) for share in shares for s, t in zip(share.sample, share.step, strict=True))
     assert used == sorted((sample, step) for sample in expected for step in range(3))
     assert [len(set(share.sample.tolist())) for share in shares] == [2, 2]
@@ -255,7 +317,7 @@ def test_only_the_first_of_several_updates_is_on_policy(model_folder: Path) -> N
 @pytest.mark.parametrize("batch_size", [1, 5, 24])
 def test_the_replayed_batches_size_does_not_change_the_gradient(model_folder: Path, batch_size: int) -> None:
     whole = gradient(tiny.trainer(model_folder, credit="advantage_map"))
-    parts = gradient(tiny.trainer(model_folder, credit="advantage_map", batch_size=batch_size))
+    parts = gradient(tiny.trainer(model_folder, credit="advantage_map", replay_batch_size=batch_size))
     assert (whole - parts).abs().max() < 1e-6 and gap(whole, parts) < 1e-3
 
 
@@ -279,8 +341,8 @@ def test_a_skipped_update_changes_nothing_and_is_an_event(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, norm: float
 ) -> None:
     trainer = tiny.trainer(model_folder)
-    trainer.guard.norms = [1.0] * 20
-    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(norm))
+    trainer.learner.guard.norms = [1.0] * 20
+    monkeypatch.setattr(trainer.engine, "clip", lambda *_: torch.tensor(norm))
     before = {name: value.clone() for name, value in trainer.policy.state().items()}
     step = trainer.step()
     assert step.metrics["skipped"] == 1 and any("update skipped" in event for event in step.events)
@@ -341,7 +403,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import tiny
 trainer = tiny.same_calls(tiny.trainer(Path({model!r}), credit="advantage_map", learning_rate=1e-4))
-rank = trainer.accelerator.process_index
+rank = trainer.engine.rank
 steps = [trainer.step() for _ in range(2)]
 kept = {{f"media{{k}}": step.rollout.media for k, step in enumerate(steps)}}
 kept |= {{f"scores{{k}}": step.scores.total for k, step in enumerate(steps)}}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from vipo.build import RewardSuite
 from vipo.embedded import path as embedded_path
+from vipo.engine import Engine
 from vipo.generators.flux import LORA_TARGETS, FluxGenerator
-from vipo.map_sources import Perceptual
+from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
-from vipo.prompts import PromptSampler
-from vipo.rollout import Solver
+from vipo.prompts.sampler import PromptSampler
+from vipo.rewards.suite import RewardSuite
 from vipo.structuring import PerceptualStructuring
-from vipo.trainer import Objective, Trainer, Update
+from vipo.structuring.sources import Perceptual
+from vipo.training.credit import combined
+from vipo.training.trainer import Trainer
 from vipo.types import FeatureMap, Prompt, Rollout, TrainStep
 
 HEIGHT, WIDTH = 24, 40  # not square; latents 6 x 10, FLUX tokens 3 x 5
@@ -141,8 +144,8 @@ class Shuffled:
     def __init__(self, source: Callable[..., Tensor]) -> None:
         self.source = source
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        maps = self.source(rollout)
+    def __call__(self, rollout: Rollout, advantage: Tensor) -> Tensor:
+        maps = self.source(rollout, advantage)
         order = torch.randperm(maps[0].numel(), generator=torch.Generator().manual_seed(5))
         return maps.flatten(1)[:, order].reshape(maps.shape)
 
@@ -154,43 +157,46 @@ def scorer(*functions: Callable[..., Tensor], weights: Mapping[str, float] | Non
 
 def trainer(folder: Path, **changes: Any) -> Trainer:
     """A trainer on the tiny model; ``changes`` go to whichever part has that name."""
-    objective = {"credit": "uniform", "clip_range": 0.2}
-    update = {"learning_rate": 1e-2, "weight_decay": 0.0}
+    objective = {"clip_range": 0.2}
+    optimizer = {"learning_rate": 1e-2, "weight_decay": 0.0}
     solver = {"steps": 4, "shift": 3.0, "eta": 0.7}
-    own = {"group_size": 4, "seed": 0, "scorer": scorer(redness), "map_source": MAPS}
+    own = {"group_size": 4, "seed": 0, "scorer": scorer(redness), "map_source": MAPS, "credit": "uniform"}
     per_iteration, build_policy = changes.pop("prompts_per_iteration", 2), changes.pop("policy", lora)
     for name, value in changes.items():
         home = next((part for part, keys in _HOMES.items() if name in keys), "own")
-        {"objective": objective, "update": update, "solver": solver, "own": own}[home][name] = value
+        {"objective": objective, "optimizer": optimizer, "solver": solver, "own": own}[home][name] = value
     model = generator(folder)
-    accelerator = own.pop("accelerator", None) or Accelerator(mixed_precision=own.pop("precision", "no"), cpu=True)
+    engine = own.pop("engine", None) or Engine(
+        accelerator=Accelerator(mixed_precision=own.pop("precision", "no"), cpu=True)
+    )
     return Trainer(
-        accelerator=accelerator,
+        engine=engine,
         generator=model,
         policy=build_policy(model),
         prompts=PromptSampler([Prompt(text) for text in PROMPTS], per_iteration=per_iteration, seed=0),
         solver=Solver(**solver),
         objective=Objective(**objective),
-        update=Update(**update),
+        optimizer=OptimizerOptions(**optimizer),
         **own,
     )
 
 
 def same_calls(trainer: Trainer) -> Trainer:
     """The trainer with every network called on one group at a time, in whichever process the group is."""
-    trainer.rollout_batch_size = trainer.generator.decode_batch_size = trainer.group_size
+    trainer.rollout_batch_size = trainer.group_size
+    trainer.generator.options = replace(trainer.generator.options, decode_batch_size=trainer.group_size)
     return trainer
 
 
 def advantage_of(trainer: Trainer, step: TrainStep) -> Tensor:
     """The advantage (N,) that an iteration trained on, in this process."""
-    return trainer._weights(step.scores, step.maps, step.rollout)[1]
+    return combined(trainer.objective, step.scores, trainer.group_size)
 
 
 _HOMES = {
-    "objective": {"credit", "clip_range", "advantage_clip", "reduce", "combine", "kl_weight"},
-    "update": {"learning_rate", "weight_decay", "max_grad_norm", "guard_factor", "per_iteration", "batch_size"},
-    "solver": {"steps", "shift", "kind", "eta", "window", "train_fraction", "same_noise"},
+    "objective": set(Objective.__dataclass_fields__),
+    "optimizer": set(OptimizerOptions.__dataclass_fields__),
+    "solver": set(Solver.__dataclass_fields__),
 }
 
 
@@ -227,7 +233,7 @@ def write_recipe(path: Path, raw: Mapping[str, Any]) -> Path:
 def command_line(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """Start ``vipo`` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "vipo.cli", *map(str, arguments)],
+        [sys.executable, "-m", "vipo", *map(str, arguments)],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

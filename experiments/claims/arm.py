@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from matrix import ARMS, SETTING, Arm
-from vipo.build import Session, build
-from vipo.evaluate import Evaluation, evaluate
+from vipo.assemble import Session, build
+from vipo.errors import RunFailed
+from vipo.evaluation.evaluator import Sampler, scored
+from vipo.evaluation.records import Scored
 from vipo.files import write_text, written_whole
-from vipo.recipe import Recipe, load_recipe
-from vipo.report.pictures import save_sheet
-from vipo.types import RunFailed
+from vipo.media.pictures import save_sheet
+from vipo.recipe import load_recipe
+from vipo.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("reward", "clipped_fraction", "approx_kl", "grad_norm", "skipped", "flat_groups")
@@ -37,15 +39,11 @@ def recipe_of(arm: Arm, seed: int, iterations: int, prompts: int, more: Sequence
     return load_recipe(ROOT / "recipes" / arm.recipe, [*arm.overrides, *fixed, *more])
 
 
-def judged(session: Session) -> Evaluation:
-    return evaluate(
-        session.generator,
-        session.evaluation_prompts,
-        session.judge,
-        session.trainer.solver,
-        samples_per_prompt=session.recipe.evaluation.samples_per_prompt,
-        batch_size=64,
-    )
+def evaluated(session: Session) -> Scored:
+    """Everything at once: the arms' own measures look at all pictures."""
+    samples_per_prompt = session.recipe.evaluation.samples_per_prompt
+    sampler = Sampler(session.generator, session.model.solver, samples_per_prompt, batch_size=64)
+    return scored(sampler, session.evaluation_scorer, session.evaluation_prompts)
 
 
 def per_prompt(values: Tensor, samples_per_prompt: int) -> list[float]:
@@ -53,7 +51,7 @@ def per_prompt(values: Tensor, samples_per_prompt: int) -> list[float]:
     return [round(v, 5) for v in values.double().unflatten(0, (-1, samples_per_prompt)).nanmean(1).tolist()]
 
 
-def numbers(arm: Arm, now: Evaluation, untrained: Evaluation | None) -> dict[str, list[float]]:
+def numbers(arm: Arm, now: Scored, untrained: Scored | None) -> dict[str, list[float]]:
     """Every score per prompt, and the arm's own measures."""
     found = {name: per_prompt(values, now.samples_per_prompt) for name, values in now.scores.items()}
     return found if arm.measures is None or untrained is None else {**found, **arm.measures(untrained, now)}
@@ -64,7 +62,7 @@ def train(name: str, seed: int, iterations: int, every: int, prompts: int, folde
     arm = ARMS[name]
     session = build(recipe_of(arm, seed, max(iterations, 1), prompts))
     needs_start = arm.measures is not None or not arm.trained
-    untrained = judged(session) if needs_start else None
+    untrained = evaluated(session) if needs_start else None
     evaluations = {"0": numbers(arm, untrained, untrained)} if untrained is not None else {}
     steps: dict[str, list[float]] = {}
     seconds = 0.0
@@ -78,7 +76,7 @@ def train(name: str, seed: int, iterations: int, every: int, prompts: int, folde
             if key in step.metrics:
                 steps.setdefault(key, []).append(float(f"{step.metrics[key]:.5g}"))
         if done % (arm.every or every) == 0 or done == iterations:
-            now = judged(session)
+            now = evaluated(session)
             evaluations[str(done)] = numbers(arm, now, untrained)
             keep_pictures(folder, f"{name}-{seed}-{done:03d}.png", now)
             tell(name, seed, done, evaluations[str(done)], seconds)
@@ -104,7 +102,7 @@ def tell(name: str, seed: int, done: int, evaluation: dict[str, list[float]], se
     print(f"{name} seed {seed}: iteration {done}, {seconds:.0f} s, {means}", flush=True)
 
 
-def keep_pictures(folder: Path | None, file: str, evaluation: Evaluation) -> None:
+def keep_pictures(folder: Path | None, file: str, evaluation: Scored) -> None:
     """The first picture of each prompt."""
     if folder is None:
         return

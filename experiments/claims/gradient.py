@@ -29,12 +29,13 @@ from torch import Tensor
 
 from arm import recipe_of
 from matrix import ARMS
-from vipo import map_sources, objective
+from vipo import objective
+from vipo.assemble import Session, build
 from vipo.backbones.efficientnet_lite import EfficientNetLite
-from vipo.build import Session, build
 from vipo.files import write_text
 from vipo.rollout import replay, sample_groups
-from vipo.structuring import PerceptualStructuring, allocation_map, normalise
+from vipo.structuring import PerceptualStructuring, allocation_map, normalise, sources
+from vipo.training.credit import combined
 from vipo.types import Rollout
 
 FIRST_ITERATION = 1000  # no arm ever trained on the prompts and noises from here on
@@ -92,8 +93,10 @@ def perceptual(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def all_maps(session: Session, rollout: Rollout) -> dict[str, Tensor]:
-    group, scorer = rollout.group_size, session.judge
-    trained = {name: scorer.rewards[name] for name in session.recipe.rewards}
+    group, scorer, recipe = rollout.group_size, session.evaluation_scorer, session.recipe
+    trained = {name: scorer.rewards[name] for name in recipe.rewards}
+    scores = session.trainer.scorer(rollout.media, rollout.prompts)
+    advantage = combined(recipe.objective, scores, group)
     masks = objects(rollout)
     floor = 1e-3  # a picture without any object has a uniform mask
     found = {
@@ -106,13 +109,14 @@ def all_maps(session: Session, rollout: Rollout) -> dict[str, Tensor]:
     paper = found["ViPO (K = 3, variance, sigma 1)"]
     found["ViPO, positions shuffled"] = shuffled(paper)
     found["ViPO, mean over the group"] = group_mean(paper, group)
-    gradient = map_sources.RewardGradient(trained, dict.fromkeys(trained, 1.0))(rollout)
-    deviation = map_sources.Deviation()(rollout)
+    gradient = sources.RewardGradient(trained, dict.fromkeys(trained, 1.0))(rollout, advantage)
+    deviation = sources.Deviation()(rollout, advantage)
     found["reward gradient"] = gradient
-    found["text relevance"] = map_sources.TextRelevance(session.generator)(rollout)
-    found["disagreement"] = map_sources.Disagreement()(rollout)
+    found["text relevance"] = sources.TextRelevance(session.generator)(rollout, advantage)
+    found["disagreement"] = sources.Disagreement()(rollout, advantage)
     found["deviation"] = deviation
-    found["deviation, sigma 0"] = map_sources.Deviation(smoothing_sigma=0)(rollout)
+    found["consensus"] = sources.Consensus()(rollout, advantage)
+    found["deviation, sigma 0"] = sources.Deviation(smoothing_sigma=0)(rollout, advantage)
     found["deviation, square root"] = normalise(deviation.sqrt(), "unit_mean")
     found["deviation x ViPO"] = normalise(deviation * paper, "unit_mean")
     found["reward gradient x ViPO"] = normalise(gradient * paper, "unit_mean")
@@ -168,7 +172,7 @@ def _unit(move: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def slopes(session: Session, rollout: Rollout, direction: Direction) -> Tensor:
     """d log pi / dr of every recorded step and position, (M, T, H, W)."""
-    recorded, solver = rollout.transitions, session.trainer.solver
+    recorded, solver = rollout.transitions, session.model.solver
     found = torch.zeros_like(recorded.log_prob)
     for step in recorded.step.unique().tolist():
         at = (recorded.step == step).nonzero().squeeze(1)
@@ -199,7 +203,7 @@ def one_iteration(session: Session, direction: Direction, iteration: int) -> dic
     masks = objects(rollout)
     weights = {name: objective.spatial_advantage(advantage, m) for name, m in maps.items()}
     paper = maps["ViPO (K = 3, variance, sigma 1)"]
-    weights["reward map"] = objective.assign_credit("reward_map", rewards, advantage, paper, group)
+    weights["reward map"] = objective.group_advantage(paper * rewards[:, None, None, None], group)
     found = {
         name: {"slope": float((change * weight.clamp(-clip, clip)[sample]).mean())} for name, weight in weights.items()
     }

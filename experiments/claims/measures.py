@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vipo.backbones.efficientnet_lite import EfficientNetLite
-from vipo.evaluate import Evaluation
+from vipo.evaluation.records import Scored
 
 RESOLUTION = 128
 
@@ -35,7 +35,7 @@ def features(images: Tensor) -> Tensor:
     return F.normalize(backbone(images).features.flatten(2).mean(2), dim=1)
 
 
-def structure(untrained: Evaluation, now: Evaluation) -> dict[str, list[float]]:
+def structure(untrained: Scored, now: Scored) -> dict[str, list[float]]:
     """``edges_kept``: correlation of edges; ``features_kept``: cosine of features; ``diversity``: 1 - mean cosine of
     the features of a prompt's pictures.
     """

@@ -29,11 +29,11 @@ from results import Results, planned_seeds, read
 from tables import ABLATIONS, REDNESS, SOURCES, tables
 from verdicts import FROM_PAPER, Claim, Verdict, claims, claims_table
 from vipo import report
+from vipo.errors import UserError
 from vipo.files import write_text
+from vipo.media.pictures import load_sheet
 from vipo.report.page import PAPER, fixed, signed
-from vipo.report.pictures import load_sheet
 from vipo.report.svg import interval
-from vipo.types import UserError
 
 SIGNS: Mapping[Verdict, tuple[str, str]] = {
     "holds": ("✓", "up"),

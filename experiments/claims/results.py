@@ -22,7 +22,7 @@ from torch import Tensor
 
 from matrix import ARMS, SETTING
 from vipo import randomness
-from vipo.types import UserError
+from vipo.errors import UserError
 
 RESAMPLES = 2000
 SIDES = torch.tensor([0.025, 0.975], dtype=torch.double)

@@ -18,7 +18,8 @@ from torch import Tensor
 from clips import Clip, ClipComposer
 from common import DEFAULT_ART
 from vipo import backbones
-from vipo.structuring import PerceptualStructuring, Scope, align_frames, flicker
+from vipo.options import Scope
+from vipo.structuring import PerceptualStructuring, align_frames, flicker
 
 GRID = (16, 16)
 STRIDE = 4

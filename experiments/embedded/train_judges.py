@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from judge_art import VENDORS
 from judge_data import Batch, SceneSource, scramble
 from judge_measure import measure
-from vipo.backbones.efficientnet_lite import FoldedTrunk, load_unfolded, to_input
-from vipo.backbones.preprocess import freeze, resize
 from vipo.embedded import VOCABULARY
 from vipo.files import written_whole
 from vipo.rewards.embedded import MATCH_RESOLUTION
-from vipo.rewards.judge_networks import JudgeNetwork, LayoutNetwork, MatchHead
+from vipo.rewards.embedded_networks import JudgeNetwork, LayoutNetwork, MatchHead
+from vipo.vision.efficientnet_lite import FoldedTrunk, load_unfolded, to_input
+from vipo.vision.frozen import freeze
+from vipo.vision.preprocess import resize
 
 SHIPPED = Path(__file__).resolve().parents[2] / "src" / "vipo" / "embedded" / "judges"
 OBJECTS = len(VOCABULARY.names)

@@ -20,7 +20,7 @@ from clips import ClipComposer
 from scenes import Array
 from train_judges import SHIPPED, fit, save
 from vipo.embedded import clips
-from vipo.rewards.judge_networks import MOTION_FRAMES, MOTION_SIZE, MotionNetwork
+from vipo.rewards.embedded_networks import MOTION_FRAMES, MOTION_SIZE, MotionNetwork
 
 OTHER = len(clips.MOTIONS)
 OTHER_SHARE = 0.35

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from photos import Labelled, photographs, portraits
 from vipo.backbones.efficientnet_lite import EfficientNetLite
-from vipo.structuring import Orientation, allocation_map, oriented, principal_components
+from vipo.options import Orientation
+from vipo.structuring import allocation_map, oriented, principal_components
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "embedded"))
 from scenes import SceneComposer

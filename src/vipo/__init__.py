@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vipo.build import build
+    from vipo.assemble import build
     from vipo.recipe import load_recipe
-    from vipo.run import train
+    from vipo.runs.run import train
     from vipo.structuring import PerceptualStructuring
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import vipo` and `vipo --help` stay fast.
 _HOMES = {
-    "build": "vipo.build",
+    "build": "vipo.assemble",
     "load_recipe": "vipo.recipe",
-    "train": "vipo.run",
+    "train": "vipo.runs.run",
     "PerceptualStructuring": "vipo.structuring",
     "objective": "vipo",
     "sde": "vipo",

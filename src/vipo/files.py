@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -92,6 +93,20 @@ def read_lines(path: Path) -> list[str]:
     return lines(path.read_bytes().decode("utf-8-sig"))
 
 
+def settle_header(file: Path) -> None:
+    """Put a safetensors file's header into one order: its metadata comes in another at every writing."""
+    with file.open("r+b") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        metadata = header.pop("__metadata__", {})
+        ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
+        settled = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(settled) > length:  # never of a header that safetensors wrote
+            raise ValueError(f"the header of {str(file)!r} cannot be put into order: {len(settled)} > {length} bytes")
+        handle.seek(8)
+        handle.write(settled.ljust(length))
+
+
 def complete_lines(path: Path, errors: str = "strict") -> list[str]:
     """The lines of a log that were written whole and are not blank; a kill can cut the last one short.
 
@@ -99,3 +114,8 @@ def complete_lines(path: Path, errors: str = "strict") -> list[str]:
         errors: what becomes of bytes that are not UTF-8, see ``bytes.decode``.
     """
     return [line for line in lines(path.read_bytes().decode(errors=errors))[:-1] if line.strip()]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON and a command line can bring half of a character, a lone surrogate."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

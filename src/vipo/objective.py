@@ -10,14 +10,13 @@ GRPO is ViPO with one position: the same functions take (N,) and (N, T, H, W).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-CreditKind = Literal["sample", "uniform", "reward_map", "advantage_map"]
-NEEDS_MAPS: frozenset[str] = frozenset({"reward_map", "advantage_map"})
+from vipo.options import Ratio
 
 
 class Surrogate(NamedTuple):
@@ -56,11 +55,6 @@ def group_advantage(
     return advantage.where(highest > lowest, torch.zeros_like(advantage)).flatten(0, 1).to(rewards.dtype)
 
 
-def groups_without_spread(rewards: Float[Tensor, " N"], group_size: int) -> Bool[Tensor, " P"]:
-    """Which groups teach nothing, because fewer than two different scores are left in them."""
-    return (group_advantage(rewards, group_size).unflatten(0, (-1, group_size)) == 0).all(1)
-
-
 def spread(rewards: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
     """How far scores differ within groups: the root of the mean variance (unbiased) of the groups' scored samples.
 
@@ -80,8 +74,8 @@ def spread(rewards: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
 
 
 def combine_advantages(
-    rewards: Mapping[str, Float[Tensor, " N"]], weights: Mapping[str, float], group_size: int
-) -> Float[Tensor, " N"]:
+    rewards: Mapping[str, Float[Tensor, "N *position"]], weights: Mapping[str, float], group_size: int
+) -> Float[Tensor, "N *position"]:
     """Several rewards: each normalised within its groups, then summed by weight. A missing score anywhere gives 0."""
     total = torch.stack([weights[name] * group_advantage(r, group_size) for name, r in rewards.items()]).sum(0)
     scored = torch.stack([r.isfinite() for r in rewards.values()]).all(0)
@@ -118,35 +112,9 @@ def spatial_advantage(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H
     return maps * advantage[:, None, None, None]
 
 
-def assign_credit(
-    credit: CreditKind,
-    rewards: Float[Tensor, " N"],
-    advantage: Float[Tensor, " N"],
-    maps: Float[Tensor, "N T H W"] | None,
-    group_size: int,
-) -> Float[Tensor, " N"] | Float[Tensor, "N T H W"]:
-    """The weight on each likelihood ratio: (N,) for one ratio per sample, (N, T, H, W) for local ratios.
-
-    ============= ======== ============================================= =================================
-    credit        ratio    weight                                        is
-    ============= ======== ============================================= =================================
-    sample        scalar   A_i                                           DanceGRPO, Flow-GRPO
-    uniform       local    A_i (a map of ones)                           the paper's ablation
-    reward_map    local    (M_i(p) r_i) normalised per position          the paper's ablation
-    advantage_map local    M_i(p) A_i                                    ViPO
-    ============= ======== ============================================= =================================
-    """
-    if credit not in get_args(CreditKind):
-        raise ValueError(f"credit={credit!r} is not known; choose from {', '.join(get_args(CreditKind))}")
-    if credit == "sample":
-        return advantage
-    if maps is None:
-        raise ValueError(f"credit={credit!r} needs maps of shape (N, T, H, W)")
-    if credit == "uniform":
-        return spatial_advantage(advantage, torch.ones_like(maps))
-    if credit == "reward_map":
-        return group_advantage(maps * rewards[:, None, None, None], group_size)
-    return spatial_advantage(advantage, maps)
+def _of_sample(log_ratio: Float[Tensor, "N *position"]) -> Float[Tensor, "N *one"]:
+    """Each sample's mean over its positions, which are kept as dimensions of 1."""
+    return log_ratio.flatten(1).mean(1).reshape(-1, *[1] * (log_ratio.ndim - 1)) if log_ratio.ndim > 1 else log_ratio
 
 
 def clipped_surrogate(
@@ -155,14 +123,24 @@ def clipped_surrogate(
     advantage: Float[Tensor, "N *position"],
     *,
     clip_range: float,
+    ratio: Ratio = "local",
 ) -> Surrogate:
     """The clipped policy-gradient loss of PPO (arXiv 1707.06347, eq. 7), averaged over every element.
 
     (N, T, H, W) tensors give ViPO's local ratio, (N,) tensors scalar GRPO.
 
+    Args:
+        ratio: ``local`` is exp(log pi - log pi_old) at each position. ``detached`` has at every position the value r of
+            the sample's one ratio and the gradient of its own log-probability, r exp(log pi(p) - sg(log pi(p))), with
+            sg for no gradient (ImageDoctor, arXiv 2510.01010; the token form of GSPO): clip ranges tuned for scalar
+            GRPO keep their meaning. At ratio 1, and for (N,), both are one.
+
     Raises:
-        ValueError: the three shapes differ (a broadcast here would silently change the method), or clip_range <= 0.
+        ValueError: the three shapes differ (a broadcast here would silently change the method), clip_range <= 0, or an
+            unknown ratio.
     """
+    if ratio not in get_args(Ratio):
+        raise ValueError(f"ratio={ratio!r} is not known; choose from {', '.join(get_args(Ratio))}")
     if not log_prob.shape == old_log_prob.shape == advantage.shape:
         raise ValueError(
             f"log_prob {tuple(log_prob.shape)}, old_log_prob {tuple(old_log_prob.shape)} and advantage"
@@ -171,10 +149,11 @@ def clipped_surrogate(
     if not clip_range > 0:
         raise ValueError(f"clip_range={clip_range}: must be positive")
     log_ratio = log_prob - old_log_prob.detach()
-    ratio = log_ratio.exp()
-    weight = advantage.detach()
-    unclipped, clipped = ratio * weight, ratio.clamp(1 - clip_range, 1 + clip_range) * weight
+    if ratio == "detached":
+        log_ratio = _of_sample(log_ratio).detach() + (log_prob - log_prob.detach())
+    rho, weight = log_ratio.exp(), advantage.detach()
+    unclipped, clipped = rho * weight, rho.clamp(1 - clip_range, 1 + clip_range) * weight
     with torch.no_grad():
-        clipped_fraction = ((ratio - 1).abs() > clip_range).float().mean()
-        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipped_fraction = ((rho - 1).abs() > clip_range).float().mean()
+        approx_kl = (rho - 1 - log_ratio).mean()
     return Surrogate(-torch.minimum(unclipped, clipped).mean(), clipped_fraction, approx_kl)

@@ -1,4 +1,8 @@
-"""What is trained: a LoRA or the full weights, in float32; the reference policy; a moving average; export."""
+"""What is trained: a LoRA or the full weights, in float32; the reference policy; a moving average; export.
+
+Weights are read from the live network whenever they are asked for: an engine may replace every parameter by a shard of
+it (FSDP2 does), and what was kept from before would be a network that nobody trains.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from vipo.types import Generator, UserError
+from vipo.errors import UserError
+from vipo.sharding import local, settle, spread_like, whole
+from vipo.types import Generator
+
+if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 CHECKED_AT_ONCE = 1 << 20  # elements
 
@@ -21,7 +29,9 @@ CHECKED_AT_ONCE = 1 << 20  # elements
 class Policy:
     """The trainable weights of a network, its reference, and their moving average.
 
-    Build one with :meth:`lora` or :meth:`full`. Trainable weights are float32 whatever the rest is.
+    Build one with :meth:`lora` or :meth:`full`, and call :meth:`begin` once the network is as it will be trained.
+    Trainable weights are float32 whatever the rest is. What goes in and out of a policy is whole, also where its
+    parameters are shards; every process then has to ask.
     """
 
     def __init__(
@@ -30,14 +40,12 @@ class Policy:
         self.network = network
         self.is_lora = is_lora
         self.ema_decay = ema_decay
+        self.keep_reference = keep_reference and not is_lora
+        self.ema: dict[str, Tensor] = {}
+        self.base: dict[str, Tensor] = {}
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        keeps_copy = ema_decay is not None
-        self.ema: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.parameters.items()} if keeps_copy else {}
-        copies = keep_reference and not is_lora
-        self._base = {n: p.detach().clone() for n, p in self.parameters.items()} if copies else {}
 
     @classmethod
     def lora(
@@ -48,6 +56,8 @@ class Policy:
         Raises:
             UserError: no linear layer matches, or ``targets`` is no regular expression.
         """
+        from peft import LoraConfig, inject_adapter_in_model
+
         try:
             wanted = re.compile(targets)
         except (re.error, OverflowError, RecursionError) as error:
@@ -63,7 +73,7 @@ class Policy:
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), network)
         if all(linear[name].weight.dtype == torch.float32 for name in chosen):  # others may be kept in float32
             # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
-            for layer in (module for module in network.modules() if isinstance(module, BaseTunerLayer)):
+            for layer in _adapters(network):
                 layer.cast_input_dtype_enabled = False
         return cls(network, is_lora=True, ema_decay=ema_decay)
 
@@ -73,20 +83,34 @@ class Policy:
         network.requires_grad_(True)
         return cls(network, is_lora=False, ema_decay=ema_decay, keep_reference=keep_reference)
 
+    def begin(self) -> Policy:
+        """Keep the copies that the present weights are the start of: the reference, and the moving average."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()} if self.keep_reference else {}
+        self.base = kept
+        averages = self.ema_decay is not None
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if averages else {}
+        return self
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters as they are now, by name."""
+        settle(self.network)
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the network is what it was before post-training.
 
         Raises:
-            ValueError: full weights were built with ``keep_reference=False``.
+            ValueError: full weights whose start was not kept.
         """
         if not self.is_lora:
-            if not self._base:
-                raise ValueError("no copy of the untrained weights was kept: build the policy with keep_reference=True")
-            with self._swapped(self._base):
+            if not self.base:
+                raise ValueError("no copy of the untrained weights was kept: keep_reference=True and begin() keep one")
+            with self._swapped(self.base):
                 yield
             return
-        layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        layers = _adapters(self.network)
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -103,7 +127,8 @@ class Policy:
 
     @contextmanager
     def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        kept = {name: self.parameters[name].detach().clone() for name in weights}
+        live = self.parameters
+        kept = {name: live[name].detach().clone() for name in weights}
         self._write(weights)
         try:
             yield
@@ -112,30 +137,36 @@ class Policy:
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
+        live = self.parameters
         for name, value in weights.items():
-            self.parameters[name].copy_(value)
+            live[name].copy_(spread_like(value, live[name]))
 
     @torch.no_grad()
     def update_average(self) -> None:
         """ema <- decay * ema + (1 - decay) * weights; call once per optimiser step."""
+        live = self.parameters if self.ema else {}
         for name, average in self.ema.items():
             assert self.ema_decay is not None
-            average.lerp_(self.parameters[name], 1 - self.ema_decay)
+            average.lerp_(live[name], 1 - self.ema_decay)
 
     @torch.no_grad()
     def fingerprint(self) -> tuple[int, ...]:
-        """Numbers for the bits of all trained tensors: on one machine, other weights give others."""
-        return tuple(torch.cat([_checksums(parameter) for parameter in self.parameters.values()]).tolist())
+        """Numbers for the bits of all trained tensors, or of this process's parts: other weights give others."""
+        return tuple(torch.cat([_checksums(local(parameter)) for parameter in self.parameters.values()]).tolist())
 
     @torch.no_grad()
     def gradient_peaks(self) -> dict[str, Tensor]:
         """The largest absolute value of each gradient, a scalar by the parameter's name; NaN if one is in there."""
-        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        found = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         return dict(zip(found, torch._foreach_norm(list(found.values()), math.inf), strict=True)) if found else {}
 
     def state(self) -> dict[str, Tensor]:
-        """The trainable weights by name."""
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        """The trained weights by name, whole."""
+        return {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    def averages(self) -> dict[str, Tensor]:
+        """The moving average by name, whole; empty if none is kept."""
+        return {name: whole(average) for name, average in self.ema.items()}
 
     def load(self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None = None) -> None:
         """Put trained weights back.
@@ -150,21 +181,34 @@ class Policy:
             raise UserError(f"these weights do not fit this policy (was the recipe changed?); they differ in {odd}")
         self._write(weights)
         for name, value in (ema or {}).items():
-            self.ema[name].copy_(value)
+            self.ema[name].copy_(spread_like(value, self.ema[name]))
 
-    def export(self, generator: Generator, folder: Path) -> None:
-        """Write the (averaged) weights so that plain diffusers loads them."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def export(self, generator: Generator, folder: Path | None) -> None:
+        """Write the (averaged) weights so that plain diffusers loads them.
+
+        Args:
+            folder: None on a process that only helps to put sharded weights together.
+        """
         with self.averaged():
+            weights = self._lora_layers() if self.is_lora else self._all_weights()
+            if folder is None:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
             if self.is_lora:
-                generator.save_lora(folder, self._lora_layers())
+                generator.save_lora(folder, weights)
             else:
-                generator.save_pretrained(folder)
+                generator.save_pretrained(folder, weights)
+
+    def _all_weights(self) -> dict[str, Tensor]:
+        settle(self.network)
+        return {name: whole(tensor) for name, tensor in self.network.state_dict().items()}
 
     def _lora_layers(self) -> dict[str, Tensor]:
         """LoRA layers with alpha / rank folded into B, because a loader that is told no alpha takes a scale of 1."""
-        scale = next(m.scaling["default"] for m in self.network.modules() if isinstance(m, BaseTunerLayer))
-        layers = get_peft_model_state_dict(self.network)
+        from peft import get_peft_model_state_dict
+
+        scale = next(layer.scaling["default"] for layer in _adapters(self.network))
+        layers = {name: whole(value) for name, value in get_peft_model_state_dict(self.network).items()}
         return {name: value * scale if "lora_B" in name else value for name, value in layers.items()}
 
 
@@ -173,3 +217,9 @@ def _checksums(values: Tensor) -> Tensor:
     parts = values.detach().flatten().view(torch.int32).split(CHECKED_AT_ONCE)
     odd = 2 * torch.arange(len(parts[0]), device=values.device) + 1
     return torch.stack([(part * odd[: len(part)]).sum() for part in parts])
+
+
+def _adapters(network: nn.Module) -> list[BaseTunerLayer]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

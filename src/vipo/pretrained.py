@@ -1,60 +1,23 @@
-"""Load a network with transformers: a hub id or a local folder, safetensors only, nothing left random; tell it again.
+"""A pretrained model before and after it is loaded: folder or hub id, dtype by name, what to tell, its fingerprint.
 
-Backbones and rewards share it. ``user`` is who asks, in the words of a message: "backbone 'dinov2'".
+``user`` is who asks, in the words of a message: "backbone 'dinov2'".
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from vipo.errors import UserError
 from vipo.files import lines
-from vipo.types import UserError
 
 PROBED = 64  # elements of each tensor that a fingerprint looks at
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load_network(user: str, pretrained: str | Path, classes: Mapping[str, str], *, dtype: str = "float32") -> Any:
-    """The network in ``pretrained``.
-
-    Args:
-        user: who asks, for messages.
-        pretrained: hub id or local folder with config.json and safetensors weights.
-        classes: model_type in config.json -> name of the transformers class that reads it.
-        dtype: "float32", "bfloat16" or "float16".
-
-    Raises:
-        UserError: nothing there, another kind of model, or weights that do not fill the network.
-    """
-    import transformers
-
-    pretrained = folder_or_id(user, pretrained)
-    kind = dtype_named(user, dtype)
-    model_type = _model_type(user, pretrained)
-    if model_type not in classes:
-        raise UserError(f"{pretrained} holds a model of type {model_type!r}; {user} accepts {', '.join(classes)}")
-    model_class = getattr(transformers, classes[model_type])
-    with quiet():
-        try:
-            network, report = model_class.from_pretrained(
-                str(pretrained), dtype=kind, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(not_found(user, pretrained, "safetensors weights", error)) from error
-    if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise UserError(
-            f"{pretrained} lacks {len(lacking)} tensors of {classes[model_type]}, the first is {lacking[0]!r};"
-            " is it a checkpoint of another model? Download it again or point pretrained= elsewhere"
-        )
-    return network
 
 
 def fingerprint(network: torch.nn.Module) -> str:
@@ -119,15 +82,3 @@ def quiet(library: str = "transformers", level: int = logging.ERROR) -> Iterator
         yield
     finally:
         logger.setLevel(before)
-
-
-def _model_type(user: str, pretrained: str | Path) -> str:
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(str(pretrained))
-    except (OSError, ValueError) as error:
-        raise UserError(not_found(user, pretrained, "config.json", error)) from error
-    if "model_type" not in config:
-        raise UserError(not_found(user, pretrained, "config.json with a model_type", ValueError("none in there")))
-    return str(config["model_type"])

@@ -1,4 +1,4 @@
-"""Samples a group and replays its steps; one function, :func:`policy_step`, does both, so the first ratio is exactly 1.
+"""Samples a group. One function, :func:`policy_step`, samples a step and replays it, so the first ratio is exactly 1.
 
 An iteration takes S solver steps. Some are stochastic (they carry the policy's likelihood), the others follow the ODE.
 Of the stochastic ones, each sample is trained on all or on a random share. The last step is always deterministic and
@@ -12,100 +12,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vipo import randomness, sde
-from vipo.types import Batched, Generator, Prompt, Rollout, Transitions, UserError
+from vipo.errors import UserError
+from vipo.options import Reduce, Solver
+from vipo.types import Batched, Generator, Prompt, Rollout, Transitions
+from vipo.workload import possible_steps, shared_steps
 
-Schedule = Literal["random", "sliding", "fixed"]
 StepContext = Callable[[int], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class Window:
-    """A run of consecutive stochastic steps (MixGRPO, arXiv 2507.21802); outside it the ODE is followed.
-
-    ``starts`` is how many first steps the window may begin at: ``random`` draws one per iteration, ``sliding`` moves by
-    one every ``every`` iterations and starts over, ``fixed`` stays at ``first``.
-    """
-
-    size: int
-    starts: int = 1
-    first: int = 0
-    schedule: Schedule = "random"
-    every: int = 1
-
-    def start(self, seed: int, iteration: int) -> int:
-        if self.schedule == "fixed":
-            return self.first
-        if self.schedule == "sliding":
-            return self.first + iteration // self.every % self.starts
-        return randomness.integer(
-            self.first, self.first + self.starts, seed=seed, purpose="window", indices=(iteration,)
-        )
+def stochastic_steps(solver: Solver, seed: int, iteration: int) -> range:
+    """The steps of one iteration that carry noise."""
+    places, window = possible_steps(solver), solver.window
+    if len(places) == 1 or window is None:
+        return places[0]
+    if window.schedule == "sliding":
+        return places[iteration // window.every % len(places)]
+    return places[randomness.integer(0, len(places), seed=seed, purpose="window", indices=(iteration,))]
 
 
-@dataclass(frozen=True)
-class Solver:
-    """How latents get from noise to picture.
+def trained_steps(solver: Solver, seed: int, iteration: int, samples: Sequence[int]) -> Bool[Tensor, "S N"]:
+    """Which step of which sample is recorded; ``samples`` are indices over all ranks."""
+    stochastic = list(stochastic_steps(solver, seed, iteration))
+    chosen = torch.zeros(solver.steps, len(samples), dtype=torch.bool)
+    for column, sample in enumerate(samples):
+        indices = (iteration, sample)
+        order = randomness.permutation(len(stochastic), seed=seed, purpose="trained steps", indices=indices)
+        chosen[[stochastic[place] for place in order[: solver.trained_count]], column] = True
+    return chosen
 
-    Args:
-        steps, shift: the sigma grid (:func:`vipo.sde.shifted_sigmas`).
-        kind, eta: the stochastic step (:func:`vipo.sde.transition`).
-        window: which steps are stochastic; None means all but the last.
-        train_fraction: share of the stochastic steps each sample is trained on, drawn per sample, rounded down.
-        same_noise: samples of a group start from one noise.
-    """
 
-    steps: int
-    shift: float
-    kind: sde.Kind = "dance"
-    eta: float = 0.3
-    window: Window | None = None
-    train_fraction: float = 1.0
-    same_noise: bool = True
-
-    def __post_init__(self) -> None:
-        last = self.steps - 1 if self.window is None else self.window.first + self.window.starts - 1 + self.window.size
-        if last > self.steps - 1:
-            raise UserError(
-                f"the window reaches step {last} of steps={self.steps}, but the last step is never stochastic:"
-                " lower window.size, window.starts or window.first, or take more steps"
-            )
-        if self.kind != "ode" and not bool((sde.shifted_sigmas(self.steps, self.shift).diff() < 0).all()):
-            raise UserError(
-                f"a shift of {self.shift:g} crowds the noise levels of steps={self.steps} until two are the same number"
-                " in float32, and no noise fits between them; give a solver.shift nearer to 1 (models have 1 to 12)"
-            )
-
-    def deterministic(self, steps: int | None = None) -> Solver:
-        """The same grid without noise between the steps, each sample from its own start: for evaluation."""
-        return replace(self, kind="ode", eta=0.0, window=None, steps=steps or self.steps, same_noise=False)
-
-    def stochastic_steps(self, seed: int, iteration: int) -> range:
-        if self.kind == "ode":
-            return range(0)
-        if self.window is None:
-            return range(self.steps - 1)
-        start = self.window.start(seed, iteration)
-        return range(start, start + self.window.size)
-
-    def trained(self, seed: int, iteration: int, samples: Sequence[int]) -> Bool[Tensor, "S N"]:
-        """Which step of which sample is recorded; ``samples`` are indices over all ranks."""
-        stochastic = list(self.stochastic_steps(seed, iteration))
-        keep = int(self.train_fraction * len(stochastic))
-        chosen = torch.zeros(self.steps, len(samples), dtype=torch.bool)
-        for column, sample in enumerate(samples):
-            order = randomness.permutation(
-                len(stochastic), seed=seed, purpose="trained steps", indices=(iteration, sample)
-            )
-            chosen[[stochastic[place] for place in order[:keep]], column] = True
-        return chosen
+def sigmas_of(solver: Solver, generator: Generator) -> Float[Tensor, " levels"]:
+    """The solver's grid of noise levels; without a shift of its own, the model's."""
+    return sde.shifted_sigmas(solver.steps, generator.shift if solver.shift is None else solver.shift)
 
 
 def policy_step(
@@ -122,8 +68,8 @@ def policy_step(
 
 
 def replay(
-    generator: Generator, conditioning: Batched, recorded: Transitions, solver: Solver, *, reduce: sde.Reduce
-) -> tuple[Float[Tensor, "m T H W"], sde.Transition]:
+    generator: Generator, conditioning: Batched, recorded: Transitions, solver: Solver, *, reduce: Reduce
+) -> tuple[Float[Tensor, "R T H W"], sde.Transition]:
     """Log-probability of recorded steps under the present weights, with gradient, and the step's Gaussian."""
     rows = conditioning.take(recorded.sample)
     step = policy_step(generator, recorded.latents, recorded.sigma, recorded.sigma_next, rows, solver)
@@ -160,25 +106,46 @@ def _batched_step(
     return sde.Transition(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
 
 
-def _record(step: int, chosen: Tensor, sigmas: Tensor, latents: Tensor, nexts: Tensor, log_prob: Tensor) -> Transitions:
-    """The chosen samples' transition at one step."""
-    at = chosen.nonzero().squeeze(1)
-    here = at.to(latents.device)
-    return Transitions(
-        sample=at,
-        step=torch.full_like(at, step),
-        sigma=sigmas[step].expand(len(at)),
-        sigma_next=sigmas[step + 1].expand(len(at)),
-        latents=latents[here],
-        next_latents=nexts[here],
-        log_prob=log_prob[here],
-    )
+@dataclass(frozen=True)
+class Recorder:
+    """Keeps what will be trained on. ``keep_mean`` also keeps the mean of each step, for losses that compare means."""
+
+    sigmas: Float[Tensor, " levels"]
+    chosen: Bool[Tensor, "S N"]
+    reduce: Reduce
+    keep_mean: bool
+    kept: list[Transitions] = field(default_factory=list)
+
+    def record(self, step: int, latents: Tensor, nexts: Tensor, gaussian: sde.Transition) -> None:
+        """The chosen samples' transition at one step."""
+        at = self.chosen[step].nonzero().squeeze(1)
+        here = at.to(latents.device)
+        self.kept.append(
+            Transitions(
+                sample=at,
+                step=torch.full_like(at, step),
+                sigma=self.sigmas[step].expand(len(at)),
+                sigma_next=self.sigmas[step + 1].expand(len(at)),
+                latents=latents[here],
+                next_latents=nexts[here],
+                log_prob=sde.log_prob(nexts, gaussian, reduce=self.reduce)[here],
+                mean=gaussian.mean[here] if self.keep_mean else latents[here, :0],
+            )
+        )
+
+    def all(self, latents: Tensor) -> Transitions:
+        """Everything recorded, in the order of the steps; ``latents`` says the shape if that is nothing."""
+        if self.kept:
+            return Transitions.cat(self.kept)
+        empty = latents[:0]
+        nothing, index = empty.new_empty(0), torch.empty(0, dtype=torch.long)
+        return Transitions(index, index, nothing, nothing, empty, empty, empty[:, 0], empty[:, :0])
 
 
-def _no_transitions(latents: Tensor) -> Transitions:
-    empty = latents[:0]
-    nothing, index = empty.new_empty(0), torch.empty(0, dtype=torch.long)
-    return Transitions(index, index, nothing, nothing, empty, empty, empty[:, 0])
+def _noise(
+    shape: tuple[int, ...], purpose: str, keys: Sequence[tuple[int, ...]], *, seed: int, device: torch.device
+) -> Tensor:
+    return randomness.normal(shape, keys, seed=seed, purpose=purpose).to(device)
 
 
 @torch.no_grad()
@@ -192,7 +159,9 @@ def sample_groups(
     iteration: int = 0,
     first_group: int = 0,
     batch_size: int | None = None,
-    reduce: sde.Reduce = "mean",
+    reduce: Reduce = "mean",
+    keep_steps: bool = True,
+    keep_mean: bool = False,
     around: StepContext = lambda _step: nullcontext(),
 ) -> Rollout:
     """Sample ``group_size`` pictures for each prompt and record the steps that will be trained.
@@ -202,28 +171,29 @@ def sample_groups(
         first_group: index of the first of them among all ranks' groups; every noise depends on it.
         batch_size: samples per network call; None means all at once.
         reduce: over channels, for the recorded log-probabilities.
+        keep_steps: record the steps that will be trained; False for a loss that trains on the samples alone.
+        keep_mean: record the mean of each step too.
         around: what to enter around the network's part of each step, for instance to change its weights there.
 
     Raises:
         UserError: latents stopped being finite.
     """
     device = _network_device(generator)
-    sigmas = sde.shifted_sigmas(solver.steps, solver.shift).to(device)
+    sigmas = sigmas_of(solver, generator).to(device)
     groups = range(first_group, first_group + len(prompts))
     samples = [group * group_size + k for group in groups for k in range(group_size)]
     group_of = torch.arange(len(prompts)).repeat_interleave(group_size)
-    shape = generator.latent_shape()
-    stochastic, ode = solver.stochastic_steps(seed, iteration), solver.deterministic()
-    trained = solver.trained(seed, iteration, samples)
+    stochastic, ode = stochastic_steps(solver, seed, iteration), solver.deterministic()
+    shared = shared_steps(solver, stochastic)
+    recorder = Recorder(sigmas, trained_steps(solver, seed, iteration, samples), reduce, keep_mean)
     per_group = generator.encode([prompt.text for prompt in prompts])
     per_sample = per_group.take(group_of)
     rows, starts = (per_group, groups) if solver.same_noise else (per_sample, samples)
-    keys = [(iteration, start) for start in starts]
-    latents = randomness.normal(shape, keys, seed=seed, purpose="initial noise").to(device)
-    recorded, passes = [], 0
+    noise = partial(_noise, generator.latent_shape(), seed=seed, device=device)
+    latents, passes = noise("initial noise", [(iteration, start) for start in starts]), 0
     for i in range(solver.steps):
         noisy = i in stochastic
-        if len(latents) < len(samples) and (noisy or i == solver.steps - 1):
+        if solver.same_noise and i == shared:
             latents, rows = latents[group_of.to(device)], per_sample
         kind = solver if noisy else ode
         with around(i):
@@ -231,17 +201,11 @@ def sample_groups(
         passes += len(latents)
         nexts = step.mean
         if noisy:
-            draws = [(iteration, i, s) for s in samples]
-            nexts = sde.sample(step, randomness.normal(shape, draws, seed=seed, purpose="step noise").to(device))
-            recorded.append(_record(i, trained[i], sigmas, latents, nexts, sde.log_prob(nexts, step, reduce=reduce)))
+            nexts = sde.sample(step, noise("step noise", [(iteration, i, s) for s in samples]))
+            if keep_steps:
+                recorder.record(i, latents, nexts, step)
         latents = nexts
         _check_finite(latents, i, solver)
-    return Rollout(
-        prompts=tuple(prompt for prompt in prompts for _ in range(group_size)),
-        group_size=group_size,
-        conditioning=per_sample,
-        latents=latents,
-        media=generator.decode(latents),
-        transitions=Transitions.cat(recorded) if recorded else _no_transitions(latents),
-        model_passes=passes,
-    )
+    whose, first = tuple(prompts[group] for group in group_of.tolist()), first_group * group_size
+    media, recorded = generator.decode(latents), recorder.all(latents)
+    return Rollout(whose, group_size, per_sample, latents, media, recorded, passes, sigmas, first_sample=first)

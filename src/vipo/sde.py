@@ -22,14 +22,13 @@ Everything is computed in float32, whatever the dtype of the model.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Kind = Literal["dance", "flow", "cps", "ode"]
-Reduce = Literal["mean", "sum"]
+from vipo.options import Kind, Reduce
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -148,6 +147,16 @@ def log_prob(
         raise ValueError("this step is deterministic (std = 0) and has no density; record only stochastic steps")
     deviation = (next_latents.float() - mean) / std
     return _reduce_channels(-0.5 * deviation.square() - std.log() - LOG_SQRT_2PI, reduce)
+
+
+def step_scale(
+    sigma: Float[Tensor, " R"], sigma_next: Float[Tensor, " R"], *, kind: Kind, eta: float
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """(d mean / d u, std) of steps: the mean is linear in the velocity, so a velocity of ones says by how much."""
+    nothing = torch.zeros(len(sigma), 1, 1, 1, 1, device=sigma.device)
+    still = transition(nothing, nothing, sigma, sigma_next, kind=kind, eta=eta)
+    moved = transition(nothing + 1, nothing, sigma, sigma_next, kind=kind, eta=eta)
+    return (moved.mean - still.mean).flatten(), moved.std.flatten()
 
 
 def kl_divergence(policy: Transition, reference: Transition, *, reduce: Reduce = "mean") -> Float[Tensor, "N T H W"]:

@@ -5,7 +5,7 @@ Legend, used in every annotation and docstring of the package:
 ====== =====================================================================================
 N      samples in a batch; N = P * G when it is a whole iteration, groups are consecutive
 P, G   prompts per iteration, samples per prompt (the group size)
-M      recorded transitions, over all samples; each is one solver step of one sample
+R      recorded rows, over all samples; a transition is one solver step of one sample
 C      latent channels
 T H W  latent frames, latent height, latent width; an image is T = 1
 F      video frames in pixel space
@@ -31,14 +31,6 @@ from torch import Tensor
 
 Grid = tuple[int, int]  # (H, W)
 LatentGrid = tuple[int, int, int]  # (T, H, W)
-
-
-class UserError(ValueError):
-    """Something the user can mend. The command line prints the message as one sentence and exits with code 2."""
-
-
-class RunFailed(RuntimeError):  # noqa: N818 - it is the run that failed, not the program
-    """A run that learned nothing though what it was given is valid. The command line exits with code 3."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +65,14 @@ class Batched:
 class Transitions(Batched):
     """The solver steps that will be trained on, flat over samples and steps: ``z`` at ``sigma`` went to ``z'``."""
 
-    sample: Int[Tensor, " M"]  # which of the rollout's N samples
-    step: Int[Tensor, " M"]  # which solver step of it
-    sigma: Float[Tensor, " M"]
-    sigma_next: Float[Tensor, " M"]
-    latents: Float[Tensor, "M C T H W"]
-    next_latents: Float[Tensor, "M C T H W"]
-    log_prob: Float[Tensor, "M T H W"]  # under the weights that sampled it
+    sample: Int[Tensor, " R"]  # which of the rollout's N samples
+    step: Int[Tensor, " R"]  # which solver step of it
+    sigma: Float[Tensor, " R"]
+    sigma_next: Float[Tensor, " R"]
+    latents: Float[Tensor, "R C T H W"]
+    next_latents: Float[Tensor, "R C T H W"]
+    log_prob: Float[Tensor, "R T H W"]  # under the weights that sampled it
+    mean: Float[Tensor, "R c T H W"]  # of the step, under the same weights; c = C if the loss asked for it, else 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +86,8 @@ class Rollout:
     media: Float[Tensor, "N 3 F Y X"]
     transitions: Transitions
     model_passes: int  # samples x steps actually run through the network, for the cost account
+    sigmas: Float[Tensor, " levels"]  # the solver's grid, from 1 to 0
+    first_sample: int = 0  # number of the first sample among those of all processes
 
     @property
     def latent_grid(self) -> LatentGrid:
@@ -114,6 +109,8 @@ class Rollout:
             media=torch.cat([part.media for part in parts]),
             transitions=Transitions.cat(recorded),
             model_passes=sum(part.model_passes for part in parts),
+            sigmas=parts[0].sigmas,
+            first_sample=parts[0].first_sample,
         )
 
 
@@ -189,8 +186,25 @@ class Generator(Protocol):
     def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
         """Write LoRA layers so that the plain diffusers pipeline's ``load_lora_weights(folder)`` reads them."""
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the pipeline so that its ``from_pretrained(folder)`` reads it."""
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the pipeline, its network with ``weights``, so that its ``from_pretrained(folder)`` reads it."""
+
+
+@runtime_checkable
+class KeepsText(Protocol):
+    """A generator that can encode each prompt once only. One that cannot is asked again wherever a prompt is used."""
+
+    def keep_text(self, ahead: Sequence[str], *, folder: Path | None, offload: bool) -> object:
+        """From now on keep what was encoded, also in ``folder``; encode ``ahead`` now, and then, with ``offload``, let
+        the text encoders leave the accelerator."""
+
+
+@runtime_checkable
+class NamesCutPrompts(Protocol):
+    """A generator that knows how much of a prompt it reads."""
+
+    def cut_prompts(self, **texts: Sequence[str]) -> list[str]:
+        """A sentence for each kind of prompt, ``training`` for one, of which some are longer than it reads."""
 
 
 @runtime_checkable
@@ -209,9 +223,12 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class MapSource(Protocol):
-    """A rollout to one non-negative weight per latent position; see ``vipo.map_sources``."""
+    """A rollout and its advantages, NaN for no score, to one non-negative weight per latent position.
 
-    def __call__(self, rollout: Rollout) -> Float[Tensor, "N T H W"]: ...
+    See ``vipo.structuring.sources``.
+    """
+
+    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]: ...
 
 
 @runtime_checkable

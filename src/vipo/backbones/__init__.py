@@ -1,66 +1,40 @@
 """Frozen vision networks: pictures in [0, 1] to a grid of features, by name.
 
-A new backbone is one file, one line here and one test. Factories import their file only when called, so that listing
-the names costs nothing.
+A new backbone is one file, one entry here and one test.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vipo.types import Backbone, UserError
+from vipo import registry
 
-
-def _efficientnet_lite(**options: Any) -> Backbone:
-    from vipo.backbones.efficientnet_lite import EfficientNetLite
-
-    return EfficientNetLite(**options)
-
-
-def _dinov2(**options: Any) -> Backbone:
-    from vipo.backbones.dinov2 import DinoV2
-
-    return DinoV2(**options)
-
-
-def _resnet(**options: Any) -> Backbone:
-    from vipo.backbones.resnet import ResNet
-
-    return ResNet(**options)
-
-
-def _sam(**options: Any) -> Backbone:
-    from vipo.backbones.sam import Sam
-
-    return Sam(**options)
-
-
-BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "efficientnet_lite": _efficientnet_lite,
-    "dinov2": _dinov2,
-    "resnet": _resnet,
-    "sam": _sam,
-}
-"""Name -> factory, which takes the options of the class in the file of that name."""
+if TYPE_CHECKING:
+    from vipo.types import Backbone
 
 
 @dataclass(frozen=True)
-class BackboneNotes:
-    """What a list of backbones shows. ``weights`` says where the weights come from."""
+class BackboneEntry(registry.Entry):
+    """A backbone and what a list shows of it. ``weights`` says where the weights come from."""
 
-    summary: str
     weights: str
-    licence: str
+    licence: str = "Apache-2.0"
 
 
-NOTES: dict[str, BackboneNotes] = {
-    "efficientnet_lite": BackboneNotes("EfficientNet-Lite0, ImageNet; for CPU", "installed with vipo", "Apache-2.0"),
-    "dinov2": BackboneNotes("DINOv2 ViT, with or without registers; stride 14", "hub id or folder", "Apache-2.0"),
-    "resnet": BackboneNotes("ResNet-50 and its family; stride 16 or 32", "hub id or folder", "Apache-2.0"),
-    "sam": BackboneNotes("Segment Anything's image encoder; stride 16", "hub id or folder", "Apache-2.0"),
+BACKBONES: dict[str, BackboneEntry] = {
+    "efficientnet_lite": BackboneEntry(
+        "vipo.backbones.efficientnet_lite:EfficientNetLite",
+        "EfficientNet-Lite0, ImageNet; for CPU",
+        "installed with vipo",
+    ),
+    "dinov2": BackboneEntry(
+        "vipo.backbones.dinov2:DinoV2", "DINOv2 ViT, with or without registers; stride 14", "hub id or folder"
+    ),
+    "resnet": BackboneEntry(
+        "vipo.backbones.resnet:ResNet", "ResNet-50 and its family; stride 16 or 32", "hub id or folder"
+    ),
+    "sam": BackboneEntry("vipo.backbones.sam:Sam", "Segment Anything's image encoder; stride 16", "hub id or folder"),
 }
 
 
@@ -70,13 +44,5 @@ def build(name: str, **options: Any) -> Backbone:
     Raises:
         UserError: no backbone of that name, an option it does not have, or weights that cannot be found.
     """
-    if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=2, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UserError(f"there is no backbone {name!r}; choose from {', '.join(BACKBONES)}.{hint}")
-    try:
-        return BACKBONES[name](**options)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"backbone {name!r} refused its options {options}: {error}") from error
+    backbone: Backbone = registry.build("backbone", BACKBONES, name, options)
+    return backbone

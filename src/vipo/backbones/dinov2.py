@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.backbones.preprocess import (
+from vipo.types import FeatureMap
+from vipo.vision.frozen import load_frozen
+from vipo.vision.preprocess import (
     check_images,
     check_resolution,
     fitted_size,
@@ -21,8 +23,6 @@ from vipo.backbones.preprocess import (
     resize,
     tokens_to_grid,
 )
-from vipo.backbones.pretrained import load_pretrained
-from vipo.types import FeatureMap
 
 CLASSES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 
@@ -47,7 +47,7 @@ class DinoV2:
         batch_size: int = 16,
         dtype: str = "float32",
     ) -> None:
-        self.network = load_pretrained("dinov2", pretrained, CLASSES, dtype=dtype)
+        self.network = load_frozen("backbone 'dinov2'", pretrained, CLASSES, dtype=dtype)
         config = self.network.config
         self.stride: int = config.patch_size
         self.dropped: int = 1 + getattr(config, "num_register_tokens", 0)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.backbones.preprocess import check_images, check_resolution, fitted_size, in_batches, normalise, resize
-from vipo.backbones.pretrained import load_pretrained
 from vipo.types import FeatureMap
+from vipo.vision.frozen import load_frozen
+from vipo.vision.preprocess import check_images, check_resolution, fitted_size, in_batches, normalise, resize
 
 CLASSES = {"resnet": "ResNetModel"}
 
@@ -38,7 +38,7 @@ class ResNet:
         batch_size: int = 16,
         dtype: str = "float32",
     ) -> None:
-        self.network = load_pretrained("resnet", pretrained, CLASSES, dtype=dtype)
+        self.network = load_frozen("backbone 'resnet'", pretrained, CLASSES, dtype=dtype)
         stages = len(self.network.config.depths)
         check_resolution(resolution, SIDE_MULTIPLE)
         if not 1 <= layer <= stages:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.backbones.preprocess import check_images, in_batches, normalise, resize
-from vipo.backbones.pretrained import load_pretrained
 from vipo.types import FeatureMap
+from vipo.vision.frozen import load_frozen
+from vipo.vision.preprocess import check_images, in_batches, normalise, resize
 
 CLASSES = {"sam": "SamVisionModel", "sam_vision_model": "SamVisionModel"}
 
@@ -41,7 +41,7 @@ class Sam:
         batch_size: int = 4,
         dtype: str = "float32",
     ) -> None:
-        self.network = load_pretrained("sam", pretrained, CLASSES, dtype=dtype)
+        self.network = load_frozen("backbone 'sam'", pretrained, CLASSES, dtype=dtype)
         config = self.network.config
         self.stride: int = config.patch_size
         self.side: int = config.image_size

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vipo.types import Generator, UserError
+from vipo import registry
+from vipo.errors import UserError
+
+if TYPE_CHECKING:
+    from vipo.types import Generator
+
+MEDIA = ("pipeline", "height", "width", "frames")  # what an adapter takes that is not among generator.options
 
 
 @dataclass(frozen=True)
-class GeneratorEntry:
-    """Where an adapter lives and what it adapts. Importing is left until it is built."""
+class GeneratorEntry(registry.Entry):
+    """An adapter and what it adapts; its class has ``from_pretrained(path, *, device, dtype, **options)``."""
 
-    target: str  # "module:class"; the class has ``from_pretrained(path, *, device, dtype, **options)``
     pipelines: tuple[str, ...]  # the diffusers classes it reads, as model_index.json names them
-    summary: str
 
 
 GENERATORS: dict[str, GeneratorEntry] = {
     "flux": GeneratorEntry(
-        "vipo.generators.flux:FluxGenerator", ("FluxPipeline",), "FLUX.1 (dev, schnell) and the embedded emoji-flux"
+        "vipo.generators.flux:FluxGenerator", "FLUX.1 (dev, schnell) and the embedded emoji-flux", ("FluxPipeline",)
     ),
     "sd3": GeneratorEntry(
-        "vipo.generators.sd3:StableDiffusion3Generator", ("StableDiffusion3Pipeline",), "Stable Diffusion 3 and 3.5"
+        "vipo.generators.sd3:StableDiffusion3Generator", "Stable Diffusion 3 and 3.5", ("StableDiffusion3Pipeline",)
     ),
     "flux2": GeneratorEntry(
-        "vipo.generators.flux2:Flux2KleinGenerator", ("Flux2KleinPipeline",), "FLUX.2 klein, base and distilled"
+        "vipo.generators.flux2:Flux2KleinGenerator", "FLUX.2 klein, base and distilled", ("Flux2KleinPipeline",)
     ),
-    "qwen_image": GeneratorEntry("vipo.generators.qwen_image:QwenImageGenerator", ("QwenImagePipeline",), "Qwen-Image"),
-    "z_image": GeneratorEntry("vipo.generators.z_image:ZImageGenerator", ("ZImagePipeline",), "Z-Image"),
+    "qwen_image": GeneratorEntry("vipo.generators.qwen_image:QwenImageGenerator", "Qwen-Image", ("QwenImagePipeline",)),
+    "z_image": GeneratorEntry("vipo.generators.z_image:ZImageGenerator", "Z-Image", ("ZImagePipeline",)),
     "wan": GeneratorEntry(
-        "vipo.generators.wan:WanGenerator", ("WanPipeline",), "Wan2.1 and Wan2.2 5B text to video, and emoji-wan"
+        "vipo.generators.wan:WanGenerator", "Wan2.1 and Wan2.2 5B text to video, and emoji-wan", ("WanPipeline",)
     ),
 }
 
@@ -70,16 +71,16 @@ def entry(name: str) -> GeneratorEntry:
     Raises:
         UserError: there is none; the nearest name is given.
     """
-    if name not in GENERATORS:
-        near = difflib.get_close_matches(name, GENERATORS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"there is no generator {name!r}; choose from {', '.join(GENERATORS)}.{hint}")
-    return GENERATORS[name]
+    return registry.find("generator", GENERATORS, name)
 
 
-def _adapter(name: str) -> Any:
-    module, attribute = entry(name).target.split(":")
-    return getattr(import_module(module), attribute)
+def adapter(name: str) -> Any:
+    """The class called ``name``, which is made of a diffusers pipeline and options.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    return entry(name).load()
 
 
 def factory(name: str) -> Callable[..., Generator]:
@@ -88,30 +89,27 @@ def factory(name: str) -> Callable[..., Generator]:
     Raises:
         UserError: there is no such adapter.
     """
-    return _adapter(name).from_pretrained
+    made: Callable[..., Generator] = adapter(name).from_pretrained
+    return made
 
 
 def options(name: str) -> list[str]:
     """What the adapter takes beyond the size of its media, by name."""
-    common = {"pipeline", "height", "width", "frames"}
-    return [key for key in inspect.signature(_adapter(name)).parameters if key not in common]
+    takes: tuple[str, ...] = adapter(name).takes
+    return list(takes)
 
 
 def makes_video(name: str) -> bool:
     """Whether the adapter called ``name`` takes a number of frames."""
-    return "frames" in inspect.signature(_adapter(name)).parameters
+    return "frames" in entry(name).parameters()
 
 
 def arguments(name: str, *, height: int, width: int, frames: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the adapter called ``name`` is built with, beside its pipeline.
+    """What the adapter called ``name`` is made from, beside its pipeline; it checks its options itself.
 
     Raises:
-        UserError: an option it does not take, or frames for one that makes pictures.
+        UserError: frames for one that makes pictures.
     """
-    accepted = options(name)
-    for key in given:
-        if key not in accepted:
-            raise UserError(f"generator {name!r} takes no option {key!r}; it takes {', '.join(accepted)}")
     video = {"frames": frames} if makes_video(name) else {}
     if not video and frames != 1:
         raise UserError(f"generator {name!r} makes pictures: generator.frames={frames} must be 1")

@@ -10,14 +10,14 @@ A name of diffusers' ``set_attention_backend`` is written into the network inste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from vipo.types import UserError
+from vipo.errors import UserError
 
 AUTO = "auto"
 EXACT = "_native_math"  # plain matrix products: slower, everywhere the same, and differentiable everywhere
@@ -53,45 +53,73 @@ def check(name: str) -> None:
         trainable = ", ".join([AUTO, *(entry for entry in known if not _is_inference_only(entry))])
         raise UserError(f"generator.attention={name!r} is not known to diffusers; choose from {trainable}")
     if _is_inference_only(name):
-        raise UserError(f"generator.attention={name!r} {_NO_BACKWARD}")
+        raise UserError(f"generator.attention={name!r} {_NO_BACKWARD}. Take {AUTO} or {EXACT}")
 
 
-_NO_BACKWARD = f"has no backward, so nothing could be trained through it; take {AUTO}, or _native_flash for one"
+_NO_BACKWARD = "has no backward, so nothing could be trained through it"
 
 
 def _is_inference_only(name: str) -> bool:
     return "sage" in name
 
 
-def install(network: nn.Module, name: str, *, dtype: torch.dtype) -> None:
+def install(network: nn.Module, name: str, *, dtype: torch.dtype, masked: bool = False) -> None:
     """Give every attention of a diffusers network this backend, which must work here in ``dtype``, both ways.
 
     ``auto`` changes nothing, but diffusers' own default, ``DIFFUSERS_ATTN_BACKEND``, must have a backward as well.
 
+    Args:
+        masked: whether the network hides tokens from its attention, as it does the padding of shorter prompts.
+
     Raises:
-        UserError: the backend is unknown, cannot be used here or has no backward, or the network takes none.
+        UserError: the backend is unknown, cannot be used here, has no backward or reads what a mask hides, or the
+            network takes none.
     """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     check(name)
     default = _AttentionBackendRegistry.get_active_backend()[0]
-    chosen, said = name, f"generator.attention={name!r}"
+    chosen, said, instead = name, f"generator.attention={name!r}", f"Take {AUTO} or {EXACT}"
     if name == AUTO:
         chosen, said = str(default.value), f"diffusers' attention backend {default.value!r} (DIFFUSERS_ATTN_BACKEND)"
+        instead = f"Unset that variable, or take generator.attention={EXACT}"
         if chosen == "native" or not takes_backend(network):
             return
     elif not takes_backend(network):
         raise UserError(f"{said}: the attention of {type(network).__name__} takes no backend; leave it {AUTO}")
     try:
         network.set_attention_backend(chosen)  # type: ignore[operator]
-        differentiable = _has_backward(chosen, network, dtype)
+        problem = _tried(chosen, network, dtype, masked=masked)
     except FAULTS as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{said} cannot be trained with here in {dtype}: {why} Take {AUTO} or {EXACT}") from error
+        raise UserError(f"{said} cannot be trained with here in {dtype}: {_why(error)}. {instead}") from error
     finally:
         _AttentionBackendRegistry.set_active_backend(default)  # diffusers sets it for every other model, too
-    if not differentiable:
-        raise UserError(f"{said} {_NO_BACKWARD}")
+    if problem is not None:
+        raise UserError(f"{said} {problem}. {instead}")
+
+
+def _why(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+
+
+def _tried(name: str, network: nn.Module, dtype: torch.dtype, *, masked: bool) -> str | None:
+    """What is wrong with a backend, found on a few tokens, both ways; for a network that masks also with a mask."""
+    if not _all_finite(_gradients(name, network, dtype)):
+        return _NO_BACKWARD
+    if not masked:
+        return None
+    needs = f"{type(network).__name__} hides the padding of prompts that are shorter than others"
+    try:
+        _, *of_keys = gradients = _gradients(name, network, dtype, hidden=PROBE_TOKENS // 4)
+    except FAULTS as error:
+        return f"takes no mask here ({_why(error)}), but {needs}"
+    if not _all_finite(gradients) or any(bool(of[:, -PROBE_TOKENS // 4 :].any()) for of in of_keys if of is not None):
+        return f"does not keep to a mask here, but {needs}"
+    return None
+
+
+def _all_finite(gradients: Sequence[torch.Tensor | None]) -> bool:
+    return all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def takes_backend(network: nn.Module) -> bool:
@@ -105,8 +133,8 @@ def processors(network: nn.Module) -> list[Any]:
     return [module.processor for module in network.modules() if hasattr(module, "processor")]
 
 
-def _has_backward(name: str, network: nn.Module, dtype: torch.dtype) -> bool:
-    """Try it on a few tokens of the network's head width: whether all three inputs get a finite gradient."""
+def _gradients(name: str, network: nn.Module, dtype: torch.dtype, hidden: int = 0) -> list[torch.Tensor | None]:
+    """Of query, key and value, from tokens of the network's head width, the last ``hidden`` of them masked."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     config: Any = network.config
@@ -114,8 +142,9 @@ def _has_backward(name: str, network: nn.Module, dtype: torch.dtype) -> bool:
     device = next(network.parameters()).device
     ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), device=device, dtype=dtype).reshape(shape)
     inputs = [(ramp * scale).requires_grad_() for scale in (1, -1, 0.5)]
-    out = dispatch_attention_fn(*inputs, backend=name)
-    if not out.requires_grad:
-        return False
-    out.float().square().sum().backward()
-    return all(tensor.grad is not None and bool(tensor.grad.isfinite().all()) for tensor in inputs)
+    shown = torch.arange(PROBE_TOKENS, device=device) < PROBE_TOKENS - hidden
+    mask = shown[None, None, None, :] if hidden else None  # (N, 1, 1, L), as the networks give it
+    out = dispatch_attention_fn(*inputs, attn_mask=mask, backend=name)
+    if out.requires_grad:
+        out.float().square().sum().backward()
+    return [tensor.grad for tensor in inputs]

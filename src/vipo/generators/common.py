@@ -1,14 +1,14 @@
 """What every adapter of a diffusers pipeline shares: loading, freezing, guidance, decoding in parts, text, export.
 
 Classifier-free guidance is the linear blend u = u_negative + scale (u_positive - u_negative), both in one batch or one
-after the other; a family that blends otherwise overrides :meth:`DiffusersGenerator.blend`.
+after the other (arXiv 2207.12598); a family that blends otherwise overrides :meth:`DiffusersGenerator.blend`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,12 +20,15 @@ from diffusers.utils.logging import disable_progress_bar
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.files import usual_permissions
-from vipo.generators.token_limits import TokenLimit, cut_prompts
+from vipo.files import settle_header, usual_permissions
+from vipo.generators.settings import COMMON, AdapterOptions, Guidance, read_options
+from vipo.generators.text import BlankText, Text, TextReader
+from vipo.generators.text_cache import MEMORY_BYTES, TextCache, cache_of
+from vipo.generators.token_limits import cut_prompts
 from vipo.generators.weights import load_pipeline
-from vipo.types import Batched, Grid, UserError
+from vipo.types import Batched, Grid
 
-Encode = Callable[[Sequence[str]], Batched]
+SIZES = ("height", "width", "frames")  # of the media, in pixels and pixel frames
 
 
 class DiffusersGenerator(ABC):
@@ -33,72 +36,79 @@ class DiffusersGenerator(ABC):
 
     Args:
         pipeline: an instance of ``pipeline_class``; its ``transformer`` is what gets trained.
-        guidance_scale: 1 is the plain velocity; what else it means is the family's.
-        negative_prompt: what guidance leads away from.
-        guidance_in_one_pass: both halves of guidance in one network call; False halves the memory.
-        decode_batch_size: samples decoded at once.
+        latent_shape: (C, T, H, W) of one sample.
+        options: None means ``usual``.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    lora_targets: Mapping[str, str]
+    text_reader: ClassVar[type[TextReader]]
+    usual: ClassVar[AdapterOptions]  # what holds unless a recipe says otherwise
+    takes: ClassVar[tuple[str, ...]] = COMMON  # keys of ``generator.options``
+    unguided: ClassVar[float] = 1.0  # the guidance scale that is the plain velocity
+    masks_text: ClassVar[bool] = False  # whether the network's attention is given masks
+    lora_targets: Mapping[str, str]  # linear layers by name of the choice, as regular expressions over module names
     shift: float  # each subclass sets it, from its scheduler and size
     temporal_stride = 1
-    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     float32_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, whatever dtype the rest is loaded in
 
     def __init__(
-        self,
-        pipeline: Any,
-        *,
-        guidance_scale: float,
-        negative_prompt: str = "",
-        guidance_in_one_pass: bool = True,
-        decode_batch_size: int = 32,
+        self, pipeline: Any, latent_shape: tuple[int, int, int, int], options: AdapterOptions | None = None
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self.options = pipeline, options or self.usual
         self.network: torch.nn.Module = pipeline.transformer
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
-        self.guidance_in_one_pass = guidance_in_one_pass
-        self.decode_batch_size = decode_batch_size
         self.device: torch.device = pipeline.transformer.device
-        self.encode_text: Encode = self.encode_now  # replaced by a cache, see vipo.generators.text_cache
+        self.reader = self.text_reader(pipeline, self.options.max_sequence_length)
+        self._text: Text = self.reader
+        self._latent_shape = latent_shape
         for part in (pipeline.vae, *self.text_encoders, pipeline.transformer):
             part.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str, dtype: torch.dtype, **options: Any) -> Self:
-        """Load a pipeline folder or hub id; ``options`` are the constructor's.
+    def from_pretrained(cls, path: str | Path, *, device: str, dtype: torch.dtype, **given: Any) -> Self:
+        """Load a pipeline folder or hub id; ``given`` is as in :meth:`arguments`.
 
         Raises:
-            UserError: no pipeline of this family is there, or its weights do not fit it in both directions.
+            UserError: no pipeline of this family is there, its weights do not fit it in both directions, or an option
+                that the adapter does not take.
         """
         disable_progress_bar()
+        arguments = cls.arguments(given)
         dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
-        return cls(load_pipeline(cls.pipeline_class, str(path), dtypes).to(device), **options)
+        return cls(load_pipeline(cls.pipeline_class, str(path), dtypes).to(device), **arguments)
+
+    @classmethod
+    def arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's, beside the pipeline, from sizes and options under the names that a recipe gives them.
+
+        Raises:
+            UserError: an option that the adapter does not take, or a value that does not fit it.
+        """
+        sizes = {name: value for name, value in given.items() if name in SIZES}
+        options = {name: value for name, value in given.items() if name not in SIZES}
+        return {**sizes, "options": read_options(cls.__name__, cls.usual, cls.takes, options)}
 
     @property
-    def text_encoders(self) -> tuple[torch.nn.Module, ...]:
-        """What turns text into conditioning; needed no more once every prompt is in a cache; some may be left out."""
-        parts = (getattr(self.pipeline, name) for name in self.text_encoder_names)
-        return tuple(part for part in parts if part is not None)
+    def guidance(self) -> Guidance:
+        return self.options.guidance
 
     @property
     def is_guided(self) -> bool:
         """Whether a velocity takes two passes of the network."""
-        return self.guidance_scale > 1
+        return self.guidance.scale > self.unguided
 
-    @abstractmethod
+    @property
+    def text_encoders(self) -> tuple[torch.nn.Module, ...]:
+        """What reads prompts; needed no more once every prompt is in a cache."""
+        return self.reader.encoders
+
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of one sample."""
+        return self._latent_shape
 
-    @abstractmethod
-    def encode_now(self, prompts: Sequence[str]) -> Batched:
-        """What the text encoders say, one row per prompt, all of one length; without gradient."""
-
-    @abstractmethod
-    def token_limits(self) -> Sequence[TokenLimit]:
-        """How much of a prompt each encoder reads that hands on a sequence of tokens; pooled vectors do not count."""
+    @property
+    def grid(self) -> Grid:
+        """(H, W) of one sample."""
+        return self._latent_shape[2:]
 
     @abstractmethod
     def predict(
@@ -110,13 +120,52 @@ class DiffusersGenerator(ABC):
     def decode_part(self, latents: Float[Tensor, "n C T H W"]) -> Float[Tensor, "n 3 F Y X"]:
         """A few clean latents to media in the autoencoder's range [-1, 1]."""
 
+    @property
+    def text(self) -> Text:
+        """What is asked about prompts at present."""
+        return self._text
+
     def encode(self, prompts: Sequence[str]) -> Any:
-        return self.encode_text(prompts)
+        return self.text(prompts)
+
+    def keep_text(
+        self,
+        ahead: Sequence[str] = (),
+        *,
+        folder: Path | None = None,
+        offload: bool = False,
+        batch_size: int = 1,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> TextCache:
+        """From now on encode each prompt once only.
+
+        Args:
+            ahead: prompts to encode now; the negative prompt is added where guidance needs it.
+            folder: where rows are kept between runs; None keeps them in memory only.
+            offload: then move the text encoders to the CPU. A prompt that is not in the cache calls them back for that
+                moment.
+            batch_size: prompts encoded at once; more than 1 is faster, but see :mod:`vipo.generators.text_cache`.
+            memory_bytes: bound on the rows in memory.
+
+        Raises:
+            UserError: ``folder`` cannot be made.
+        """
+        name = type(self).__qualname__
+        cache = cache_of(self.reader, adapter=name, folder=folder, batch_size=batch_size, memory_bytes=memory_bytes)
+        cache.fill([self.guidance.negative_prompt, *ahead] if self.is_guided else ahead)
+        if offload:
+            self.reader.offload()
+        self._text = cache
+        return cache
+
+    def blank_text(self) -> None:
+        """From now on answer every prompt with zeros, as long as one can be: a plan has no weights to encode with."""
+        self._text = BlankText(self.reader)
 
     def cut_prompts(self, **texts: Sequence[str]) -> list[str]:
         """A sentence for each kind of prompt, ``training`` for one, of which some are longer than an encoder reads."""
-        negative = {"negative": [self.negative_prompt]} if self.is_guided else {}
-        limits = [limit for limit in self.token_limits() if limit.tokenizer is not None]
+        negative = {"negative": [self.guidance.negative_prompt]} if self.is_guided else {}
+        limits = [limit for limit in self.reader.limits() if limit.tokenizer is not None]
         return cut_prompts(limits, {f"{kind} prompts": given for kind, given in (texts | negative).items()})
 
     def velocity(
@@ -124,27 +173,27 @@ class DiffusersGenerator(ABC):
     ) -> Float[Tensor, "N C T H W"]:
         if not self.is_guided:
             return self.predict(latents, sigma, conditioning)
-        away = self._negative_row.take(torch.zeros(len(latents), dtype=torch.long))
-        if not self.guidance_in_one_pass:
+        away = self.negative_row.take(torch.zeros(len(latents), dtype=torch.long))
+        if not self.guidance.in_one_pass:
             return self.blend(self.predict(latents, sigma, conditioning), self.predict(latents, sigma, away))
         both = type(conditioning).cat([conditioning, away])
         positive, negative = self.predict(latents.repeat(2, 1, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return self.blend(positive, negative)
 
     @cached_property
-    def _negative_row(self) -> Batched:
-        row: Batched = self.encode([self.negative_prompt]).to(self.device)
+    def negative_row(self) -> Batched:
+        row: Batched = self.encode([self.guidance.negative_prompt]).to(self.device)
         return row
 
     def blend(
         self, positive: Float[Tensor, "N C T H W"], negative: Float[Tensor, "N C T H W"]
     ) -> Float[Tensor, "N C T H W"]:
-        """The guided velocity from the two passes (arXiv 2207.12598)."""
-        return negative + self.guidance_scale * (positive - negative)
+        """The guided velocity from the two passes."""
+        return negative + self.guidance.scale * (positive - negative)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "N C T H W"]) -> Float[Tensor, "N 3 F Y X"]:
-        media = torch.cat([self.decode_part(part).float() for part in latents.split(self.decode_batch_size)])
+        media = torch.cat([self.decode_part(part).float() for part in latents.split(self.options.decode_batch_size)])
         return (media / 2 + 0.5).clamp(0, 1)
 
     def save_lora(self, folder: Path, layers: Mapping[str, Tensor]) -> None:
@@ -159,35 +208,18 @@ class DiffusersGenerator(ABC):
         saver.save_lora_weights(
             str(folder), transformer_lora_layers=dict(layers), transformer_lora_adapter_metadata=settings
         )
+        settle_header(folder / LORA_WEIGHT_NAME_SAFE)
         usual_permissions([folder / LORA_WEIGHT_NAME_SAFE])
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the whole pipeline so that its ``from_pretrained(folder)`` reads it."""
-        self.pipeline.save_pretrained(str(folder))
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the whole pipeline, its network with ``weights``, so that its ``from_pretrained(folder)`` reads it."""
+        network = self.pipeline.transformer
+        network.state_dict = lambda: dict(weights)  # what diffusers asks for; a sharded network would give its shards
+        try:
+            self.pipeline.save_pretrained(str(folder))
+        finally:
+            del network.state_dict
         usual_permissions(folder.rglob("*.safetensors"))
-
-
-def check_multiple(cell: int, model: str, **sides: int) -> None:
-    """Sides in pixels must fill whole tokens.
-
-    Raises:
-        UserError: one does not.
-    """
-    if any(side % cell for side in sides.values()):
-        given = " and ".join(f"{name}={side}" for name, side in sides.items())
-        raise UserError(f"{given} must be multiples of {cell} pixels for this {model} model")
-
-
-def latent_and_token_grid(model: str, pipeline: Any, height: int, width: int, patch: int = 2) -> tuple[Grid, Grid]:
-    """(H, W) of a picture's latents, and of its tokens of ``patch`` x ``patch`` positions.
-
-    Raises:
-        UserError: sides that do not fill whole tokens.
-    """
-    stride = int(pipeline.vae_scale_factor)
-    check_multiple(stride * patch, model, height=height, width=width)
-    latent = height // stride, width // stride
-    return latent, (latent[0] // patch, latent[1] // patch)
 
 
 def shift_of(scheduler: Any, tokens: int, *, mu: float | None = None) -> float:

@@ -9,7 +9,6 @@ That is one affine map per (c, dy, dx) and mixes no cells: the rest of the packa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,21 +19,22 @@ from torch import Tensor
 
 from vipo.generators.common import (
     DiffusersGenerator,
-    latent_and_token_grid,
     network_time,
     pack_patches,
     shift_of,
     unpack_patches,
 )
+from vipo.generators.conditioning import Conditioning
+from vipo.generators.settings import COMMON, AdapterOptions, Guidance
+from vipo.generators.sizes import latent_and_token_grid
+from vipo.generators.text import TextReader
 from vipo.generators.token_limits import TokenLimit, chat
-from vipo.types import Batched
 
 PATCH = 2  # autoencoder cells per token side, fixed by the architecture
 DISTILLED_STEPS, BASE_STEPS = 4, 50  # what the two kinds are sampled with
 
-# Which linear layers a LoRA may sit on, by name of the choice, as regular expressions over module names. In the single
-# blocks attention and feed-forward share ``to_qkv_mlp_proj`` and ``to_out``, so "attention" reaches both there. The
-# modulations are shared by all blocks, so "blocks" leaves them out.
+# In the single blocks attention and feed-forward share ``to_qkv_mlp_proj`` and ``to_out``, so "attention" reaches both
+# there. The modulations are shared by all blocks, so "blocks" leaves them out.
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|to_qkv_mlp_proj|to_out)"
 LORA_TARGETS: Mapping[str, str] = {
     "attention": rf".*\.{_ATTENTION}",
@@ -42,90 +42,63 @@ LORA_TARGETS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Flux2Conditioning(Batched):
-    """What three layers of Qwen3 say, side by side; FLUX.2 attends to the padding."""
+class Flux2Text(TextReader):
+    """Three layers of Qwen3, side by side, on the prompt in its chat template; FLUX.2 attends to the padding."""
 
-    prompt_embeds: Float[Tensor, "N L D"]
+    def read(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return Conditioning(embeds)
+
+    def limits(self) -> Sequence[TokenLimit]:
+        tokenizer = self.pipeline.tokenizer
+        return [TokenLimit("Qwen3", tokenizer, self.max_sequence_length, chat(tokenizer, thinking=False))]
+
+    def blank(self, rows: int) -> Conditioning:
+        width = self.pipeline.transformer.config.joint_attention_dim
+        return Conditioning(self.zeros(rows, self.max_sequence_length, width))
 
 
 class Flux2KleinGenerator(DiffusersGenerator):
-    """A FLUX.2 klein pipeline as a :class:`vipo.types.Generator`.
+    """A FLUX.2 klein pipeline as a :class:`vipo.types.Generator`. A distilled model takes no guidance.
 
     The time shift that the pipeline fits depends on the tokens and on the number of solver steps: up to 4300 tokens its
     logarithm is linear in the steps, through fits at 10 and 200 steps (``compute_empirical_mu``). ``shift`` is one
-    number, that of ``shift_steps``: set it to the recipe's ``solver.steps`` to sample with the pipeline's grid.
+    number, that of ``options.shift_steps``, or else of 4 steps for a distilled model and 50 for a base model: set it to
+    the recipe's ``solver.steps`` to sample with the pipeline's grid.
 
     Args:
-        pipeline: any ``Flux2KleinPipeline``; its ``transformer`` is what gets trained.
+        pipeline: any ``Flux2KleinPipeline``.
         height, width: picture size in pixels, multiples of twice the autoencoder's stride.
-        guidance_scale: of classifier-free guidance, for base models; a distilled model takes none, whatever is given.
-        negative_prompt, guidance_in_one_pass, decode_batch_size: see
-            :class:`vipo.generators.common.DiffusersGenerator`.
-        max_sequence_length: Qwen3 tokens per prompt, chat template and padding included.
-        shift_steps: solver steps that ``shift`` is for; None means 4 for a distilled model, 50 for a base model.
 
     Raises:
         UserError: a size that the packing cannot hold.
     """
 
     pipeline_class = Flux2KleinPipeline
+    text_reader = Flux2Text
+    usual = AdapterOptions(Guidance(4.0))
+    takes = (*COMMON, "shift_steps")
     lora_targets = LORA_TARGETS
 
     def __init__(
-        self,
-        pipeline: Flux2KleinPipeline,
-        *,
-        height: int,
-        width: int,
-        guidance_scale: float = 4.0,
-        negative_prompt: str = "",
-        guidance_in_one_pass: bool = True,
-        max_sequence_length: int = 512,
-        shift_steps: int | None = None,
-        decode_batch_size: int = 32,
+        self, pipeline: Flux2KleinPipeline, *, height: int, width: int, options: AdapterOptions | None = None
     ) -> None:
-        super().__init__(
-            pipeline,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            guidance_in_one_pass=guidance_in_one_pass,
-            decode_batch_size=decode_batch_size,
-        )
-        self.max_sequence_length = max_sequence_length
+        grid, (rows, columns) = latent_and_token_grid("FLUX.2", pipeline, height, width)
+        super().__init__(pipeline, (int(pipeline.transformer.config.in_channels) // PATCH**2, 1, *grid), options)
         self._is_distilled = bool(pipeline.config.is_distilled)
-        self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
-        self._latent_size, (rows, columns) = latent_and_token_grid("FLUX.2", pipeline, height, width)
         self._image_ids = position_ids(rows=rows, columns=columns).to(self.device)
-        self._text_ids = position_ids(words=max_sequence_length).to(self.device)
-        steps = shift_steps or (DISTILLED_STEPS if self._is_distilled else BASE_STEPS)
+        self._text_ids = position_ids(words=self.reader.max_sequence_length).to(self.device)
+        steps = self.options.shift_steps or (DISTILLED_STEPS if self._is_distilled else BASE_STEPS)
         self.shift = shift_of(pipeline.scheduler, rows * columns, mu=compute_empirical_mu(rows * columns, steps))
 
     @property
     def is_guided(self) -> bool:
         return super().is_guided and not self._is_distilled
 
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self._channels, 1, *self._latent_size
-
-    @torch.no_grad()
-    def encode_now(self, prompts: Sequence[str]) -> Flux2Conditioning:
-        embeds, _ = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
-        )
-        return Flux2Conditioning(embeds)
-
-    def token_limits(self) -> Sequence[TokenLimit]:
-        tokenizer = self.pipeline.tokenizer
-        return [TokenLimit("Qwen3", tokenizer, self.max_sequence_length, chat(tokenizer, thinking=False))]
-
-    def blank_conditioning(self, rows: int) -> Flux2Conditioning:
-        """Zeros of the shape of encoded prompts, for planning without weights."""
-        shape = rows, self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim
-        return Flux2Conditioning(torch.zeros(shape, dtype=self.pipeline.text_encoder.dtype, device=self.device))
-
     def predict(
-        self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: Flux2Conditioning
+        self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: Conditioning
     ) -> Float[Tensor, "N C 1 H W"]:
         embeds = conditioning.prompt_embeds
         tokens = self.network(
@@ -137,13 +110,13 @@ class Flux2KleinGenerator(DiffusersGenerator):
             img_ids=self._image_ids,
             return_dict=False,
         )[0]
-        return unpack_patches(tokens.float(), *self._latent_size)
+        return unpack_patches(tokens.float(), *self.grid)
 
     def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
         vae: Any = self.pipeline.vae
         std = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
         tokens = pack_patches(latents) * std + vae.bn.running_mean.float()
-        cells = unpack_patches(tokens, *self._latent_size).squeeze(2)
+        cells = unpack_patches(tokens, *self.grid).squeeze(2)
         return vae.decode(cells.to(vae.dtype), return_dict=False)[0].unsqueeze(2)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vipo.errors import UserError
 from vipo.pretrained import is_path
-from vipo.types import UserError
 
 ACCEPTED = "a folder or hub id with model_index.json, as diffusers' save_pretrained writes it, or embedded:NAME"
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
+from vipo.errors import UserError
 from vipo.generators.folder import one_line
 from vipo.generators.lora_file import (
     BARE,
@@ -30,7 +31,6 @@ from vipo.generators.lora_file import (
     read_lora,
 )
 from vipo.generators.weights import some
-from vipo.types import UserError
 
 ADAPTER = "default"
 SHARED_NAMES = (

@@ -8,31 +8,32 @@ each other; words beyond a prompt's last one are masked, so a prompt's length ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImagePipeline
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vipo.generators.common import (
     DiffusersGenerator,
     decode_normalised,
-    latent_and_token_grid,
     network_time,
     pack_patches,
     shift_of,
     unpack_patches,
 )
+from vipo.generators.conditioning import BlankConditioning, PaddedConditioning
+from vipo.generators.settings import AdapterOptions, Guidance
+from vipo.generators.sizes import latent_and_token_grid
+from vipo.generators.text import TextReader
 from vipo.generators.token_limits import TokenLimit
-from vipo.types import Batched
 
 PATCH = 2  # latent positions per token side, fixed by the architecture
 
 
 def lora_targets(blocks: int) -> Mapping[str, str]:
-    """Which linear layers a LoRA may sit on, by name of the choice, as regular expressions over module names.
+    """The choices for a network of so many blocks.
 
     What the last block makes of the text is not used, so the layers that only serve it get no gradient there. They are
     left out: a weight without gradient stops distributed training.
@@ -49,24 +50,30 @@ def lora_targets(blocks: int) -> Mapping[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class QwenImageConditioning(Batched):
-    """What Qwen2.5-VL says about the prompt in its template, zero after the last token."""
+class QwenImageText(TextReader):
+    """Qwen2.5-VL on the prompt in its template.
 
-    prompt_embeds: Float[Tensor, "N L D"]
-    words: Int[Tensor, " N"]  # tokens before the zeros
+    At most 1024 tokens are read; rows are padded to ``max_sequence_length``, the network reads no padding beyond the
+    longest prompt of a batch.
+    """
 
-    def shortest_and_longest(self) -> tuple[int, int]:
-        """Words of the rows; waits for the device, but saves reading padding."""
-        shortest, longest = torch.stack(self.words.aminmax()).tolist()
-        return shortest, longest
+    def read(self, prompts: Sequence[str]) -> PaddedConditioning:
+        embeds, mask = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        longest = embeds.shape[1]
+        words = torch.full((len(embeds),), longest, device=embeds.device) if mask is None else mask.sum(1)
+        return PaddedConditioning(F.pad(embeds, (0, 0, 0, self.max_sequence_length - longest)), words)
 
+    def limits(self) -> Sequence[TokenLimit]:
+        """Of the template the pipeline drops what stands before the prompt."""
+        template, before = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
+        return [
+            TokenLimit("Qwen2.5-VL", self.pipeline.tokenizer, self.max_sequence_length, template.format, before),
+        ]
 
-class BlankConditioning(QwenImageConditioning):
-    """Rows without padding, whose length is their shape's: a plan has no values to look at."""
-
-    def shortest_and_longest(self) -> tuple[int, int]:
-        return self.prompt_embeds.shape[1], self.prompt_embeds.shape[1]
+    def blank(self, rows: int) -> BlankConditioning:
+        return self.full_rows(rows, self.pipeline.transformer.config.joint_attention_dim)
 
 
 class QwenImageGenerator(DiffusersGenerator):
@@ -76,88 +83,49 @@ class QwenImageGenerator(DiffusersGenerator):
     its grid so that the last level before 0 is ``shift_terminal`` = 0.02 whatever the number of steps. No shift can say
     that: the grid here ends with the shifted 1 / steps, a longer last step. The velocity at a given level is the same.
 
+    The guidance scale is what the pipeline calls ``true_cfg_scale``, 1 turns it off; a blank as the negative prompt, as
+    the model's authors take it, says nothing.
+
     Args:
-        pipeline: any ``QwenImagePipeline``; its ``transformer`` is what gets trained.
+        pipeline: any ``QwenImagePipeline``.
         height, width: picture size in pixels, multiples of twice the autoencoder's stride.
-        guidance_scale: what the pipeline calls ``true_cfg_scale``; 1 turns it off.
-        negative_prompt: what guidance leads away from; a blank, as the model's authors take it, says nothing.
-        max_sequence_length: tokens kept of a prompt, at most 1024; rows are padded to it, the network reads no padding
-            beyond the longest prompt of a batch.
-        guidance_in_one_pass, decode_batch_size: see :class:`vipo.generators.common.DiffusersGenerator`.
 
     Raises:
         UserError: a size that the packing cannot hold.
     """
 
     pipeline_class = QwenImagePipeline
+    text_reader = QwenImageText
+    usual = AdapterOptions(Guidance(4.0, negative_prompt=" "))
+    masks_text = True
 
     def __init__(
-        self,
-        pipeline: QwenImagePipeline,
-        *,
-        height: int,
-        width: int,
-        guidance_scale: float = 4.0,
-        negative_prompt: str = " ",
-        max_sequence_length: int = 512,
-        guidance_in_one_pass: bool = True,
-        decode_batch_size: int = 32,
+        self, pipeline: QwenImagePipeline, *, height: int, width: int, options: AdapterOptions | None = None
     ) -> None:
-        super().__init__(
-            pipeline,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            guidance_in_one_pass=guidance_in_one_pass,
-            decode_batch_size=decode_batch_size,
-        )
-        self.max_sequence_length = max_sequence_length
-        self.lora_targets = lora_targets(int(pipeline.transformer.config.num_layers))
-        self._channels = int(pipeline.transformer.config.in_channels) // PATCH**2
-        self._latent_size, (rows, columns) = latent_and_token_grid("Qwen-Image", pipeline, height, width)
+        grid, (rows, columns) = latent_and_token_grid("Qwen-Image", pipeline, height, width)
+        config = pipeline.transformer.config
+        super().__init__(pipeline, (int(config.in_channels) // PATCH**2, 1, *grid), options)
+        self.lora_targets = lora_targets(int(config.num_layers))
         self._image_shape = 1, rows, columns
         self.shift = shift_of(pipeline.scheduler, rows * columns)
 
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self._channels, 1, *self._latent_size
-
-    @torch.no_grad()
-    def encode_now(self, prompts: Sequence[str]) -> QwenImageConditioning:
-        embeds, mask = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
-        )
-        longest = embeds.shape[1]
-        words = torch.full((len(embeds),), longest, device=embeds.device) if mask is None else mask.sum(1)
-        return QwenImageConditioning(F.pad(embeds, (0, 0, 0, self.max_sequence_length - longest)), words)
-
-    def token_limits(self) -> Sequence[TokenLimit]:
-        """Of the template the pipeline drops what stands before the prompt."""
-        template, before = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx
-        return [
-            TokenLimit("Qwen2.5-VL", self.pipeline.tokenizer, self.max_sequence_length, template.format, before),
-        ]
-
-    def blank_conditioning(self, rows: int) -> BlankConditioning:
-        """Zeros of the shape of encoded prompts of the greatest length, for planning without weights."""
-        shape = rows, self.max_sequence_length, self.pipeline.transformer.config.joint_attention_dim
-        embeds = torch.zeros(shape, dtype=self.pipeline.text_encoder.dtype, device=self.device)
-        return BlankConditioning(embeds, torch.full((rows,), self.max_sequence_length, device=self.device))
-
     def predict(
-        self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: QwenImageConditioning
+        self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: PaddedConditioning
     ) -> Float[Tensor, "N C 1 H W"]:
         dtype = self.pipeline.transformer.dtype
         words = conditioning.words
-        shortest, longest = conditioning.shortest_and_longest()
+        lengths = conditioning.lengths()
+        longest = max(lengths)
         mask = torch.arange(longest, device=words.device) < words[:, None]
         tokens = self.network(
             hidden_states=pack_patches(latents).to(dtype),
             timestep=network_time(sigma, dtype),  # the transformer multiplies by 1000 again
             encoder_hidden_states=conditioning.prompt_embeds[:, :longest].to(dtype),
-            encoder_hidden_states_mask=None if shortest == longest else mask,
+            encoder_hidden_states_mask=None if min(lengths) == longest else mask,
             img_shapes=[[self._image_shape]] * len(latents),
             return_dict=False,
         )[0]
-        return unpack_patches(tokens.float(), *self._latent_size)
+        return unpack_patches(tokens.float(), *self.grid)
 
     def blend(
         self, positive: Float[Tensor, "N C 1 H W"], negative: Float[Tensor, "N C 1 H W"]
@@ -165,7 +133,7 @@ class QwenImageGenerator(DiffusersGenerator):
         """The linear blend, every token of it scaled back to the length that the positive one has."""
         guided, kept = pack_patches(super().blend(positive, negative)), pack_patches(positive)
         scale = kept.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
-        return unpack_patches(guided * scale, *self._latent_size)
+        return unpack_patches(guided * scale, *self.grid)
 
     def decode_part(self, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor, "n 3 1 Y X"]:
         return decode_normalised(self.pipeline.vae, latents)

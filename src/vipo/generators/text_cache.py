@@ -1,4 +1,4 @@
-"""Prompts are encoded once and kept, in memory and on disk; after that the text encoders may leave the accelerator.
+"""Prompts are encoded once and kept, in memory and on disk.
 
 A row of the cache depends on its prompt and the encoders alone. So by default prompts are encoded one at a time: in a
 batch, the last bit of a row can depend on its neighbours, and with it a run on when it was resumed.
@@ -18,19 +18,21 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.files import written_whole
-from vipo.generators.common import DiffusersGenerator, Encode
+from vipo.generators.text import Text, TextReader
 from vipo.pretrained import fingerprint
-from vipo.types import Batched, UserError
+from vipo.types import Batched
 
 FORMAT = 1  # of the files; part of the key
 MEMORY_BYTES = 2 * 1024**3  # of rows; with FLUX.1 (512 tokens of 4096 bfloat16 numbers) about 500 prompts
@@ -97,7 +99,7 @@ class Counts:
 
 
 class TextCache:
-    """A generator's ``encode_text`` that asks the text encoders only once about each prompt.
+    """A :class:`vipo.generators.text.Text` that asks another one only once about each prompt.
 
     Args:
         encode: what to ask, any number of prompts at once.
@@ -113,7 +115,7 @@ class TextCache:
 
     def __init__(
         self,
-        encode: Encode,
+        encode: Text,
         *,
         record: type[Batched],
         key: str,
@@ -226,19 +228,36 @@ def _make(folder: Path) -> None:
         raise UserError(f"the text cache cannot be kept in {str(folder)!r} ({error}); give another folder") from error
 
 
-def encoding_key(generator: DiffusersGenerator) -> str:
+def cache_of(reader: TextReader, *, adapter: str, folder: Path | None, batch_size: int, memory_bytes: int) -> TextCache:
+    """A cache before the text encoders of a pipeline, which it asks about ``batch_size`` prompts at once.
+
+    Raises:
+        UserError: ``folder`` cannot be made.
+    """
+    return TextCache(
+        partial(reader, batch_size=batch_size),
+        record=reader.record,
+        key=encoding_key(reader, adapter),
+        device=reader.device,
+        folder=folder,
+        memory_bytes=memory_bytes,
+    )
+
+
+def encoding_key(reader: TextReader, adapter: str) -> str:
     """A digest of everything beside the prompt that its row depends on.
 
-    The adapter and its ``max_sequence_length``, the encoders' weights and dtype, the tokenizers' words and chat
-    template, and the versions of the two libraries that put a prompt into its template and through the encoders.
+    The name of the generator's class and ``max_sequence_length``, the encoders' weights and dtype, the tokenizers'
+    words and chat template, and the versions of the two libraries that put a prompt into its template and through the
+    encoders.
     """
-    parts = generator.pipeline.components.items()
+    parts = reader.pipeline.components.items()
     tokenizers = {name: part for name, part in parts if name.startswith("tokenizer") and part is not None}
     told = {
         "format": FORMAT,
-        "adapter": type(generator).__qualname__,
-        "max_sequence_length": getattr(generator, "max_sequence_length", None),
-        "encoders": [[str(encoder.dtype), fingerprint(encoder)] for encoder in generator.text_encoders],
+        "adapter": adapter,
+        "max_sequence_length": reader.max_sequence_length,
+        "encoders": [[str(encoder.dtype), fingerprint(encoder)] for encoder in reader.encoders],
         "tokenizers": {name: _words(tokenizer) for name, tokenizer in tokenizers.items()},
         "versions": {name: version(name) for name in ("diffusers", "transformers")},
     }
@@ -248,75 +267,3 @@ def encoding_key(generator: DiffusersGenerator) -> str:
 def _words(tokenizer: Any) -> str:
     words = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([words, tokenizer.chat_template]).encode()).hexdigest()
-
-
-def prepare(
-    generator: DiffusersGenerator,
-    prompts: Iterable[str],
-    *,
-    folder: Path | None = None,
-    offload: bool = False,
-    batch_size: int = 1,
-    memory_bytes: int = MEMORY_BYTES,
-) -> TextCache:
-    """Encode all prompts of a run and let ``generator`` take them from the cache from now on.
-
-    Args:
-        prompts: for training and evaluation; the negative prompt is added where guidance needs it.
-        folder: where rows are kept between runs; None keeps them in memory only.
-        offload: move the text encoders to the CPU. A prompt that is not in the cache calls them back for that moment.
-        batch_size: prompts encoded at once; more than 1 is faster, but see the top of this file.
-        memory_bytes: bound on the rows in memory.
-
-    Raises:
-        UserError: ``folder`` cannot be made.
-    """
-    encode = _in_batches(generator.encode_now, batch_size)
-    cache = TextCache(
-        encode,
-        record=_record(generator),
-        key=encoding_key(generator),
-        device=generator.device,
-        folder=folder,
-        memory_bytes=memory_bytes,
-    )
-    cache.fill([generator.negative_prompt, *prompts] if generator.is_guided else prompts)
-    if offload:
-        _move(generator, "cpu")
-        cache.encode = _called_back(generator, encode)
-    generator.encode_text = cache
-    return cache
-
-
-def _record(generator: DiffusersGenerator) -> type[Batched]:
-    """The class of the adapter's conditioning, from the annotation of its ``encode_now``."""
-    record: type[Batched] = get_type_hints(generator.encode_now)["return"]
-    if not fields(record):
-        raise TypeError(f"annotate {type(generator).__name__}.encode_now with the record it returns, not {record}")
-    return record
-
-
-def _in_batches(encode: Encode, batch_size: int) -> Encode:
-    def encode_all(prompts: Sequence[str]) -> Batched:
-        parts = [encode(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
-        return type(parts[0]).cat(parts)
-
-    return encode_all
-
-
-def _called_back(generator: DiffusersGenerator, encode: Encode) -> Encode:
-    """The encoders come to the generator's device for one call and leave again."""
-
-    def encode_there(prompts: Sequence[str]) -> Batched:
-        _move(generator, generator.device)
-        try:
-            return encode(prompts)
-        finally:
-            _move(generator, "cpu")
-
-    return encode_there
-
-
-def _move(generator: DiffusersGenerator, device: torch.device | str) -> None:
-    for encoder in generator.text_encoders:
-        encoder.to(device)

@@ -11,7 +11,6 @@ all tokens have the same time, and one time per sample is the same function with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,105 +19,82 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from jaxtyping import Float
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.generators.common import DiffusersGenerator, decode_normalised, shift_of
+from vipo.generators.conditioning import Conditioning
+from vipo.generators.settings import COMMON, AdapterOptions, Guidance
+from vipo.generators.sizes import check_frames, check_sides
+from vipo.generators.text import USUAL_LENGTH, TextReader
 from vipo.generators.token_limits import TokenLimit
-from vipo.types import Batched, UserError
 
 TIME_SCALE = 1000.0  # the transformer's time runs from 0 to 1000
 
-# Which linear layers a LoRA may sit on, by name of the choice, as regular expressions over module names.
+_ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 LORA_TARGETS: Mapping[str, str] = {
-    "attention": r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-    "blocks": r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.0\.proj|ffn\.net\.2)",
+    "attention": rf"blocks\.\d+\.{_ATTENTION}",
+    "blocks": rf"blocks\.\d+\.({_ATTENTION}|ffn\.net\.0\.proj|ffn\.net\.2)",
 }
 
 
-@dataclass(frozen=True)
-class WanConditioning(Batched):
-    """What UMT5 says, zero after the prompt's last token; the transformer attends to the zeros too."""
+class WanText(TextReader):
+    """UMT5, zero after the prompt's last token. The transformer attends to the zeros: as many as in training."""
 
-    prompt_embeds: Float[Tensor, "N L D"]
+    def usual_length(self) -> int:
+        return min(int(self.pipeline.tokenizer.model_max_length), USUAL_LENGTH)
 
-
-class WanGenerator(DiffusersGenerator):
-    """A Wan text-to-video pipeline as a :class:`vipo.types.Generator`.
-
-    Args:
-        pipeline: a ``WanPipeline`` with one transformer; that is what gets trained.
-        height, width: in pixels, multiples of the autoencoder's stride times the transformer's patch.
-        frames: in pixel space, one more than a multiple of the temporal stride; 1 is a picture.
-        guidance_scale: of classifier-free guidance; 1 turns it off.
-        max_sequence_length: UMT5 tokens per prompt; the padding is attended to, so the default is what the model was
-            trained with: 512, or less if the tokenizer says so.
-        negative_prompt: what guidance leads away from.
-        guidance_in_one_pass: both halves of guidance in one network call; twice the memory for videos.
-        shift: of the time schedule; None takes the scheduler's.
-        decode_batch_size: videos decoded at once.
-
-    Raises:
-        UserError: a size or a number of frames that the model cannot make, or another kind of Wan.
-    """
-
-    pipeline_class = WanPipeline
-    lora_targets = LORA_TARGETS
-    float32_parts = ("vae",)  # as its authors run it
-
-    def __init__(
-        self,
-        pipeline: WanPipeline,
-        *,
-        height: int,
-        width: int,
-        frames: int,
-        guidance_scale: float = 5.0,
-        max_sequence_length: int | None = None,
-        negative_prompt: str = "",
-        guidance_in_one_pass: bool = False,
-        shift: float | None = None,
-        decode_batch_size: int = 1,
-    ) -> None:
-        _check_kind(pipeline)
-        super().__init__(
-            pipeline,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            guidance_in_one_pass=guidance_in_one_pass,
-            decode_batch_size=decode_batch_size,
-        )
-        self.max_sequence_length = max_sequence_length or min(int(pipeline.tokenizer.model_max_length), 512)
-        self.temporal_stride = int(pipeline.vae_scale_factor_temporal)
-        stride, patch = int(pipeline.vae_scale_factor_spatial), pipeline.transformer.config.patch_size
-        _check_frames(frames, self.temporal_stride)
-        _check_sides(height, width, stride * int(patch[1]), stride * int(patch[2]))
-        latent_frames = (frames - 1) // self.temporal_stride + 1
-        self._latent_shape = int(pipeline.vae.config.z_dim), latent_frames, height // stride, width // stride
-        self.shift = _flow_shift(pipeline.scheduler) if shift is None else shift
-        if self.device.type == "cpu":
-            channels_last(pipeline.vae)
-
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self._latent_shape
-
-    @torch.no_grad()
-    def encode_now(self, prompts: Sequence[str]) -> WanConditioning:
+    def read(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
             device=self.device,
         )
-        return WanConditioning(embeds)
+        return Conditioning(embeds)
 
-    def token_limits(self) -> Sequence[TokenLimit]:
+    def limits(self) -> Sequence[TokenLimit]:
         return [TokenLimit("UMT5", self.pipeline.tokenizer, self.max_sequence_length, prompt_clean)]
 
-    def blank_conditioning(self, rows: int) -> WanConditioning:
-        """Zeros of the shape of encoded prompts, for planning without weights."""
-        shape = rows, self.max_sequence_length, self.pipeline.transformer.config.text_dim
-        return WanConditioning(torch.zeros(shape, dtype=self.pipeline.text_encoder.dtype, device=self.device))
+    def blank(self, rows: int) -> Conditioning:
+        return Conditioning(self.zeros(rows, self.max_sequence_length, self.pipeline.transformer.config.text_dim))
+
+
+class WanGenerator(DiffusersGenerator):
+    """A Wan text-to-video pipeline as a :class:`vipo.types.Generator`.
+
+    Both halves of guidance in one pass need twice the memory, which is much for videos, so it is two unless told.
+
+    Args:
+        pipeline: a ``WanPipeline`` with one transformer.
+        height, width: in pixels, multiples of the autoencoder's stride times the transformer's patch.
+        frames: in pixel space, one more than a multiple of the temporal stride; 1 is a picture.
+
+    Raises:
+        UserError: a size or a number of frames that the model cannot make, or another kind of Wan.
+    """
+
+    pipeline_class = WanPipeline
+    text_reader = WanText
+    usual = AdapterOptions(Guidance(5.0, in_one_pass=False), decode_batch_size=1)
+    takes = (*COMMON, "shift")
+    lora_targets = LORA_TARGETS
+    float32_parts = ("vae",)  # as its authors run it
+
+    def __init__(
+        self, pipeline: WanPipeline, *, height: int, width: int, frames: int, options: AdapterOptions | None = None
+    ) -> None:
+        _check_kind(pipeline)
+        self.temporal_stride = int(pipeline.vae_scale_factor_temporal)
+        stride, patch = int(pipeline.vae_scale_factor_spatial), pipeline.transformer.config.patch_size
+        check_frames("Wan", frames, self.temporal_stride)
+        check_sides("Wan", height, width, stride * int(patch[1]), stride * int(patch[2]))
+        grid = (frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+        super().__init__(pipeline, (int(pipeline.vae.config.z_dim), *grid), options)
+        self.shift = self.options.shift or _flow_shift(pipeline.scheduler)
+        if self.device.type == "cpu":
+            channels_last(pipeline.vae)
 
     def predict(
-        self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: WanConditioning
+        self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: Conditioning
     ) -> Float[Tensor, "N C T H W"]:
         dtype = self.pipeline.transformer.dtype  # of its linear layers: norms and the time embedding stay in float32
         velocity = self.network(
@@ -152,29 +128,6 @@ def _check_kind(pipeline: Any) -> None:
         raise UserError(
             f"this Wan transformer takes {taken} channels, but its autoencoder makes {made}: it wants an image beside"
             " the text; give a text-to-video model, such as Wan2.1-T2V-1.3B"
-        )
-
-
-def _nearest(value: float, step: int) -> int:
-    """The positive multiple of ``step`` that is closest."""
-    return max(1, round(value / step)) * step
-
-
-def _check_frames(frames: int, stride: int) -> None:
-    accepted = stride * max(0, round((frames - 1) / stride)) + 1
-    if frames != accepted:
-        raise UserError(
-            f"frames={frames} is not one more than a multiple of {stride}, as the clips of this Wan model are;"
-            f" the nearest is frames={accepted}"
-        )
-
-
-def _check_sides(height: int, width: int, row: int, column: int) -> None:
-    accepted = _nearest(height, row), _nearest(width, column)
-    if (height, width) != accepted:
-        raise UserError(
-            f"height={height} and width={width} must be multiples of {row} and {column} pixels for this Wan model;"
-            f" the nearest are height={accepted[0]} and width={accepted[1]}"
         )
 
 

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vipo.errors import UserError
 from vipo.generators.folder import one_line, pipeline_class, read_config, refuse_quantised
 from vipo.pretrained import quiet
-from vipo.types import UserError
 
 INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 HEADS = ("lm_head.", "text_projection.")  # of a checkpoint that was saved from the class with a head

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
-from vipo.types import UserError
+from vipo.errors import UserError
 
 MOST_PIXELS = 2**26  # 8192 x 8192, or 160 frames of 832 x 480: 0.8 GB as float32
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # what only PyAV reads

@@ -5,7 +5,8 @@ Sizes come from the model's published configuration, passes are measured by runn
 storage (:mod:`vipo.plan.blueprint`), so a 14-billion model is planned on a laptop. Nothing is downloaded or trained.
 """
 
-from vipo.plan.account import Ledger, Machine, Plan, plan
+from vipo.plan.account import Machine, Plan, plan
 from vipo.plan.advice import Advice, advise
+from vipo.plan.ledger import Ledger
 
 __all__ = ["Advice", "Ledger", "Machine", "Plan", "advise", "plan"]

@@ -6,23 +6,20 @@ the worst phase decides whether a recipe fits. Seconds are floating-point operat
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from vipo.plan import passes
-from vipo.plan.blueprint import Blueprint, conditioning, draw
+from vipo.plan.blueprint import conditioning
 from vipo.plan.judging import Judge, judges_of
-from vipo.plan.passes import Cost
-from vipo.recipe import Recipe
-from vipo.types import UserError
+from vipo.plan.ledger import Ledger
+from vipo.plan.passes import Cost, row_bytes
+from vipo.plan.work import work_of
+from vipo.schema import Recipe
 
 Items = Mapping[str, int]  # what lies there -> bytes
 FLOAT = 4  # bytes of a float32 number
@@ -51,20 +48,6 @@ class Machine:
 
     def seconds(self, flops: float) -> float:
         return flops / (self.tflops * 1e12 * self.utilisation)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one process does in an iteration, in numbers of passes."""
-
-    samples: int
-    groups: int
-    recorded: int  # transitions
-    trained: int  # of them
-    passes: float  # samples x steps through the network, on average over the places of a window
-    calls: float  # of the network while sampling
-    sampled_at_once: int
-    replayed_at_once: int
 
 
 @dataclass(frozen=True)
@@ -118,82 +101,6 @@ class Plan:
             "hours": self.hours,
             "notes": list(self.notes),
         }
-
-
-def work_of(recipe: Recipe, gpus: int) -> Work:
-    """Passes of one process in an iteration, as :func:`vipo.rollout.sample_groups` and the trainer make them.
-
-    Raises:
-        UserError: the prompts cannot be dealt to so many processes.
-    """
-    prompts, solver, training = recipe.prompts, recipe.solver, recipe.training
-    if prompts.per_iteration % gpus:
-        raise UserError(
-            f"prompts.per_iteration={prompts.per_iteration} cannot be dealt to {gpus} GPUs; plan with a number of GPUs"
-            f" that divides it, or add prompts.per_iteration={math.ceil(prompts.per_iteration / gpus) * gpus}"
-        )
-    groups = prompts.per_iteration // gpus
-    samples, window = groups * prompts.group_size, solver.window
-    firsts, stochastic = [0], solver.steps - 1
-    if window is not None:
-        firsts = [window.first + place for place in range(1 if window.schedule == "fixed" else window.starts)]
-        stochastic = window.size
-    at_once = min(training.prompts_at_once or groups, groups) * prompts.group_size
-    sampled = min(training.rollout_batch_size or at_once, at_once)
-    made, calls = 0.0, 0.0
-    for first in firsts:
-        shared = min(first, solver.steps - 1) if solver.same_noise else 0
-        made += (shared * groups + (solver.steps - shared) * samples) / len(firsts)
-        calls += (shared * math.ceil(groups / sampled) + (solver.steps - shared) * math.ceil(samples / sampled)) / len(
-            firsts
-        )
-    kept = groups * (training.keep_per_group or prompts.group_size)
-    share = math.ceil(kept / recipe.optimizer.per_iteration)
-    trained = int(solver.train_fraction * stochastic)
-    replayed = min(training.replay_batch_size or share, share * trained)
-    return Work(samples, groups, samples * trained, kept * trained, made, calls, sampled, replayed)
-
-
-class Ledger:
-    """Draws recipes and measures their passes, each once however often it is asked for.
-
-    Args:
-        like_cuda: autocast casts as on CUDA; False is as on the CPU, to compare with what was measured there.
-    """
-
-    def __init__(self, *, like_cuda: bool = True) -> None:
-        self.like_cuda = like_cuda
-        self._drawn: dict[str, Blueprint] = {}
-        self._costs: dict[tuple[Any, ...], Cost] = {}
-
-    def drawn(self, recipe: Recipe) -> tuple[str, Blueprint]:
-        """The blueprint, and a name for all that its passes depend on."""
-        generator = recipe.generator.model_dump(exclude={"offload_text", "text_cache"})
-        generator["options"].pop("decode_batch_size", None)
-        training = recipe.training
-        settings = [recipe.objective.reduce, training.precision, training.gradient_checkpointing]
-        compared = recipe.objective.kl_weight > 0
-        parts = [generator, recipe.policy.model_dump(), recipe.solver.model_dump(), settings, compared]
-        key = json.dumps(parts, default=str)
-        if key not in self._drawn:
-            self._drawn[key] = draw(recipe)
-        return key, self._drawn[key]
-
-    def cost(self, recipe: Recipe, what: str, batch: int, *, sharded: bool = False) -> Cost:
-        """Of :func:`passes.sampling`, ``replaying`` or ``decoding``."""
-        key, drawn = self.drawn(recipe)
-        if (key, what, batch, sharded) not in self._costs:
-            dtype = torch.bfloat16 if sharded and recipe.training.precision == "bf16" else torch.float32
-            measure = getattr(passes, what)
-            try:
-                with drawn.mode, passes.in_dtype(drawn, dtype):
-                    self._costs[key, what, batch, sharded] = measure(drawn, batch, like_cuda=self.like_cuda)
-            except DataDependentOutputException as error:
-                raise UserError(
-                    f"the generator of {recipe.generator.path!r} cannot be planned: its adapter decides by the values"
-                    f" of tensors ({error}), which a plan does not have; plan another one, or let it decide by shapes"
-                ) from error
-        return self._costs[key, what, batch, sharded]
 
 
 def plan(recipe: Recipe, machine: Machine, ledger: Ledger | None = None) -> Plan:
@@ -250,7 +157,7 @@ class Accountant:
             "frozen weights": self.shared(_bytes(frozen)),
             "trained weights": self.shared(self.trained_bytes),
             "AdamW state": self.shared(ADAM_STATES * self.trained_bytes),
-            "reference copy": self.shared(_bytes(policy._base.values())),
+            "reference copy": self.shared(_bytes(policy.base.values())),
             "moving average": self.shared(_bytes(policy.ema.values())),
             "gradient buckets": self.trained_bytes if several else 0,  # DDP's own copy, for its messages
             "autoencoder": _bytes(pipeline.vae.parameters()),
@@ -264,15 +171,13 @@ class Accountant:
 
     def storage(self) -> dict[str, int]:
         """The rollout's record, all of it, though it fills up only while sampling."""
-        samples, shape = self.work.samples, self.drawn.generator.latent_shape()
-        numbers, positions = math.prod(shape), math.prod(shape[1:])
+        samples, latents = self.work.samples, math.prod(self.drawn.generator.latent_shape()) * FLOAT
         with self.drawn.mode:
-            rows = _bytes(v for v in vars(conditioning(self.drawn.generator, 1)).values() if isinstance(v, Tensor))
+            encoded = _bytes(v for v in vars(conditioning(self.drawn.generator, 1)).values() if isinstance(v, Tensor))
         return {
-            # z, z' and the log-probability of each position; every sample is recorded, whichever are trained on
-            "recorded transitions": self.work.recorded * (2 * numbers + positions) * FLOAT,
-            "latents": samples * numbers * FLOAT,
-            "encoded prompts": samples * rows,
+            "recorded transitions": self.work.recorded * row_bytes(self.drawn),  # whichever of them are trained on
+            "latents": samples * latents,
+            "encoded prompts": samples * encoded,
             "media": samples * self.media_bytes,
         }
 
@@ -286,11 +191,11 @@ class Accountant:
 
     @cached_property
     def decoded_at_once(self) -> int:
-        usual = self.drawn.generator.decode_batch_size
+        usual = self.drawn.generator.options.decode_batch_size
         return min(int(self.recipe.generator.options.get("decode_batch_size", usual)), self.work.samples)
 
     def phases(self) -> dict[str, dict[str, int]]:
-        gradients = {"gradients": self.shared(self.trained_bytes)}
+        held = {"gradients": self.shared(self.trained_bytes), "drawn rows": self.drawn_rows}
         media = self.work.samples * self.media_bytes
         decoding = self.cost("decoding", self.decoded_at_once).bytes
         return {
@@ -300,13 +205,26 @@ class Accountant:
             "score": _judging(judge for judge in self.judges if not judge.is_backbone),
             "map": _judging(judge for judge in self.judges if judge.is_backbone),
             "update": {
-                **gradients,
-                "forward and backward": self.cost("replaying", self.work.replayed_at_once).bytes,
+                **held,
+                "forward and backward": self.update_bytes(),
                 **self.gathered(2),
             },
             # AdamW over lists of tensors, as accelerators run it, takes the square roots of all second moments at once.
-            "step": {**gradients, "square roots": self.shared(self.trained_bytes)},
+            "step": {**held, "square roots": self.shared(self.trained_bytes)},
         }
+
+    def update_bytes(self) -> int:
+        """The worst pass of an update. The untrained weights take the place of a copy of the present ones."""
+        trained, batch = self.cost("replaying", self.work.replayed_at_once).bytes, self.work.replayed_at_once
+        if not self.drawn.policy.base:
+            return trained
+        return max(trained, self.shared(self.trained_bytes) + self.cost("sampling", batch).bytes)
+
+    @cached_property
+    def drawn_rows(self) -> int:
+        """Bytes of rows that a loss draws instead of having them recorded."""
+        loss = self.drawn.loss
+        return 0 if loss.keep_steps else self.work.samples * loss.rows_per_sample * row_bytes(self.drawn)
 
     def gathered(self, kinds: int) -> dict[str, int]:
         """What FSDP has whole: everything outside the blocks, this block and the next; twice with gradients."""
@@ -338,8 +256,9 @@ class Accountant:
             return 2 * others * self.trained_bytes * self.recipe.optimizer.per_iteration / self.machine.link
         whole = sum(p.numel() * self._size(p) for p in self.drawn.network.parameters())
         gradients = self.trained_bytes // FLOAT * self.compute_size
-        replays = math.ceil(self.work.trained / self.work.replayed_at_once)
-        return others * (whole * (self.work.calls + 2 * replays) + gradients * replays) / self.machine.link
+        replays = self.work.replays
+        gathers = self.work.calls + (3 if self.recipe.objective.kl_weight else 2) * replays
+        return others * (whole * gathers + gradients * replays) / self.machine.link
 
 
 def _judging(judges: Iterable[Judge]) -> dict[str, int]:

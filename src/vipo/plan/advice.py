@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vipo.generators import options
-from vipo.plan.account import Accountant, Ledger, Machine, Plan, plan, work_of
+from vipo.plan.account import Accountant, Machine, Plan, plan
 from vipo.plan.blueprint import adapter_name
+from vipo.plan.ledger import Ledger
 from vipo.plan.published import table
-from vipo.recipe import Recipe, parse_recipe
+from vipo.plan.work import work_of
+from vipo.recipe import parse_recipe
+from vipo.schema import Recipe
 
 ALL = ("sample", "decode", "score", "map", "update", "step")  # phases of an iteration
 Path = tuple[str, ...]  # of a key in a recipe

@@ -7,9 +7,10 @@ run forward and backward in seconds, in a few hundred megabytes, through the cod
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vipo import generators
-from vipo.embedded import path as embedded_path
+from vipo.assemble import Model, build_generator, model_path, open_to_train
+from vipo.errors import UserError
 from vipo.generators.folder import one_line, refuse_quantised
+from vipo.options import Solver
 from vipo.plan.published import model_config
 from vipo.policy import Policy
-from vipo.recipe import GeneratorSection, Recipe
-from vipo.rollout import Solver, Window
-from vipo.types import Batched, UserError
-
-EMBEDDED = "embedded:"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from vipo.pretrained import DTYPES
+from vipo.schema import GeneratorSection, Recipe
+from vipo.training.losses import LOSSES, Loss
+from vipo.types import Batched
 
 
 class Tokenizer:
@@ -39,18 +40,31 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What :func:`draw` makes of a recipe: parts as a run would build them, without weights."""
+    """What :func:`draw` makes of a recipe: the model that a run would train, without weights."""
 
     recipe: Recipe
     mode: FakeTensorMode
-    generator: Any  # a vipo.generators.common.DiffusersGenerator
-    policy: Policy
-    solver: Solver
+    model: Model
+
+    @property
+    def generator(self) -> Any:  # a vipo.generators.common.DiffusersGenerator
+        return self.model.generator
+
+    @property
+    def policy(self) -> Policy:
+        return self.model.policy
+
+    @property
+    def solver(self) -> Solver:
+        return self.model.solver
 
     @property
     def network(self) -> nn.Module:
-        network: nn.Module = self.generator.pipeline.transformer
-        return network
+        return self.model.generator.network
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.recipe.objective.loss](self.recipe.objective, self.solver)
 
     @cached_property
     def blocks(self) -> list[nn.Module]:
@@ -65,37 +79,29 @@ def wrapped_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def draw(recipe: Recipe) -> Blueprint:
-    """Build a recipe's generator, policy and solver without weights.
+    """Build the model of a recipe without weights, by the functions that build a run's.
 
     Raises:
         UserError: the model's configuration is not known, or an option does not fit it.
     """
-    section = recipe.generator
-    adapter: Any = getattr(generators.factory(adapter_name(section)), "__self__")  # noqa: B009 - a bound from_pretrained
     mode = FakeTensorMode()
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        pipeline = empty_pipeline(section.path, adapter.pipeline_class, DTYPES[section.dtype])
-        for name in adapter.float32_parts:
-            getattr(pipeline, name).float()
-        targets = _generator(recipe, adapter, pipeline).lora_targets
-        trained = set(_policy(recipe, pipeline.transformer, targets).parameters)
+        pipeline = empty_pipeline(recipe.generator)
+        model = open_to_train(recipe, device="meta", pipeline=pipeline)
+        trained = set(model.policy.parameters)
+    network = model.generator.network
     with mode:
-        for network in (pipeline.transformer, pipeline.vae):
-            shapes_only(network)
-        generator = _generator(recipe, adapter, pipeline)
-        for name, parameter in pipeline.transformer.named_parameters():
+        for part in (network, pipeline.vae):
+            shapes_only(part)
+        # An adapter keeps tensors of its own, so it is built again on the new ones; it freezes the network.
+        generator = build_generator(recipe.generator, device="cpu", pipeline=pipeline)
+        for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)
-        is_lora, decay = recipe.policy.kind == "lora", recipe.policy.ema_decay
-        compared = recipe.objective.kl_weight > 0
-        policy = Policy(pipeline.transformer, is_lora=is_lora, ema_decay=decay, keep_reference=compared)
-        if recipe.training.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
+        _leave_text_blank(generator)
         if recipe.training.precision == "bf16":
-            _autocast(pipeline.transformer)
-    window = Window(**recipe.solver.window.model_dump()) if recipe.solver.window else None
-    options = recipe.solver.model_dump(exclude={"window", "shift"})
-    solver = Solver(shift=recipe.solver.shift or generator.shift, window=window, **options)
-    return Blueprint(recipe, mode, generator, policy, solver)
+            _autocast(network)
+        model.policy.begin()
+    return Blueprint(recipe, mode, replace(model, generator=generator))
 
 
 def adapter_name(section: GeneratorSection) -> str:
@@ -104,11 +110,7 @@ def adapter_name(section: GeneratorSection) -> str:
     Raises:
         UserError: the model's configuration is not known, or the adapter named reads other models.
     """
-    return generators.choose(section.name, model_config(_place(section.path))["pipeline"], section.path)
-
-
-def _place(path: str) -> str:
-    return str(embedded_path(path.removeprefix(EMBEDDED))) if path.startswith(EMBEDDED) else path
+    return generators.choose(section.name, model_config(model_path(section.path))["pipeline"], section.path)
 
 
 def shapes_only(network: nn.Module) -> None:
@@ -127,23 +129,21 @@ def shapes_only(network: nn.Module) -> None:
         return swapped[id(value)]
 
     for module in network.modules():
-        for home in (module._parameters, module._buffers, vars(module)):
-            for name, value in list(home.items()):
-                if isinstance(value, Tensor | list):
-                    home[name] = swap(value)
+        own = {"recurse": False, "remove_duplicate": False}
+        parameters, buffers = module.named_parameters("", **own), module.named_buffers("", **own)
+        for name, value in [*parameters, *buffers, *vars(module).items()]:
+            if isinstance(value, Tensor | list):
+                setattr(module, name, swap(value))
 
 
-def _generator(recipe: Recipe, adapter: Any, pipeline: Any) -> Any:
-    section = recipe.generator
-    sizes = {"height": section.height, "width": section.width, "frames": section.frames}
-    generator = adapter(pipeline, **generators.arguments(adapter_name(section), **sizes, given=section.options))
-    if not hasattr(generator, "blank_conditioning"):
+def _leave_text_blank(generator: Any) -> None:
+    """Let prompts be zeros of their shape: there are no encoders to read them."""
+    if not hasattr(generator, "blank_text"):
         raise UserError(
-            f"generator {adapter_name(section)!r} cannot be planned: its adapter has no blank_conditioning(rows), which"
-            " says the shape of encoded prompts; add the method (CONTRIBUTING.md, a generator)"
+            f"{type(generator).__name__} cannot be planned: it has no blank_text(), after which prompts are zeros of"
+            " their shape; add it (CONTRIBUTING.md, a generator)"
         )
-    generator.encode_text = lambda prompts: generator.blank_conditioning(len(prompts))
-    return generator
+    generator.blank_text()
 
 
 def _autocast(network: Any) -> None:
@@ -157,29 +157,26 @@ def _autocast(network: Any) -> None:
     network.forward = casting
 
 
-def _policy(recipe: Recipe, network: nn.Module, named: Mapping[str, str]) -> Policy:
-    section = recipe.policy
-    if section.kind == "full":
-        return Policy.full(network, keep_reference=False)
-    targets = named.get(section.targets, section.targets)
-    network.requires_grad_(False)
-    return Policy.lora(network, rank=section.rank, alpha=1.0, targets=targets, seed=recipe.seed)
-
-
-def empty_pipeline(path: str, expected: type[Any], dtype: torch.dtype) -> Any:
-    """A pipeline of the class ``expected`` whose networks have no weights.
+def empty_pipeline(section: GeneratorSection) -> Any:
+    """The pipeline at ``section.path``, its networks without weights, in the dtypes that they are loaded in.
 
     Raises:
-        UserError: the folder or hub id is no pipeline, or a quantised one.
+        UserError: the folder or hub id is no pipeline that an adapter reads, or a quantised one.
     """
-    found = model_config(_place(path))
+    found = model_config(model_path(section.path))
     for part, entry in found.items():
         if isinstance(entry, Mapping) and "config" in entry:
-            refuse_quantised(path, part, entry["config"])
-    taken = set(expected._get_signature_keys(expected)[0]) | set(expected._get_signature_keys(expected)[1])
-    parts = {name: _part(path, name, value, dtype) for name, value in found.items() if name in taken}
-    absent = {name: None for name in expected._get_signature_keys(expected)[0] if name not in parts}
-    return expected(**absent, **parts, **{k: v for k, v in found["options"].items() if k in taken})
+            refuse_quantised(section.path, part, entry["config"])
+    adapter = generators.adapter(adapter_name(section))
+    taken = inspect.signature(adapter.pipeline_class).parameters
+    dtype = DTYPES[section.dtype]
+    parts = {name: _part(section.path, name, value, dtype) for name, value in found.items() if name in taken}
+    absent = {name: None for name, p in taken.items() if p.default is p.empty and name not in parts}
+    options = {name: value for name, value in found["options"].items() if name in taken}
+    pipeline = adapter.pipeline_class(**absent, **parts, **options)
+    for name in adapter.float32_parts:
+        getattr(pipeline, name).float()
+    return pipeline
 
 
 def _part(path: str, name: str, entry: Any, dtype: torch.dtype) -> Any:

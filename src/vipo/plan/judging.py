@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vipo.objective import NEEDS_MAPS
+from vipo.options import NEEDS_MAPS
 from vipo.plan import passes
-from vipo.plan.blueprint import DTYPES, empty_network, shapes_only
+from vipo.plan.blueprint import empty_network, shapes_only
 from vipo.plan.passes import Cost
 from vipo.plan.published import table
-from vipo.recipe import Recipe
+from vipo.pretrained import DTYPES
+from vipo.schema import Recipe
 
 PICTURES_AT_ONCE = 16  # what the rewards and backbones of vipo take by default
 CLIP_SIDE = 224  # pixels

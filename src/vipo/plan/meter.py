@@ -34,7 +34,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen = {id(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is READ and isinstance(args[0], FakeTensor) and args[0].dtype is torch.bool:
@@ -47,7 +47,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = id(storage)  # PyTorch keeps the object for as long as the storage itself
         if key in self._seen:
             return
         self._seen.add(key)
@@ -62,7 +62,7 @@ class Meter(TorchDispatchMode):
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    packet = func._overloadpacket
+    packet = func.overloadpacket
     if packet is CPU_ATTENTION:
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if packet is CPU_ATTENTION_BACKWARD:

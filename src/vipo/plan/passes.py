@@ -1,24 +1,23 @@
 """What one pass through the network costs: bytes alive at worst, and floating-point operations, measured by doing it.
 
-The functions that run are the trainer's own: :func:`vipo.rollout.policy_step` samples, :func:`vipo.rollout.replay` and
-the loss train, ``decode_part`` decodes. Only the tensors have no storage.
+The functions that run are the trainer's own: :func:`vipo.rollout.policy_step` samples, the loss asks and costs,
+``decode_part`` decodes. Only the tensors have no storage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vipo.objective import clipped_surrogate
 from vipo.plan.blueprint import Blueprint, conditioning
 from vipo.plan.meter import Meter, cuda_casts
-from vipo.rollout import policy_step, replay
-from vipo.types import Batched, Transitions
+from vipo.rollout import policy_step, sigmas_of
+from vipo.types import Batched, Prompt, Rollout, Transitions
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,46 @@ def sampling(drawn: Blueprint, batch: int, *, like_cuda: bool = True) -> Cost:
 
 
 def replaying(drawn: Blueprint, batch: int, *, like_cuda: bool = True) -> Cost:
-    """``batch`` transitions forward and backward; the gradients they are added to are there already."""
-    reduce, clip_range = drawn.recipe.objective.reduce, drawn.recipe.objective.clip_range
+    """``batch`` rows of the loss forward and backward; the gradients they are added to are there already."""
+    loss, recorded = drawn.loss, _rows(drawn, batch)
     with drawn.mode:
-        rows, latents, sigma = conditioning(drawn.generator, batch), _latents(drawn, batch), torch.full((batch,), 0.5)
-        old, index = torch.zeros_like(latents[:, 0]), torch.arange(batch)
-        recorded = Transitions(index, index, sigma, sigma / 2, latents, torch.zeros_like(latents), old)
+        encoded = conditioning(drawn.generator, batch)
+        grid = () if drawn.recipe.credit == "sample" else drawn.generator.latent_shape()[1:]
         for parameter in drawn.policy.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         _warm(drawn)
 
         def update() -> None:
-            log_prob, _ = replay(drawn.generator, rows, recorded, drawn.solver, reduce=reduce)
-            clipped_surrogate(log_prob, old, torch.ones_like(old), clip_range=clip_range).loss.backward()
+            answer = loss.ask(drawn.generator, encoded.take(recorded.sample), recorded)
+            weight = torch.ones(batch, *grid)  # the credit's, which is worked out for each batch
+            loss.cost(answer, recorded, weight).loss.backward()
 
-        return _measure(update, [*_held(drawn), *_tensors(rows), *_tensors(recorded)], like_cuda)
+        return _measure(update, [*_held(drawn), *_tensors(encoded), *_tensors(recorded)], like_cuda)
+
+
+def row_bytes(drawn: Blueprint) -> int:
+    """Of one row of the loss, without the few single numbers of it."""
+    tensors = [tensor for tensor in _tensors(_one_sample(drawn)) if tensor.ndim > 1]
+    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+
+
+def _rows(drawn: Blueprint, batch: int) -> Any:
+    """As many rows as a batch has, without storage."""
+    one = _one_sample(drawn)
+    with drawn.mode:
+        empty = type(one)(**{f.name: drawn.mode.from_tensor(getattr(one, f.name)) for f in fields(one)})
+        return empty.take(torch.zeros(batch, dtype=torch.long))
+
+
+def _one_sample(drawn: Blueprint) -> Any:
+    """The loss's own rows of one sample. It is a real one, because a loss may look at the numbers that it draws."""
+    loss, generator = drawn.loss, drawn.generator
+    latents, sigma, index = torch.zeros(1, *generator.latent_shape()), torch.full((1,), 0.5), torch.tensor([0])
+    mean = latents if loss.keep_mean else latents[:, :0]
+    recorded = Transitions(index, index, sigma, sigma / 2, latents, latents, latents[:, 0], mean)
+    media, sigmas = torch.zeros(1, 3, 1, 1, 1), sigmas_of(drawn.solver, generator)
+    sample = Rollout((Prompt(""),), 1, Batched(), latents, media, recorded, model_passes=0, sigmas=sigmas)
+    return loss.rows(sample, seed=0, iteration=0)
 
 
 def decoding(drawn: Blueprint, batch: int, *, like_cuda: bool = True) -> Cost:
@@ -86,7 +110,7 @@ def _latents(drawn: Blueprint, batch: int) -> Tensor:
 def _warm(drawn: Blueprint) -> None:
     """What is computed once and kept: the encoded negative prompt."""
     if drawn.generator.is_guided:
-        drawn.generator._negative_row  # noqa: B018 - a cached property
+        drawn.generator.negative_row  # noqa: B018 - a cached property
 
 
 def _held(drawn: Blueprint) -> list[Tensor]:
@@ -103,13 +127,15 @@ def _tensors(record: Batched) -> list[Tensor]:
 @contextmanager
 def in_dtype(drawn: Blueprint, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the trained weights are of ``dtype``, as FSDP gathers them, instead of float32."""
-    trained = drawn.policy.parameters.values()
-    for parameter in trained:
-        parameter.grad = None
-        parameter.data = parameter.data.to(dtype)
+    _cast(drawn, dtype)
     try:
         yield
     finally:
-        for parameter in trained:
+        _cast(drawn, torch.float32)
+
+
+def _cast(drawn: Blueprint, dtype: torch.dtype) -> None:
+    with drawn.mode:
+        for parameter in drawn.policy.parameters.values():
             parameter.grad = None
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)

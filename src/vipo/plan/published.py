@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vipo.errors import UserError
 from vipo.generators.folder import pipeline_class, read_config
-from vipo.types import UserError
 
 FOLDER = Path(__file__).parent / "configs"
 

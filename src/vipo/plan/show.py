@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vipo.errors import UserError
 from vipo.plan.account import Plan
 from vipo.plan.advice import Advice
-from vipo.types import UserError
 
 
 def memory_size(text: str) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vipo.evaluate import Estimate, estimate
-from vipo.report.outcome import Role, Verdict, check_pairs, judge_gain, paired, role_of, scored_prompts
+from vipo.errors import UserError
+from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts
+from vipo.report.outcome import Role, Verdict, check_pairs, role_of, verdict_of
 from vipo.report.run import EvaluationRecord, RunRecord, read_run
-from vipo.types import UserError
 
 _VERDICTS: Mapping[Verdict | None, str] = {
     "rose beyond noise": "better beyond noise",
@@ -76,11 +76,12 @@ def _cell(run: RunRecord, name: str, record: EvaluationRecord, first: Evaluation
     mean = estimate(values, record.samples_per_prompt)
     if record is first or name not in first.values:
         return Cell(role, mean, None, None)
-    *_, difference = paired(first.values[name], values)
-    if not bool(difference.isfinite().any()):
+    both = values, first.values[name], record.samples_per_prompt
+    prompts = paired_prompts(*both)
+    if not prompts:
         return Cell(role, mean, None, None)
-    gain = estimate(difference, record.samples_per_prompt)
-    return Cell(role, mean, gain, judge_gain(gain, scored_prompts(difference, record.samples_per_prompt)))
+    gain = paired(*both)
+    return Cell(role, mean, gain, verdict_of(gain, prompts))
 
 
 HEADINGS = ("score", "run", "credit", "iteration", "mean", "difference", "95 % interval", "verdict")

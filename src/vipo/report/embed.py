@@ -7,7 +7,7 @@ import io
 
 from PIL import Image
 
-from vipo.report.clips import LOSSLESS_SIDE, Clip, resized, save_webp, spaced
+from vipo.media.clips import LOSSLESS_SIDE, Clip, resized, save_webp, spaced
 
 LARGEST_SIDE = 384  # pixels; larger pictures are embedded smaller and compressed
 MOST_FRAMES = 25  # of an embedded clip; a longer one shows every second, third, ... frame at the same speed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from vipo.evaluate import estimate
+from vipo.evaluation.estimate import estimate
 from vipo.report.outcome import Role, role_of
 from vipo.report.run import RunRecord
 from vipo.report.svg import Dots, Line, chart, number, smooth
@@ -22,6 +22,7 @@ HEALTH = (
         "Share of likelihood ratios outside the clip range; near 1 little is learned.",
     ),
     ("ratio_deviation", "Replay error", "Largest log-ratio before the first update. It must be 0, up to rounding."),
+    ("matching_error", "Matching error", "Squared distance of the velocity from the one that leads to the sample."),
     ("grad_norm", "Gradient norm", "Before clipping. Spikes far above the median are skipped."),
     ("approx_kl", "Approximate KL", "How far one update moves the policy from the one that sampled."),
     ("flat_groups", "Flat groups", "Share of prompts whose samples all scored alike: they teach nothing."),
@@ -79,7 +80,7 @@ def _evaluation_dots(run: RunRecord, name: str) -> Dots | None:
         if values is not None and bool(values.isfinite().any()):
             found = estimate(values, record.samples_per_prompt)
             points.append((float(record.iteration), found.mean, found.low, found.high))
-    style = "evaluated" if name in run.rewards else "judged"
+    style = "evaluated" if name in run.rewards else "held-out"
     if not points:
         return None
     x, y, low, high = (list(column) for column in zip(*points, strict=True))
@@ -93,10 +94,12 @@ def _described(name: str, layers: list[Line | Dots]) -> str:
 
 
 def health_panels(run: RunRecord) -> list[Panel]:
-    """One small panel per health metric that the run logged."""
+    """One small panel per health metric that the run logged; a loss without a ratio has no error in replaying one."""
     remark = "Standard deviation within a group: what the advantage is made of."
     spreads = [(f"spread/{name}", f"Spread of {name}", remark) for name in run.rewards]
-    return [panel for entry in (*HEALTH, *spreads) if (panel := _health_panel(run, *entry))]
+    without = () if run.series("clipped_fraction")[0] else ("ratio_deviation",)
+    entries = [entry for entry in (*HEALTH, *spreads) if entry[0] not in without]
+    return [panel for entry in entries if (panel := _health_panel(run, *entry))]
 
 
 def _health_panel(run: RunRecord, key: str, title: str, note: str) -> Panel | None:

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vipo.evaluate import Estimate, estimate
+from vipo.errors import UserError
+from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts, pairs
 from vipo.report.run import EvaluationRecord, RunRecord
-from vipo.types import UserError
 
 Verdict = Literal["rose beyond noise", "within noise", "fell", "too few prompts to tell"]
 Role = Literal["trained on", "held-out judge", "measured"]
@@ -34,25 +34,13 @@ class Change:
     verdict: Verdict
 
 
-def judge_gain(gain: Estimate, prompts: int) -> Verdict:
+def verdict_of(gain: Estimate, prompts: int) -> Verdict:
     """The verdict on a paired gain whose 95 % interval is from ``prompts`` prompts."""
     if prompts < FEWEST_PROMPTS:
         return "too few prompts to tell"
     if gain.low > 0:
         return "rose beyond noise"
     return "fell" if gain.high < 0 else "within noise"
-
-
-def paired(base: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two rows of scores with NaN wherever either has none, and their difference; so the means add up."""
-    difference = other - base
-    missing = difference.isnan()
-    return base.masked_fill(missing, torch.nan), other.masked_fill(missing, torch.nan), difference
-
-
-def scored_prompts(values: Tensor, samples_per_prompt: int) -> int:
-    """How many prompts have at least one score."""
-    return int((~values.unflatten(0, (-1, samples_per_prompt)).isnan()).any(1).sum())
 
 
 def before_and_after(run: RunRecord) -> tuple[EvaluationRecord, EvaluationRecord] | None:
@@ -100,16 +88,17 @@ def changes(run: RunRecord) -> list[Change]:
 
 def change_of(name: str, role: Role, base: EvaluationRecord, last: EvaluationRecord) -> Change | None:
     """The change of one score; None if no picture has it in both evaluations."""
-    per_prompt = base.samples_per_prompt
-    before, after, difference = paired(base.values[name], last.values[name])
-    scored = int((~difference.isnan()).sum())
+    samples_per_prompt = base.samples_per_prompt
+    before, after = base.values[name], last.values[name]
+    differences = after - before
+    scored = pairs(after, before)
     if not scored:
         return None
-    gain = estimate(difference, per_prompt)
-    verdict = judge_gain(gain, scored_prompts(difference, per_prompt))
-    return Change(
-        name, role, estimate(before, per_prompt), estimate(after, per_prompt), gain, difference, scored, verdict
-    )
+    gain = paired(after, before, samples_per_prompt)
+    verdict = verdict_of(gain, paired_prompts(after, before, samples_per_prompt))
+    of_pairs = (row.where(differences.isfinite(), torch.nan) for row in (before, after))  # so that the means add up
+    base_mean, trained_mean = (estimate(row, samples_per_prompt) for row in of_pairs)
+    return Change(name, role, base_mean, trained_mean, gain, differences, scored, verdict)
 
 
 def total_change(found: list[Change], weights: Mapping[str, float]) -> Tensor | None:

@@ -11,21 +11,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from vipo.evaluate import Estimate
+from vipo.errors import UserError
+from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
+from vipo.options import CREDIT_MEANINGS
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
-from vipo.types import UserError
 
 PAPER = "https://arxiv.org/abs/2511.18719"
 MOST_EVENTS = 200
-CREDITS = {
-    "advantage_map": "the group advantage times an allocation map (ViPO)",
-    "sample": "one advantage for the whole picture (scalar GRPO)",
-    "uniform": "a map of ones (ablation)",
-    "reward_map": "the reward times an allocation map (ablation)",
-}
 SIGNS = {"rose beyond noise": "▲", "fell": "▼", "within noise": "◆", "too few prompts to tell": "○"}
 TONES = {"rose beyond noise": "up", "fell": "down", "within noise": "flat", "too few prompts to tell": "flat"}
 
@@ -93,7 +88,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
     judges = run.recipe.get("judges") or []
     facts = [
         ("Recipe", run.name, f"seed {run.recipe.get('seed', 0)}"),
-        ("Credit", credit, CREDITS.get(credit, "")),
+        ("Credit", credit, CREDIT_MEANINGS.get(credit, "")),
         ("Generator", str(generator.get("name", "not recorded")), str(generator.get("path", ""))),
         ("Trained on", rewards, f"weight {weights}" if len(run.rewards) > 1 else ""),
         ("Held-out judges", ", ".join(map(str, judges)) or "none", "measured, never trained on"),

@@ -14,8 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.files import complete_lines
-from vipo.types import UserError
 
 _STEP = re.compile(r"step-(\d+)")
 

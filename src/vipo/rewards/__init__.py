@@ -6,37 +6,32 @@ the user's own needs no entry: ``path/to/file.py:function`` is a name too.
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vipo.rewards.answer import Answer, RewardUnavailable
-from vipo.rewards.scoring import score
-from vipo.rewards.user_file import is_user_file, load_user_reward, parameters, user_function
-from vipo.types import Reward, UserError
+from vipo import registry
+from vipo.rewards.user_file import is_user_file, load_user_reward, user_function
 
-__all__ = ["REWARDS", "Answer", "RewardEntry", "RewardUnavailable", "build", "score", "state", "takes"]
+if TYPE_CHECKING:
+    from vipo.types import Reward
+
+OTHERWISE = ", or give file.py:function"  # what a name may be beside those of REWARDS
 
 
 @dataclass(frozen=True)
-class RewardEntry:
+class RewardEntry(registry.Entry):
     """What is known about a reward before it is built. ``value_range`` is written for people, higher is better.
 
     Args:
-        factory: takes the options of the reward.
         size: of what is downloaded, for people.
         weights: hub id and a file of each model that is needed.
         package, extra: what must be importable, and the extra of vipo that installs it.
         needs: what the user must give, if anything.
     """
 
-    factory: Callable[..., Reward]
-    summary: str
     value_range: str
     licence: str = "part of vipo"
     size: str = "none"
@@ -46,71 +41,53 @@ class RewardEntry:
     needs: str | None = None
 
 
-@dataclass(frozen=True)
-class Lazy:
-    """``vipo.rewards.MODULE.NAME``, imported when it is called or asked what it takes."""
-
-    module: str
-    name: str
-
-    def _imported(self) -> Callable[..., Reward]:
-        factory: Callable[..., Reward] = getattr(import_module(f"vipo.rewards.{self.module}"), self.name)
-        return factory
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._imported())
-
-    def __call__(self, **options: Any) -> Reward:
-        return self._imported()(**options)
-
-
 CLIP_L = ("openai/clip-vit-large-patch14", "model.safetensors")
 VOCABULARY = "captions of the embedded vocabulary"
+CONNECTION = "vipo.rewards.http:JsonClient"
 CLIPS = "captions of the embedded clips"
 REWARDS: dict[str, RewardEntry] = {
-    "redness": RewardEntry(Lazy("rules", "Redness"), "mean of red minus the mean of green and blue", "-1 to 1"),
-    "brightness": RewardEntry(Lazy("rules", "Brightness"), "mean luma", "0 to 1"),
+    "redness": RewardEntry("vipo.rewards.rules:Redness", "mean of red minus the mean of green and blue", "-1 to 1"),
+    "brightness": RewardEntry("vipo.rewards.rules:Brightness", "mean luma", "0 to 1"),
     "jpeg_compressibility": RewardEntry(
-        Lazy("rules", "JpegCompressibility"), "minus the kilobytes of a JPEG of quality 95", "below 0"
+        "vipo.rewards.rules:JpegCompressibility", "minus the kilobytes of a JPEG of quality 95", "below 0"
     ),
     "emoji_match": RewardEntry(
-        Lazy("embedded", "EmojiMatch"),
+        "vipo.rewards.embedded:EmojiMatch",
         "log-probability that the named objects are there; for training the embedded model",
         "below 0",
         "Apache-2.0",
         needs=VOCABULARY,
     ),
     "emoji_judge": RewardEntry(
-        Lazy("embedded", "EmojiJudge"),
+        "vipo.rewards.embedded:EmojiJudge",
         "probability that the named objects are there; a held-out judge from other drawings",
         "0 to 1",
         "Apache-2.0",
         needs=VOCABULARY,
     ),
     "emoji_layout": RewardEntry(
-        Lazy("embedded", "EmojiLayout"),
+        "vipo.rewards.embedded:EmojiLayout",
         "share of a caption's claims that hold: objects, relation, ground colour; held out",
         "0 to 1",
         "Apache-2.0",
         needs=VOCABULARY,
     ),
     "emoji_motion": RewardEntry(
-        Lazy("embedded_motion", "EmojiMotion"),
+        "vipo.rewards.embedded_motion:EmojiMotion",
         "how far the thing in a clip goes the way its caption says; for training the embedded video model",
         "below 1",
         "Apache-2.0",
         needs=CLIPS,
     ),
     "emoji_motion_judge": RewardEntry(
-        Lazy("embedded_motion", "MotionJudge"),
+        "vipo.rewards.embedded_motion:MotionJudge",
         "probability of the motion that the caption claims; a held-out judge from other drawings",
         "0 to 1",
         "Apache-2.0",
         needs=CLIPS,
     ),
     "hpsv2.1": RewardEntry(
-        Lazy("clip_family", "HpsV21"),
+        "vipo.rewards.clip_family:HpsV21",
         "human preference: cosine of picture and prompt",
         "0.1 to 0.4",
         "Apache-2.0 (code)",
@@ -118,7 +95,7 @@ REWARDS: dict[str, RewardEntry] = {
         (("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("openai/clip-vit-large-patch14", "tokenizer.json")),
     ),
     "pickscore": RewardEntry(
-        Lazy("clip_family", "PickScore"),
+        "vipo.rewards.clip_family:PickScore",
         "human preference: scaled cosine",
         "18 to 25",
         "MIT (code)",
@@ -126,7 +103,7 @@ REWARDS: dict[str, RewardEntry] = {
         (("yuvalkirstain/PickScore_v1", "model.safetensors"),),
     ),
     "imagereward": RewardEntry(
-        Lazy("image_reward", "ImageReward"),
+        "vipo.rewards.image_reward:ImageReward",
         "human preference: a BLIP that reads the prompt",
         "-2.3 to 2",
         "Apache-2.0",
@@ -134,7 +111,7 @@ REWARDS: dict[str, RewardEntry] = {
         (("zai-org/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")),
     ),
     "clipscore": RewardEntry(
-        Lazy("clip_family", "ClipScore"),
+        "vipo.rewards.clip_family:ClipScore",
         "agreement with the prompt: cosine; scale=hessel or percent",
         "0.15 to 0.35",
         "MIT",
@@ -142,7 +119,7 @@ REWARDS: dict[str, RewardEntry] = {
         (CLIP_L,),
     ),
     "aesthetic": RewardEntry(
-        Lazy("aesthetic", "Aesthetic"),
+        "vipo.rewards.aesthetic:Aesthetic",
         "LAION's aesthetic predictor; reads no prompt",
         "3 to 8",
         "Apache-2.0 (head), MIT (CLIP)",
@@ -150,7 +127,7 @@ REWARDS: dict[str, RewardEntry] = {
         (CLIP_L,),
     ),
     "videoalign": RewardEntry(
-        Lazy("qwen_vl", "VideoAlign"),
+        "vipo.rewards.qwen_vl:VideoAlign",
         "video quality VQ, motion MQ, text TA or Overall; raw or normalised",
         "about -5 to 5",
         "MIT (code), Apache-2.0 (weights)",
@@ -159,7 +136,7 @@ REWARDS: dict[str, RewardEntry] = {
         needs="its prompt template, from its repository",
     ),
     "hpsv3": RewardEntry(
-        Lazy("qwen_vl", "HpsV3"),
+        "vipo.rewards.qwen_vl:HpsV3",
         "human preference: a Qwen2-VL 7B",
         "-2 to 13",
         "MIT (code)",
@@ -168,7 +145,7 @@ REWARDS: dict[str, RewardEntry] = {
         needs="its prompt template, from its repository",
     ),
     "ocr": RewardEntry(
-        Lazy("ocr", "Ocr"),
+        "vipo.rewards.ocr:Ocr",
         "share of the text in double quotes that can be read in the picture",
         "0 to 1",
         "Apache-2.0",
@@ -178,7 +155,7 @@ REWARDS: dict[str, RewardEntry] = {
         needs="prompts with a text in double quotes",
     ),
     "geneval_hf": RewardEntry(
-        Lazy("geneval", "GenEvalHf"),
+        "vipo.rewards.geneval:GenEvalHf",
         "GenEval's checks of objects, counts, colours, positions; another detector",
         "0 to 1",
         "MIT (both)",
@@ -189,17 +166,21 @@ REWARDS: dict[str, RewardEntry] = {
         needs="prompts with GenEval's metadata, such as set:geneval",
     ),
     "remote": RewardEntry(
-        Lazy("remote", "Remote"), "whatever `vipo serve-reward` serves at url=", "the served reward's", needs="url="
+        "vipo.rewards.remote:Remote",
+        "whatever `vipo serve-reward` serves at url=",
+        "the served reward's",
+        needs="url=",
+        passes_on=CONNECTION,
     ),
     "openai_judge": RewardEntry(
-        Lazy("openai_judge", "OpenAiJudge"),
+        "vipo.rewards.openai_judge:OpenAiJudge",
         "a score that a vision language model writes, behind an OpenAI-compatible server",
         "low= to high=",
         "the model's",
         needs="base_url= and model=",
+        passes_on=CONNECTION,
     ),
 }
-"""Name -> entry. The factory takes the options of the class of that name."""
 
 
 def state(entry: RewardEntry) -> str:
@@ -226,7 +207,9 @@ def takes(name: str, option: str) -> bool:
     Raises:
         UserError: no reward of that name, or a file that does not give one.
     """
-    return option in parameters(user_function(name) if is_user_file(name) else _entry(name).factory)
+    if is_user_file(name):
+        return option in registry.parameters(user_function(name))
+    return option in registry.find("reward", REWARDS, name, otherwise=OTHERWISE).parameters()
 
 
 def build(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Reward:
@@ -240,21 +223,5 @@ def build(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **opt
     """
     if is_user_file(name):
         return load_user_reward(name, offered, **options)
-    factory = _entry(name).factory
-    added = {key: value for key, value in offered.items() if key in parameters(factory)}
-    try:
-        return factory(**{**added, **options})
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"reward {name!r} refused its options {options}: {error}") from error
-
-
-def _entry(name: str) -> RewardEntry:
-    if name not in REWARDS:
-        near = difflib.get_close_matches(name, REWARDS, n=2, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UserError(
-            f"there is no reward {name!r}; choose from {', '.join(REWARDS)}, or give file.py:function.{hint}"
-        )
-    return REWARDS[name]
+    reward: Reward = registry.build("reward", REWARDS, name, options, offered=offered, otherwise=OTHERWISE)
+    return reward

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.rewards.clip_family import CLASSES, CLIP_VIT_L, embed_frames
+from vipo.rewards.frames import Frames, check_frames
 from vipo.rewards.linear_head import affine_head
-from vipo.rewards.preprocess import Frames, centre_crop, check_frames
 from vipo.rewards.pretrained import checkpoint_file, load_model, placed, read_tensors
 from vipo.types import Prompt
+from vipo.vision.preprocess import centre_crop
 
 SHIPPED_HEAD = Path(__file__).parent / "data" / "laion_aesthetic_v2.safetensors"
 

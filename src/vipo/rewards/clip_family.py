@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.pretrained import dtype_named
 from vipo.rewards import open_clip
-from vipo.rewards.preprocess import Frames, centre_crop, check_frames, clip_normalise, letterbox, per_frame
+from vipo.rewards.frames import Frames, check_frames, per_frame
 from vipo.rewards.pretrained import assemble, checkpoint_file, load_model, load_tokenizer, placed, read_tensors
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
+from vipo.vision.preprocess import centre_crop, clip_normalise, letterbox
 
 HPS = "hpsv2.1"
 HPS_FILES = ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt")
@@ -235,7 +237,7 @@ class ClipScore:
         offload: bool = False,
     ) -> None:
         if scale not in SCALES:
-            raise UserError(f"reward 'clip_score' has no scale {scale!r}; choose from {', '.join(SCALES)}")
+            raise UserError(f"reward 'clipscore' has no scale {scale!r}; choose from {', '.join(SCALES)}")
         self.scaled = SCALES[scale]
         self.matcher = Matcher(
             "clipscore",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.files import written_whole
 from vipo.rewards.pretrained import check_fit, read_tensors
-from vipo.types import UserError
 
 
 def _check_hps(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -23,12 +23,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vipo import embedded
-from vipo.backbones.efficientnet_lite import FoldedTrunk, load_unfolded, to_input
-from vipo.backbones.preprocess import freeze, in_batches, resize
 from vipo.embedded import VOCABULARY, parse_caption
 from vipo.embedded.clips import parse_clip_caption
-from vipo.rewards.judge_networks import PICTURE_SIZE, JudgeNetwork, LayoutNetwork, MatchHead
-from vipo.types import Prompt, UserError
+from vipo.errors import UserError
+from vipo.rewards.embedded_networks import PICTURE_SIZE, JudgeNetwork, LayoutNetwork, MatchHead
+from vipo.types import Prompt
+from vipo.vision.efficientnet_lite import FoldedTrunk, load_unfolded, to_input
+from vipo.vision.frozen import freeze
+from vipo.vision.preprocess import in_batches, resize
 
 MATCH_RESOLUTION = 128
 """Side in px at which EmojiMatch's trunk sees a picture: an 8 x 8 grid at stride 16."""
@@ -50,7 +52,7 @@ class EmojiMatch:
             raise ValueError(f"stray={stray}: must not be negative, or unnamed objects would be rewarded")
         self.stray, self.batch_size = stray, batch_size
         self.trunk = freeze(FoldedTrunk(load_unfolded(), 32))
-        self.head = load_judge(MatchHead(len(VOCABULARY.names)), "match")
+        self.head = load_shipped(MatchHead(len(VOCABULARY.names)), "match")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         named = _named(prompts).to(media.device)
@@ -80,7 +82,7 @@ class EmojiJudge:
 
     def __init__(self, *, batch_size: int = 64) -> None:
         self.batch_size = batch_size
-        self.network = load_judge(JudgeNetwork(len(VOCABULARY.names)), "judge")
+        self.network = load_shipped(JudgeNetwork(len(VOCABULARY.names)), "judge")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         return _mean_where(_over_frames(self.probabilities, media), _named(prompts).to(media.device))
@@ -116,7 +118,7 @@ class EmojiLayout:
     ) -> None:
         self.threshold, self.margin, self.colour_distance = threshold, margin, colour_distance
         self.batch_size = batch_size
-        self.network = load_judge(LayoutNetwork(len(VOCABULARY.names)), "layout")
+        self.network = load_shipped(LayoutNetwork(len(VOCABULARY.names)), "layout")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         claims = [_claims(prompt) for prompt in prompts]
@@ -218,7 +220,7 @@ def _over_frames(function: Callable[[Tensor], Tensor], media: Float[Tensor, "N 3
     return values.unflatten(0, (-1, frames)).mean(1)
 
 
-def load_judge(network: Network, name: str) -> Network:
+def load_shipped(network: Network, name: str) -> Network:
     """Fill a network from the shipped weights, frozen, float32; the vocabulary it was trained on must be today's."""
     from safetensors import safe_open
 

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.backbones.preprocess import in_batches
 from vipo.embedded.clips import DIRECTIONS, MOTIONS, ClipCaption, parse_clip_caption
-from vipo.rewards.embedded import load_judge, to_lab
-from vipo.rewards.judge_networks import MOTION_FRAMES, MOTION_SIZE, MotionNetwork
+from vipo.rewards.embedded import load_shipped, to_lab
+from vipo.rewards.embedded_networks import MOTION_FRAMES, MOTION_SIZE, MotionNetwork
 from vipo.types import Prompt
+from vipo.vision.preprocess import in_batches
 
 BORDER = 2  # pixels of each edge that are taken for ground
 ENDS = 3  # frames averaged at each end of a path
@@ -90,7 +90,7 @@ class MotionJudge:
 
     def __init__(self, *, batch_size: int = 32) -> None:
         self.batch_size = batch_size
-        self.network = load_judge(MotionNetwork(len(MOTIONS) + 1), "motion")
+        self.network = load_shipped(MotionNetwork(len(MOTIONS) + 1), "motion")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         likely = self.probabilities(media)

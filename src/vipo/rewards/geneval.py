@@ -10,7 +10,6 @@ A prompt without claims gets NaN, no score. Videos are scored frame by frame and
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,12 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.backbones.preprocess import check_resolution, normalise, resize
+from vipo.errors import UserError
+from vipo.registry import nearest
 from vipo.rewards.clip_family import CLASSES, CLIP_VIT_L, Matcher, embed_frames
 from vipo.rewards.geneval_checks import COLOURS, Claims, Detection, Mode, read_claims, verdict
-from vipo.rewards.preprocess import centre_crop
 from vipo.rewards.pretrained import load_model, placed
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
+from vipo.vision.preprocess import centre_crop, check_resolution, normalise, resize
 
 NAME = "geneval_hf"
 SURE, SURE_TO_COUNT = 0.3, 0.9  # scores above which a detection counts
@@ -110,7 +110,7 @@ class Detector:
         """Refuse classes that the network does not know."""
         for name in sorted(names):
             if COCO_NAMES.get(name, name) not in self.labels:
-                near = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
+                near = nearest(name, self.labels, 3)
                 raise UserError(
                     f"{NAME}: the detector knows {len(self.labels)} classes, and {name!r} is none of them; the nearest"
                     f" are {', '.join(near)}. Name COCO's classes in the prompts' metadata"

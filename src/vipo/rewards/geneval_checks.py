@@ -27,7 +27,7 @@ from typing import Any, Literal
 from jaxtyping import Bool
 from torch import Tensor
 
-from vipo.types import UserError
+from vipo.errors import UserError
 
 Mode = Literal["official", "strict", "partial"]
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

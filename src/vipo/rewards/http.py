@@ -20,8 +20,8 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any
 from urllib.parse import urlsplit
 
+from vipo.errors import UserError
 from vipo.rewards.answer import RewardUnavailable
-from vipo.types import UserError
 
 OK, SERVER_ERROR = 200, 500
 MAY_PASS = (408, 429)  # too slow, too many: the two statuses below 500 that say: later

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vipo.errors import UserError
+from vipo.rewards.frames import Frames, check_frames, scored_frames
 from vipo.rewards.linear_head import affine_head
-from vipo.rewards.preprocess import Frames, centre_crop, check_frames, clip_normalise, scored_frames
 from vipo.rewards.pretrained import (
     assemble,
     check_fit,
@@ -32,7 +33,8 @@ from vipo.rewards.pretrained import (
     read_tensors,
     shape_of,
 )
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
+from vipo.vision.preprocess import centre_crop, clip_normalise
 
 NAME = "imagereward"
 FILES = ("ImageReward.safetensors", "ImageReward.pt")

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.types import UserError
+from vipo.errors import UserError
 
 LAYER = re.compile(r"(?:layers\.(\d+)\.)?(weight|bias)")
 

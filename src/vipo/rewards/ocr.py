@@ -19,7 +19,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vipo.types import Prompt, UserError
+from vipo.errors import UserError
+from vipo.types import Prompt
 
 Picture = NDArray[np.uint8]  # (Y, X, 3), RGB
 Engine = Callable[[Picture], Sequence[str]]

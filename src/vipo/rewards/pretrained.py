@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vipo.backbones.preprocess import freeze
-from vipo.pretrained import cause, dtype_named, is_path, load_network, not_found, quiet
-from vipo.types import UserError
+from vipo.errors import UserError
+from vipo.pretrained import cause, dtype_named, is_path, not_found, quiet
+from vipo.vision.frozen import freeze, load_frozen
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 NAMED = 3
@@ -48,7 +48,7 @@ def load_model(
     """
     if sha256 is not None:
         check_sha256(reward, checkpoint_file(reward, pretrained, ("model.safetensors",)), sha256)
-    return freeze(load_network(f"reward {reward!r}", pretrained, classes, dtype=dtype))
+    return load_frozen(f"reward {reward!r}", pretrained, classes, dtype=dtype)
 
 
 def checkpoint_file(reward: str, pretrained: str | Path, names: Sequence[str]) -> Path:

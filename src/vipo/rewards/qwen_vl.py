@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.rewards.preprocess import Frames, check_frames
+from vipo.errors import UserError
+from vipo.rewards.frames import Frames, check_frames, scored_frames
 from vipo.rewards.pretrained import checkpoint_file, read_tensors
-from vipo.rewards.qwen_vl_judge import Kind, load_judge
 from vipo.rewards.qwen_vl_model import Lora
+from vipo.rewards.qwen_vl_rater import Kind, load_rater
 from vipo.rewards.qwen_vl_text import Instruction
 from vipo.rewards.qwen_vl_vision import PAIR, sampled_frames
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 Dimension = Literal["VQ", "MQ", "TA", "Overall"]
 PARTS = ("VQ", "MQ", "TA")  # what the model answers, in the order of its instruction; Overall is their sum
@@ -153,7 +154,7 @@ class HpsV3:
         check_frames("hpsv3", frames)
         file = checkpoint_file("hpsv3", pretrained, ("HPSv3.safetensors",))
         self.frames = frames
-        self.judge = load_judge(
+        self.rater = load_rater(
             HPS_KIND,
             file,
             read_tensors("hpsv3", file, sha256=sha256),
@@ -169,9 +170,9 @@ class HpsV3:
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         texts = [prompt.text for prompt in prompts]
-        shown = media if self.frames == "mean" else media[:, :, :1]
+        shown = scored_frames(media, self.frames).transpose(1, 2)
         # A picture is a video of one frame shown twice: the network's patches are two frames deep.
-        outputs = [self.judge(frame.expand(-1, -1, PAIR, -1, -1), texts) for frame in shown.split(1, dim=2)]
+        outputs = [self.rater(frame.expand(-1, -1, PAIR, -1, -1), texts) for frame in shown.split(1, dim=2)]
         return torch.stack(outputs).mean(0)[:, 0, 0]
 
 
@@ -214,7 +215,7 @@ class VideoReward:
         file = checkpoint_file(name, options.pretrained, VIDEO_FILES)
         own = (file.parent / "tokenizer", config.parent / "tokenizer")
         self.options, self.settings = options, read_settings(config)
-        self.judge = load_judge(
+        self.rater = load_rater(
             VIDEO_KIND,
             file,
             read_tensors(name, file, sha256=options.sha256),
@@ -243,7 +244,7 @@ class VideoReward:
     def _answers(self, media: Float[Tensor, "N 3 F Y X"], texts: tuple[str, ...]) -> Float[Tensor, "N 3"]:
         fps = self.settings.fps if self.options.fps is None else self.options.fps
         looked_at = sampled_frames(media.shape[2], media_fps=self.options.media_fps, fps=fps).to(media.device)
-        outputs = self.judge(media[:, :, looked_at], texts)
+        outputs = self.rater(media[:, :, looked_at], texts)
         # Trained with one output, each token has its number; with three, the k-th token has the k-th.
         return outputs[..., 0] if outputs.shape[2] == 1 else outputs.diagonal(dim1=1, dim2=2)
 

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vipo.errors import UserError
 from vipo.pretrained import dtype_named, folder_or_id, not_found, quiet
 from vipo.rewards.pretrained import check_fit, check_tensors
 from vipo.rewards.qwen_vl_text import Tokens
 from vipo.rewards.qwen_vl_vision import Patches
-from vipo.types import UserError
 
 HEAD = "rm_head."
 UNUSED = "lm_head."

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vipo.types import UserError
+from vipo.errors import UserError
 
 SLOT = "{text_prompt}"
 CHAT = (

@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vipo.backbones.preprocess import resize
-from vipo.rewards.preprocess import clip_normalise
-from vipo.types import UserError
+from vipo.errors import UserError
+from vipo.vision.preprocess import clip_normalise, resize
 
 PATCH = 14  # px
 MERGE = 2  # patches per token and side

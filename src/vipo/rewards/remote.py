@@ -8,10 +8,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.rewards import wire
 from vipo.rewards.answer import Answer, RewardUnavailable
 from vipo.rewards.http import JsonClient
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 REQUEST_MEGABYTES = 200  # of media in one request; a server takes 256 unless told otherwise
 

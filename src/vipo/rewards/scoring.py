@@ -3,7 +3,8 @@
 One policy for every failure. A score is never invented: what a reward could not score is NaN, counted and explained in
 ``Scores.failures``. A reward that cannot be reached (``RewardUnavailable``) is asked again after a pause, only about
 the samples it has not seen; those it never sees are NaN too. A reward with a fault (any other exception, a wrong shape)
-stops the run at once, and so does one that scored nothing. How many samples may go without is the caller's to say.
+stops the run at once, and so does, in training, one that scored nothing. How many samples may go without is the
+caller's to say.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.rewards.answer import Answer, Explaining, RewardUnavailable
-from vipo.types import Prompt, Reward, Scores, UserError
+from vipo.types import Prompt, Reward, Scores
 
 NAMED_SAMPLES = 8  # how many sample numbers, and
 NAMED_CAUSES = 3  # how many causes a failure spells out
@@ -36,30 +38,33 @@ def score(
     *,
     retries: int = 2,
     pause_seconds: float = 15.0,
+    trains: bool = True,
+    must_reach: bool = False,
 ) -> Scores:
     """Every reward on every sample, float32, without gradients.
 
     Args:
         retries: how often a reward that cannot be reached is asked again.
         pause_seconds: before each of them. Longer than the cool-down of a remote reward, or it would not be asked.
+        trains: the samples are groups to learn from. If not, they are a part of an evaluation, which may be without
+            any score, and a failure is its cause alone: whoever knows the whole says where.
+        must_reach: a reward that stays out of reach stops the work instead of leaving holes.
 
     Raises:
-        UserError: rewards and weights do not have the same names, a reward raised, it returned the wrong shape, or it
-            scored no sample at all.
+        UserError: rewards and weights do not have the same names, a reward raised, it returned the wrong shape, it
+            cannot be reached though it must, or it scored no sample to train on.
     """
     _check(rewards, weights, media, prompts)
     by_name, failures = {}, {}
     for name, reward in rewards.items():
-        answer = ask(name, reward, media, prompts)
-        for _ in range(retries if answer.unreached else 0):
-            time.sleep(pause_seconds)
-            answer = _ask_again(name, reward, media, prompts, answer)
-            if not answer.unreached:
-                break
+        answer = _ask_patiently(name, reward, media, prompts, retries, pause_seconds)
+        if must_reach and answer.unreached:
+            cause = answer.causes.get(answer.unreached[0], "it does not say why")
+            raise UserError(f"reward {name!r} cannot be reached ({cause}); bring it back and evaluate again")
         missing = ~answer.scores.isfinite()
         by_name[name] = answer.scores.masked_fill(missing, torch.nan)
         if missing.any():
-            failures[name] = _failure(name, missing, answer.causes)
+            failures[name] = _failure(name, missing, answer.causes) if trains else _causes(answer.causes)
     return Scores(by_name, dict(weights), failures)
 
 
@@ -80,6 +85,19 @@ def ask(name: str, reward: Reward, media: Float[Tensor, "N 3 F Y X"], prompts: S
         raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
     values = _checked(name, said.scores if isinstance(said, Answer) else said, len(prompts)).to(media.device)
     return replace(said, scores=values) if isinstance(said, Answer) else Answer(values)
+
+
+def _ask_patiently(
+    name: str, reward: Reward, media: Tensor, prompts: Sequence[Prompt], retries: int, pause_seconds: float
+) -> Answer:
+    """Ask, and while some samples were not reached, wait and ask about those again."""
+    answer = ask(name, reward, media, prompts)
+    for _ in range(retries):
+        if not answer.unreached:
+            break
+        time.sleep(pause_seconds)
+        answer = _ask_again(name, reward, media, prompts, answer)
+    return answer
 
 
 def _ask_again(name: str, reward: Reward, media: Tensor, prompts: Sequence[Prompt], answer: Answer) -> Answer:
@@ -140,6 +158,11 @@ def _failure(name: str, missing: Tensor, causes: Mapping[int, str]) -> str:
     if count == total:
         raise UserError(f"{sentence}: there is nothing to learn from. Check the reward on a picture you know")
     return f"{sentence}; they are left out of their groups"
+
+
+def _causes(causes: Mapping[int, str]) -> str:
+    """Each cause once."""
+    return "; ".join(dict.fromkeys(causes.values())) or "the score was not finite"
 
 
 def _counted(causes: Counter[str]) -> str:

@@ -24,11 +24,12 @@ from typing import Any, cast
 
 import torch
 
+from vipo.errors import UserError
 from vipo.rewards import build, wire
 from vipo.rewards.answer import Answer
 from vipo.rewards.http import read_token
 from vipo.rewards.scoring import ask
-from vipo.types import Reward, UserError
+from vipo.types import Reward
 
 MEGABYTE = 10**6
 BODIES = 4  # requests held in memory at once; others wait unread
@@ -91,7 +92,7 @@ class RewardServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://{host if isinstance(host, str) else host.decode()}:{port}"
 
-    def judge(self, request: wire.Request) -> Answer:
+    def answer(self, request: wire.Request) -> Answer:
         """Score a request when its turn comes."""
         with self._model:
             try:
@@ -182,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
                 request = wire.decode_request(self._body())
             except wire.WireError as error:
                 raise HttpError(400, str(error)) from error
-            return wire.encode_answer(request.ids, self._home.judge(request))
+            return wire.encode_answer(request.ids, self._home.answer(request))
 
     def _check_token(self) -> None:
         expected, shown = self._home.token, self.headers.get("Authorization", "")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from vipo.types import Reward, UserError
+from vipo.errors import UserError
+from vipo.registry import parameters
+
+if TYPE_CHECKING:
+    from vipo.types import Reward
 
 EXAMPLE = "def my_reward(media, prompts):  # (N, 3, F, Y, X) in [0, 1], N prompts -> (N,)"
 
@@ -33,15 +36,7 @@ def load_user_reward(name: str, offered: Mapping[str, Any] = MappingProxyType({}
     added = {key: value for key, value in offered.items() if called and key in parameters(reward)}
     if options or added:
         reward = _configured(reward, name, {**added, **options})
-    return cast(Reward, reward)
-
-
-def parameters(function: Callable[..., Any]) -> Collection[str]:
-    """The names that a function's or a class's call takes; none if it does not say."""
-    try:
-        return inspect.signature(function).parameters
-    except ValueError:
-        return ()
+    return cast("Reward", reward)
 
 
 def user_function(name: str) -> Any:

@@ -25,9 +25,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.media.reading import opened, pixels_of
 from vipo.rewards.answer import Answer
-from vipo.types import Prompt, UserError
+from vipo.types import Prompt
 
 VERSION = 1
 QUOTED_CHARACTERS = 200  # of a parser's complaint

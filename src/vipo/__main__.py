@@ -1,0 +1,5 @@
+"""``python -m vipo`` is the command line."""
+
+from vipo.cli import main
+
+main()

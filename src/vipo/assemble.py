@@ -1,0 +1,314 @@
+"""From a recipe to the parts it names: the only file that knows which class each name stands for.
+
+First a :class:`Model` (generator, policy, solver), all that sampling, evaluation and export need. A :class:`Session` is
+a model and what trains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vipo import embedded, generators, rewards
+from vipo.backbones.perceptual import perceptual
+from vipo.engine import Engine
+from vipo.errors import UserError
+from vipo.generators import attention
+from vipo.generators.folder import pipeline_class
+from vipo.options import NEEDS_MAPS, Solver, SourceName
+from vipo.policy import Policy
+from vipo.pretrained import DTYPES
+from vipo.prompts.files import EMBEDDED, prompt_file, read_prompts
+from vipo.prompts.sampler import PromptSampler
+from vipo.rewards.suite import RewardSuite
+from vipo.schema import GeneratorSection, JudgeSection, Recipe, RewardSection, StructuringSection
+from vipo.structuring import sources
+from vipo.training.health import Health
+from vipo.training.trainer import Trainer
+from vipo.types import Generator, KeepsText, MapSource, NamesCutPrompts, Prompt
+
+
+@dataclass(frozen=True)
+class Model:
+    """A generator, what is trained of it, and how it is sampled.
+
+    Args:
+        attention: as ``generator.attention``: what holds while the network works, see :mod:`vipo.generators.attention`.
+    """
+
+    generator: Generator
+    policy: Policy
+    solver: Solver
+    attention: str = attention.AUTO
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a recipe names, built and joined.
+
+    Args:
+        evaluation_scorer: the training rewards and the held-out judges together.
+    """
+
+    recipe: Recipe
+    model: Model
+    engine: Engine
+    trainer: Trainer
+    evaluation_scorer: RewardSuite
+    evaluation_prompts: tuple[Prompt, ...]
+
+    @property
+    def generator(self) -> Generator:
+        return self.model.generator
+
+    @property
+    def policy(self) -> Policy:
+        return self.model.policy
+
+
+def model_path(name: str) -> str:
+    """A model's folder or hub id; ``embedded:NAME`` is one that ships with the package."""
+    if not name.startswith(EMBEDDED):
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    try:
+        return str(embedded.path(name.removeprefix(EMBEDDED)))
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+
+
+def build_generator(
+    section: GeneratorSection, *, device: str, precision: str = "no", pipeline: Any = None
+) -> Generator:
+    """Load the model, or adapt a ``pipeline`` that is there already, whose attention is then not tried.
+
+    Args:
+        precision: what it will be trained in, as ``training.precision`` has it.
+
+    Raises:
+        UserError: an unknown adapter, one that does not read this model, an option it does not take, weights that
+            cannot be loaded, or attention that cannot be trained with here.
+    """
+    attention.check(section.attention)
+    path = model_path(section.path)
+    if section.name is not None:
+        generators.entry(section.name)  # a slip in the name is told before the model is looked for
+    found = pipeline_class(path) if pipeline is None else type(pipeline).__name__
+    name = generators.choose(section.name, found, section.path)
+    sizes = {"height": section.height, "width": section.width, "frames": section.frames}
+    arguments = generators.arguments(name, **sizes, given=section.options)
+    if pipeline is not None:
+        adapter = generators.adapter(name)
+        adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
+        return adapted
+    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **arguments)
+    worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
+    masked = getattr(generator, "masks_text", False)
+    attention.install(generator.network, section.attention, dtype=worked_in, masked=masked)
+    return generator
+
+
+def build_map_source(section: StructuringSection, generator: Generator, scorer: RewardSuite, device: str) -> MapSource:
+    """What the recipe's ``structuring.sources`` name; several are multiplied."""
+    stride = generator.temporal_stride
+    shaped: dict[str, Any] = {"smoothing_sigma": section.smoothing_sigma, "normalization": section.normalization}
+    makers: dict[SourceName, Callable[[], MapSource]] = {
+        "perceptual": lambda: sources.Perceptual(
+            perceptual(section.backbone, section.backbone_options, section, temporal_stride=stride, device=device)
+        ),
+        "reward_gradient": lambda: sources.RewardGradient(
+            scorer.rewards, scorer.weights, temporal_stride=stride, **shaped
+        ),
+        "text_relevance": lambda: sources.TextRelevance(generator, **shaped),
+        "disagreement": lambda: sources.Disagreement(**shaped),
+        "deviation": lambda: sources.Deviation(**shaped),
+        "consensus": lambda: sources.Consensus(**shaped),
+    }
+    named = [makers[name]() for name in section.sources]
+    return named[0] if len(named) == 1 else sources.Product(named, section.normalization)
+
+
+def build_rewards(sections: Mapping[str, JudgeSection], *, fps: float, **policy: Any) -> RewardSuite:
+    """Rewards by name with their weights.
+
+    Args:
+        fps: frames per second of the clips, for rewards that take ``media_fps`` and whose options do not say it.
+        policy: what :class:`RewardSuite` does about failures.
+    """
+    told = {"media_fps": fps}
+    return RewardSuite(
+        {name: rewards.build(section.reward or name, told, **section.options) for name, section in sections.items()},
+        {name: section.weight if isinstance(section, RewardSection) else 1.0 for name, section in sections.items()},
+        **policy,
+    )
+
+
+def build_solver(recipe: Recipe, generator: Generator) -> Solver:
+    """The recipe's solver; its shift defaults to the model's."""
+    return replace(recipe.solver, shift=generator.shift if recipe.solver.shift is None else recipe.solver.shift)
+
+
+def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) -> Policy:
+    """LoRA or full weights on the generator's network."""
+    section = recipe.policy
+    if section.kind == "full":
+        return Policy.full(generator.network, ema_decay=section.ema_decay, keep_reference=keep_reference)
+    named = generator.lora_targets
+    return Policy.lora(
+        generator.network,
+        rank=section.rank,
+        alpha=section.alpha or float(section.rank),
+        targets=named.get(section.targets, section.targets),
+        seed=recipe.seed,
+        ema_decay=section.ema_decay,
+    )
+
+
+def keep_text(session: Session) -> None:
+    """Let the generator encode each prompt once only; with ``generator.offload_text`` all of this process's now.
+
+    Raises:
+        UserError: ``generator.text_cache`` cannot be made, or the generator can do neither.
+    """
+    section, generator = session.recipe.generator, session.generator
+    if isinstance(generator, KeepsText):
+        folder = None if section.text_cache is None else Path(section.text_cache).expanduser()
+        ahead = _texts(session) if section.offload_text else []
+        with attention.scope(section.attention):
+            generator.keep_text(ahead, folder=folder, offload=section.offload_text)
+    elif section.text_cache is not None or section.offload_text:
+        raise UserError(
+            f"{type(generator).__name__} has no keep_text(ahead, *, folder, offload), which generator.text_cache and"
+            " generator.offload_text ask for; leave them out or add it"
+        )
+
+
+def _texts(session: Session) -> list[str]:
+    """What this process will ask its text encoders about, from the present iteration to the recipe's last."""
+    trainer, recipe = session.trainer, session.recipe
+    first = session.engine.rank * trainer.groups_here
+    dealt = [
+        prompt
+        for iteration in range(trainer.iteration, recipe.training.iterations)
+        for prompt in trainer.prompts.groups(iteration)[first : first + trainer.groups_here]
+    ]
+    without_text = [""] if "text_relevance" in recipe.structuring.sources else []
+    return [prompt.text for prompt in (*dealt, *session.evaluation_prompts)] + without_text
+
+
+def _remedies(recipe: Recipe, generator: Generator) -> list[str]:
+    """What a new run of this recipe can be given where the gradient is not finite."""
+    section, found = recipe.generator, []
+    if attention.takes_backend(generator.network) and section.attention != attention.EXACT:
+        found.append(f"generator.attention={attention.EXACT}")
+    if section.dtype != "float32":  # only float32 weights are sure to work without autocast
+        found.append("generator.dtype=float32 training.precision=no")
+    elif recipe.training.precision != "no":
+        found.append("training.precision=no")
+    return found
+
+
+def notices(session: Session) -> list[str]:
+    """What to tell before the first iteration: prompts that will be cut, and clips that a reward takes for others."""
+    recipe, generator = session.recipe, session.generator
+    sections = {**recipe.judges, **recipe.rewards}
+    told = rate_notices({name: section.options for name, section in sections.items()}, recipe.generator.fps)
+    if isinstance(generator, NamesCutPrompts):
+        dealt = [prompt.text for prompt in session.trainer.prompts.dealt(recipe.training.iterations)]
+        told += generator.cut_prompts(training=dealt, evaluation=[prompt.text for prompt in session.evaluation_prompts])
+    return told
+
+
+def rates_clips(recipe: Recipe) -> bool:
+    """Whether a score depends on ``generator.fps``: a reward takes ``media_fps`` and is not given another."""
+    sections = {**recipe.judges, **recipe.rewards}
+    asking = (section.reward or name for name, section in sections.items() if "media_fps" not in section.options)
+    return any(rewards.takes(name, "media_fps") for name in asking)
+
+
+def rate_notices(options: Mapping[str, Mapping[str, Any]], fps: float) -> list[str]:
+    """A sentence for each reward, by name, whose options have a ``media_fps`` that is not the clips' own rate."""
+    rates = {name: given["media_fps"] for name, given in options.items() if "media_fps" in given}
+    return [
+        f"reward {name!r} has media_fps={rate}, but the clips have {fps:g} frames per second; left out, it is theirs"
+        for name, rate in rates.items()
+        if rate != fps
+    ]
+
+
+def open_model(
+    recipe: Recipe, *, device: torch.device | str, keep_reference: bool = False, pipeline: Any = None
+) -> Model:
+    """The model that a recipe trains, untrained; no reward, backbone or optimiser is built for it.
+
+    With ``keep_reference`` the policy can also be what it was before training, which costs full weights a second copy.
+    A ``pipeline`` takes the place of what ``generator.path`` holds.
+
+    Raises:
+        UserError: a name, file or option in the recipe is wrong.
+    """
+    precision = recipe.training.precision
+    generator = build_generator(recipe.generator, device=str(device), precision=precision, pipeline=pipeline)
+    policy = build_policy(recipe, generator, keep_reference=keep_reference)
+    return Model(generator, policy, build_solver(recipe, generator), recipe.generator.attention)
+
+
+def open_to_train(recipe: Recipe, *, device: torch.device | str, pipeline: Any = None) -> Model:
+    """:func:`open_model` for a session or a plan: with what it is compared with, and checkpointed if it is to be."""
+    compared = recipe.objective.kl_weight > 0
+    model = open_model(recipe, device=device, keep_reference=compared, pipeline=pipeline)
+    if recipe.training.gradient_checkpointing:
+        model.generator.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    return model
+
+
+def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
+    """Build and join everything a recipe names; nothing is sampled or written yet.
+
+    Raises:
+        UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
+    """
+    engine = engine or Engine(precision=recipe.training.precision)
+    training_prompts = read_prompts(prompt_file(recipe.prompts.file))
+    evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
+    training, fps = recipe.training, recipe.generator.fps
+    trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
+    scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
+    held_out = build_rewards(recipe.judges, fps=fps)
+    model = open_to_train(recipe, device=engine.device)
+    map_source: MapSource | None = None
+    if recipe.credit in NEEDS_MAPS:
+        map_source = build_map_source(recipe.structuring, model.generator, scorer, str(engine.device))
+    trainer = Trainer(
+        engine=engine,
+        generator=model.generator,
+        policy=model.policy,
+        prompts=PromptSampler(training_prompts, per_iteration=recipe.prompts.per_iteration, seed=recipe.seed),
+        scorer=scorer,
+        map_source=map_source,
+        credit=recipe.credit,
+        solver=model.solver,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        group_size=recipe.prompts.group_size,
+        seed=recipe.seed,
+        rollout_batch_size=training.rollout_batch_size,
+        replay_batch_size=training.replay_batch_size,
+        prompts_at_once=training.prompts_at_once,
+        keep_per_group=training.keep_per_group,
+        attention=recipe.generator.attention,
+        health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator)),
+    )
+    evaluation_scorer = RewardSuite(
+        {**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, trains=False, **trying
+    )
+    return Session(recipe, model, engine, trainer, evaluation_scorer, tuple(evaluation_prompts))
+
+
+def default_device() -> torch.device:
+    """Where a model works that nobody trains: the accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")

@@ -1,0 +1,53 @@
+"""Arguments that several commands take, and what the texts among them stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vipo.errors import UserError
+
+if TYPE_CHECKING:
+    from vipo.types import Prompt
+
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`vipo list recipes`).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompts", help="A prompt file, set:NAME, embedded:NAME or a prompt; may be given several times."),
+]
+Lora = Annotated[Path | None, typer.Option(help="A LoRA, .safetensors file or folder, as the policy of a plain model.")]
+SamplesPerPrompt = Annotated[int, typer.Option("--count", min=1, help="Pictures per prompt.")]
+Batch = Annotated[
+    int | None,
+    typer.Option("--batch", min=1, help="Samples at a time; fewer need less memory. Default 64 pictures or frames."),
+]
+Size = Annotated[int | None, typer.Option(help="Side in pixels of a plain model's square pictures.")]
+Height = Annotated[int | None, typer.Option(help="In pixels, for a plain model; default the model's.")]
+Width = Annotated[int | None, typer.Option(help="In pixels, for a plain model; default the model's.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Of a plain model's weights; default float32. A run has its own."),
+]
+Frames = Annotated[int | None, typer.Option(help="Of a plain video model's clips; default the model's.")]
+
+
+def read_texts(prompts: Sequence[str]) -> list[Prompt]:
+    """Each argument is a prompt file if it looks like one, else a prompt."""
+    from vipo.files import is_unicode
+    from vipo.prompts.files import EMBEDDED, names_prompts, prompt_file, read_prompts
+    from vipo.types import Prompt
+
+    found: list[Prompt] = []
+    for entry in prompts:
+        if not is_unicode(entry):
+            raise UserError(f"--prompts {entry!r} is not UTF-8; write it again")
+        is_file = entry.startswith(EMBEDDED) or names_prompts(entry)
+        found += read_prompts(prompt_file(entry)) if is_file else [Prompt(entry)]
+    return found

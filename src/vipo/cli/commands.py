@@ -1,0 +1,89 @@
+"""Every command by name, and the entry point."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Annotated
+
+import typer
+
+from vipo.cli import evaluate, export, listing, maps, plan, report, rewards, sample, train
+from vipo.cli.consoles import errors
+from vipo.errors import RunFailed, UserError
+
+FAILED = 3  # exit code of a run in which nothing was learned
+
+app = typer.Typer(
+    name="vipo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="Post-train image and video generators with RL that credits positions, not whole pictures.",
+)
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "train": train.train,
+    "sample": sample.sample,
+    "maps": maps.maps,
+    "plan": plan.plan,
+    "evaluate": evaluate.evaluate,
+    "vbench": evaluate.vbench,
+    "serve-reward": rewards.serve_reward,
+    "convert-reward": rewards.convert_reward,
+    "report": report.report,
+    "compare": report.compare,
+    "export": export.export,
+    "list": listing.list_parts,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"vipo {version('vipo')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What goes before a command."""
+
+
+def _quiet() -> None:
+    """Keep the libraries' start-up chatter out of our output; errors still show. VIPO_DEBUG=1 lets it through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point. What the user can mend becomes one sentence and exit code 2, a run that learned nothing one and 3.
+
+    Anything else shows its trace.
+    """
+    debug = bool(os.environ.get("VIPO_DEBUG"))
+    if not debug:
+        _quiet()
+    try:
+        app()
+    except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder without permission
+        if debug:
+            raise
+        errors.print(f"vipo: {error}", style="red", soft_wrap=True)
+        sys.exit(FAILED if isinstance(error, RunFailed) else 2)

@@ -1,0 +1,33 @@
+"""``vipo list``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vipo.cli.arguments import Json
+from vipo.cli.catalogue import CATALOGUES
+from vipo.cli.consoles import show
+from vipo.errors import UserError
+
+
+def list_parts(
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(CATALOGUES)}.")], as_json: Json = False
+) -> None:
+    """List what can be named in a recipe.
+
+    Example: `vipo list rewards`
+    """
+    if kind not in CATALOGUES:
+        raise UserError(f"{kind!r} cannot be listed; choose from {', '.join(CATALOGUES)}")
+
+    from rich.table import Table
+
+    rows = CATALOGUES[kind]()
+    table = Table()
+    for number, heading in enumerate(rows[0]):  # a name is there to be copied: it must not be cut
+        table.add_column(heading, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    show(rows, table, as_json=as_json)

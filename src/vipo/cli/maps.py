@@ -1,0 +1,55 @@
+"""``vipo maps``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vipo.cli.consoles import console
+
+
+def maps(
+    files: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP, GIF, TIFF; mp4 with vipo[video].")],
+    backbone: Annotated[str, typer.Option(help="See `vipo list backbones`.")] = "efficientnet_lite",
+    output: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("maps"),
+    components: Annotated[int, typer.Option(min=1)] = 3,
+    aggregation: Annotated[str, typer.Option(help="variance, average or first.")] = "variance",
+    orientation: Annotated[str | None, typer.Option(help="See docs/orientation.md.")] = None,
+    smoothing_sigma: Annotated[float, typer.Option(min=0, help="In feature cells; 0 is off.")] = 1.0,
+    pretrained: Annotated[str | None, typer.Option(help="Weights for dinov2, resnet or sam: hub id or folder.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Input side for the backbone, in pixels.")] = None,
+    temporal_stride: Annotated[int, typer.Option(min=1, help="Pixel frames per latent frame, for clips.")] = 1,
+    scope: Annotated[str, typer.Option(help="frame or clip: one basis per frame, or for all frames.")] = "frame",
+) -> None:
+    """Show what the allocation map sees in pictures or clips of yours.
+
+    A picture is seen as a viewer shows it: turned as its EXIF says, 16 bits in full; what is transparent is white. At
+    most 67108864 pixels (8192 x 8192, over all frames) of a file are read.
+
+    Example: `vipo maps photo.jpg clip.gif --output maps`
+    """
+    from vipo.cli.show_maps import show_maps
+
+    how: dict[str, Any] = {
+        "components": components,
+        "aggregation": aggregation,
+        "orientation": orientation,
+        "smoothing_sigma": smoothing_sigma,
+        "scope": scope,
+    }
+    seen_by = {"pretrained": pretrained, "resolution": resolution}
+    for path in show_maps(
+        files,
+        output,
+        backbone=backbone,
+        backbone_options=_given(seen_by),
+        temporal_stride=temporal_stride,
+        **_given(how),
+    ):
+        console.print(str(path), soft_wrap=True)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}

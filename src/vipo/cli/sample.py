@@ -1,0 +1,70 @@
+"""``vipo sample``."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vipo.cli.arguments import (
+    Batch,
+    Dtype,
+    Frames,
+    Height,
+    Lora,
+    Prompts,
+    SamplesPerPrompt,
+    Size,
+    Target,
+    Width,
+    read_texts,
+)
+from vipo.cli.consoles import console, warn
+
+
+def sample(
+    target: Target,
+    prompts: Prompts = None,
+    lora: Lora = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    samples_per_prompt: SamplesPerPrompt = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Solver steps; default as trained, or as the plain pipeline has them.")
+    ] = None,
+    size: Size = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    dtype: Dtype = None,
+    base_tail: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps, the last ones, that the base model takes.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    names: Annotated[
+        Literal["number", "prompt"], typer.Option(help="Name files by number, or by the prompt as VBench wants them.")
+    ] = "number",
+    video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
+    fps: Annotated[float | None, typer.Option(min=1, help="Of video files; default the model's.")] = None,
+    batch_size: Batch = None,
+) -> None:
+    """Sample pictures or videos from a run's policy or from any model folder.
+
+    Example: `vipo sample runs/quickstart --prompts "a cat on a teal background" --count 4`
+
+    Example: `vipo sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat" --height 480 --width 832 --frames 33`
+    """
+    from vipo.media.samples import sample_names, save_samples
+    from vipo.runs.target import open_target
+
+    given = read_texts(prompts) if prompts else None
+    media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames}
+    model = open_target(target, **media, dtype=dtype, lora=lora, keep_reference=base_tail > 0)
+    texts = given or model.evaluation_prompts() or read_texts(["embedded:prompts_eval"])
+    warn(model.notices(texts))
+    files = iter(sample_names([prompt.text for prompt in texts], samples_per_prompt, names))
+    how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size, "base_tail": base_tail}
+    for part in model.sample(texts, samples_per_prompt=samples_per_prompt, **how):
+        save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps or model.fps)
+    console.print(f"{len(texts) * samples_per_prompt} samples in {output}", soft_wrap=True)

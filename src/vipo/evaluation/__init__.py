@@ -1,0 +1,1 @@
+"""Fixed prompts and noise to scores, for a run and for ``vipo evaluate`` alike."""

@@ -1,0 +1,86 @@
+"""Several processes with one result: who does which part, and how all come to know what each has found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vipo.evaluation.records import Part
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """The processes that evaluate together; :class:`vipo.engine.Engine` is that."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of every process, which must be as many in each, in the order of their ranks."""
+
+
+class Alone:
+    """One process."""
+
+    rank, ranks, device = 0, 1, torch.device("cpu")
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
+
+
+ALONE = Alone()
+
+
+def share(starts: Sequence[int], ranks: Ranks) -> Sequence[int]:
+    """This process's parts, by the prompts they begin with: consecutive ones, about as many for each.
+
+    A process that none is left for does the last one again: with DDP the network's first pass waits for all processes.
+    """
+    each, more = divmod(len(starts), ranks.ranks)  # so many for each process, and one more for the first ones
+    begin = ranks.rank * each + min(ranks.rank, more)
+    return starts[begin : begin + each + (ranks.rank < more)] or starts[-1:]
+
+
+def everyones_parts(parts: Sequence[Part], ranks: Ranks) -> list[Part]:
+    """The parts of all processes, each once, in the order of their prompts."""
+    text = json.dumps([asdict(part) for part in parts]).encode()
+    told = everyones_rows(torch.frombuffer(bytearray(text), dtype=torch.uint8), ranks, at_once=None)
+    known = {part["first"]: Part(**part) for text in told for part in json.loads(text.numpy().tobytes())}
+    return [known[first] for first in sorted(known)]
+
+
+def everyones_rows(
+    rows: UInt8[Tensor, "n ..."], ranks: Ranks, *, at_once: int | None, wanted: bool = True
+) -> list[UInt8[Tensor, "_ ..."]]:
+    """The rows of each process, by rank, on the CPU. Every process has to ask, with at least one row.
+
+    Args:
+        at_once: how many rows of all processes together are in the accelerator's memory at a time; None is all.
+        wanted: without it nothing is kept here, and the list is empty: only to help the others.
+    """
+    if ranks.ranks == 1:
+        return [rows.cpu()]
+    counts = ranks.gather(torch.tensor([len(rows)], device=ranks.device)).tolist()
+    step = max(counts) if at_once is None else max(1, at_once // ranks.ranks)
+    pieces: list[list[Tensor]] = [[] for _ in counts]
+    for start in range(0, max(counts), step):
+        piece = rows.new_zeros(step, *rows.shape[1:])
+        here = rows[start : start + step]
+        piece[: len(here)] = here
+        gathered = ranks.gather(piece.to(ranks.device)).split(step)
+        for kept, of_rank, count in zip(pieces, gathered, counts, strict=True):
+            if wanted and count > start:
+                kept.append(of_rank[: count - start].cpu())
+    return [torch.cat(kept) for kept in pieces] if wanted else []

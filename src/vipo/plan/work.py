@@ -1,0 +1,78 @@
+"""What one process does in an iteration of a recipe, in numbers of samples, rows and passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from vipo.schema import Recipe
+from vipo.training.losses import LOSSES
+from vipo.workload import groups_per_process, parts, possible_steps, share_sizes, widths
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does in an iteration.
+
+    Args:
+        recorded: transitions that the rollout keeps.
+        trained: rows that the updates go through.
+        passes: samples x steps through the network while sampling; with a window, on average over its places.
+        calls: of the network while sampling, on the same average.
+        replays: batches of rows, over all updates.
+    """
+
+    samples: int
+    groups: int
+    recorded: int
+    trained: int
+    passes: float
+    calls: float
+    replays: int
+    sampled_at_once: int
+    replayed_at_once: int
+
+
+def work_of(recipe: Recipe, gpus: int) -> Work:
+    """How the rollout, the loss and the learner share a recipe's iteration out.
+
+    Raises:
+        UserError: the prompts cannot be dealt to so many processes.
+    """
+    groups, group_size = groups_per_process(recipe.prompts.per_iteration, gpus), recipe.prompts.group_size
+    training, loss = recipe.training, LOSSES[recipe.objective.loss](recipe.objective, recipe.solver)
+    together = [len(part) for part in parts(groups, training.prompts_at_once)]
+    at_once = training.rollout_batch_size or together[0] * group_size
+    sampling = [_sampling(recipe, stochastic, together) for stochastic in possible_steps(recipe.solver)]
+    kept = groups * (training.keep_per_group or group_size)
+    batches = [_batches(recipe, samples) for samples in share_sizes(kept, recipe.optimizer.per_iteration)]
+    return Work(
+        samples=groups * group_size,
+        groups=groups,
+        recorded=groups * group_size * loss.rows_per_sample if loss.keep_steps else 0,
+        trained=kept * loss.rows_per_sample,
+        passes=fmean(passes for passes, _ in sampling),
+        calls=fmean(calls for _, calls in sampling),
+        replays=sum(count for count, _ in batches),
+        sampled_at_once=min(at_once, together[0] * group_size),
+        replayed_at_once=max(largest for _, largest in batches),
+    )
+
+
+def _sampling(recipe: Recipe, stochastic: range, together: list[int]) -> tuple[int, int]:
+    """Passes and calls of the network for groups of which so many are sampled together."""
+    steps = [
+        width for groups in together for width in widths(recipe.solver, stochastic, groups, recipe.prompts.group_size)
+    ]
+    at_once = recipe.training.rollout_batch_size
+    return sum(steps), sum(math.ceil(width / (at_once or width)) for width in steps)
+
+
+def _batches(recipe: Recipe, samples: int) -> tuple[int, int]:
+    """How many batches the rows of an update with so many samples make, and the most rows of one."""
+    loss = LOSSES[recipe.objective.loss](recipe.objective, recipe.solver)
+    rows, at_once = samples * loss.rows_per_sample, recipe.training.replay_batch_size
+    if at_once:
+        return math.ceil(rows / at_once), min(at_once, rows)
+    return loss.by_step(samples)

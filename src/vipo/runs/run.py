@@ -1,0 +1,295 @@
+"""A whole run: build, evaluate, train, keep a run directory, resume. The trainer only loops; this is its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from vipo.assemble import Session, build, keep_text, notices
+from vipo.engine import Engine
+from vipo.errors import RunFailed, UserError
+from vipo.evaluation.records import POLICY, Evaluation
+from vipo.files import write_text, written_whole
+from vipo.media.pictures import save_png
+from vipo.runs.directory import RunDirectory
+from vipo.runs.evaluating import evaluate_run, save_evaluation
+from vipo.runs.lock import FolderLock
+from vipo.runs.resume import Start, resumption
+from vipo.runs.step_sheets import step_sheet
+from vipo.runs.stop import StopRequest
+from vipo.schema import Recipe
+from vipo.training import checkpoint
+from vipo.types import TrainStep
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The policy was evaluated after ``iteration`` iterations (0: untrained)."""
+
+    iteration: int
+    evaluation: Evaluation
+
+    @property
+    def scores(self) -> Mapping[str, Tensor]:
+        """Those of the policy, by reward."""
+        return self.evaluation.scores[POLICY]
+
+
+class Run:
+    """One training run in one directory.
+
+    Args:
+        recipe: what to do.
+        output: the run directory.
+        resume: go on with the run in ``output``; one that has no checkpoint yet begins again.
+        checkpoint: go on from this one, by its folder's name or a path, instead of the latest; later ones are removed.
+        allow_changes: keys or sections of the recipe that may differ from the run's, beyond those that always may
+            (``vipo.runs.rules.RULES``).
+
+    Raises:
+        UserError: ``output`` holds a run and ``resume`` is off, or holds none and it is on; another process writes
+            there; its recipe differs where it may not; the launcher's processes are not the engine's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        resume: bool = False,
+        checkpoint: str | None = None,
+        allow_changes: Sequence[str] = (),
+        engine: Engine | None = None,
+    ) -> None:
+        if not resume and (checkpoint or allow_changes):
+            raise UserError("--from and --allow-changes are for a run that goes on: add --resume")
+        self.recipe, self.directory = recipe, RunDirectory(Path(output))
+        self.stop, self.lock = StopRequest(), FolderLock(self.directory.root)
+        self.engine = engine or Engine(precision=recipe.training.precision)
+        self.start = self.engine.agreed(lambda: self._claim(resume, checkpoint, allow_changes))
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _claim(self, resume: bool, checkpoint: str | None, allow_changes: Sequence[str]) -> Start:
+        """Take the folder and decide how to begin there; what is refused leaves everything as it was."""
+        check = self.directory.check_there if resume else self.directory.check_place
+        check()
+        self.lock.take()
+        try:
+            if resume:
+                past = self.directory.past(checkpoint)
+                return resumption(self.recipe, past, allowed=allow_changes, processes=self.processes)
+            self.directory.check_free()
+        except BaseException:
+            self.lock.release()
+            raise
+        return Start()
+
+    def _open(self) -> None:
+        """Build everything, then put it and the folder to where the run begins."""
+        self.session: Session = build(self.recipe, engine=self.engine)
+        if self.start.resumed:
+            self._restore()
+        elif self.writes:
+            self.directory.start(self.recipe.to_yaml(), processes=self.processes)
+        self._events = self.start.events  # to be told with the first iteration
+        keep_text(self.session)
+        self.notices = notices(self.session)
+        self.engine.wait()
+        self._evaluated = self.directory.evaluated()
+        self.comparable_since = self.iteration if self.start.evaluates_anew else self.directory.comparable_since()
+        board = str(self.directory.root / "tensorboard")
+        self.board = SummaryWriter(board, purge_step=self.iteration) if self.writes else None
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.engine.ranks
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth saying at the start."""
+        count = self.processes
+        unlocked = () if self.lock.works else (f"No lock: {str(self.directory.root)!r} is on a file system without.",)
+        return (f"{count} {'process' if count == 1 else 'processes'}.", *unlocked, *self.start.notes)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes; the others only compute."""
+        return self.engine.is_main
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done so far."""
+        return self.session.trainer.iteration
+
+    def _restore(self) -> None:
+        """Weights first: a checkpoint that does not fit must leave the folder as it is."""
+        chosen = self.start.checkpoint
+        if chosen is not None:
+            averages = bool(self.session.policy.ema)
+            self.session.trainer.restore(checkpoint.load(chosen, averages=averages))
+        self.engine.wait()
+        if self.writes:
+            if chosen is not None:
+                checkpoint.adopt(chosen, self.directory.checkpoints)
+            self.directory.rewind(self.iteration, evaluates_anew=self.start.evaluates_anew)
+            write_text(self.directory.recipe, self.recipe.to_yaml())  # some keys may have changed
+
+    def __iter__(self) -> Iterator[TrainStep | Evaluated]:
+        """Train to the recipe's last iteration, yielding each step and each evaluation as it is on disk.
+
+        After a stop request the state is saved; ``finished`` says whether the run is complete.
+
+        Raises:
+            RunFailed: nothing was learned; the state is saved, and nothing is exported.
+        """
+        try:
+            self._check_ours()
+            for event in self._train():
+                yield event
+                self._check_ours()
+            if self.finished:
+                self._export()
+        finally:
+            if self.board is not None:
+                self.board.close()
+            self.lock.release()
+
+    def _check_ours(self) -> None:
+        """Between two events anything may happen; what follows writes."""
+        if self.writes:
+            self.lock.check()
+
+    def _train(self) -> Iterator[TrainStep | Evaluated]:
+        with self.stop.listening():
+            if self.finished:
+                self._end_if(self.session.trainer.health.failure(self.iteration, last=True))
+            yield from self._evaluate_if_due()
+            stopping = self._stop_agreed()
+            while not self.finished and not stopping:
+                last = self.iteration + 1 >= self.recipe.training.iterations
+                step = _with_notices(self._with_events(self.session.trainer.step(last=last)), self.notices)
+                if self.writes:
+                    self._keep(step)
+                yield step
+                stopping = self._stop_agreed()
+                ends = stopping or self.finished or step.failure is not None
+                if ends or self.iteration % self.recipe.training.checkpoint_every == 0:
+                    self.save()
+                self._end_if(step.failure)
+                if not stopping:
+                    yield from self._evaluate_if_due()
+
+    def _export(self) -> None:
+        """Every process takes part: what is sharded is put together for the one that writes."""
+        if not self.writes:
+            self.session.policy.export(self.session.generator, None)
+            return
+        with written_whole(self.directory.root / "export") as aside:
+            self.session.policy.export(self.session.generator, aside)
+
+    def _with_events(self, step: TrainStep) -> TrainStep:
+        """The first iteration after a resume tells what was changed."""
+        events, self._events = self._events, ()
+        return replace(step, events=(*events, *step.events)) if events else step
+
+    def _end_if(self, failure: str | None) -> None:
+        """End a run that has failed, once every process has come here: a launcher ends the others with the first."""
+        if failure is None:
+            return
+        self.engine.wait()
+        raise RunFailed(failure)
+
+    def _stop_agreed(self) -> bool:
+        """Whether any process was asked to stop: all of them must leave the loop after the same iteration."""
+        return self.engine.any(self.stop.asked)
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.recipe.training.iterations
+
+    def save(self) -> None:
+        """Checkpoint now."""
+        state = self.session.trainer.state()
+        if self.writes:
+            checkpoint.save(
+                state,
+                self.directory.checkpoints,
+                keep=self.recipe.training.keep_checkpoints,
+                processes=self.processes,
+                recipe=self.recipe.model_dump(mode="json"),
+            )
+
+    def _evaluate_if_due(self) -> Iterator[Evaluated]:
+        every = self.recipe.evaluation.every
+        due = self.iteration in (0, self.comparable_since) or self.finished
+        due = due or (every is not None and self.iteration % every == 0)
+        if due and self.iteration not in self._evaluated:
+            evaluation, media = evaluate_run(self.session)
+            event = Evaluated(self.iteration, evaluation)
+            self._evaluated.add(self.iteration)
+            if self.writes:
+                self._keep_evaluation(event, media)
+            yield event
+
+    def _keep_evaluation(self, event: Evaluated, media: Tensor) -> None:
+        assert self.board is not None
+        sheet = self.directory.root / "samples" / f"step-{self.iteration:06d}.png"
+        save_evaluation(sheet, event.evaluation, media, fps=self.recipe.generator.fps)
+        self.directory.log_evaluation(self.iteration, event.evaluation, comparable_since=self.comparable_since)
+        for key, values in event.scores.items():
+            self.board.add_scalar(f"evaluation/{key}", float(values.nanmean()), self.iteration)
+        self.board.add_images("samples", media[:16, :, media.shape[2] // 2], self.iteration)
+
+    def _keep(self, step: TrainStep) -> None:
+        assert self.board is not None
+        self.directory.log_step(step)
+        for key, value in step.metrics.items():
+            self.board.add_scalar(key, value, step.iteration)
+        if step.maps is not None and step.iteration % self.recipe.training.maps_every == 0:
+            sheet = step_sheet(step, step.maps, self.session)
+            save_png(self.directory.root / "maps" / f"step-{step.iteration:06d}.png", sheet)
+
+
+def _with_notices(step: TrainStep, told: Sequence[str]) -> TrainStep:
+    """What was to tell before the first iteration is the first event of that one."""
+    return replace(step, events=(*told, *step.events)) if step.iteration == 0 else step
+
+
+def train(
+    recipe: Recipe,
+    output: Path | str | None = None,
+    *,
+    resume: bool = False,
+    checkpoint: str | None = None,
+    allow_changes: Sequence[str] = (),
+) -> Iterator[TrainStep]:
+    """Train a recipe, yielding each iteration's :class:`TrainStep`.
+
+    With ``output`` a run directory is kept (evaluations, checkpoints, samples, maps), as ``vipo train`` does; without
+    it nothing is written. ``resume``, ``checkpoint`` and ``allow_changes`` are those of :class:`Run`.
+
+    Raises:
+        RunFailed: nothing was learned.
+    """
+    if output is None:
+        session = build(recipe)
+        keep_text(session)
+        told = notices(session)
+        for number in range(1, recipe.training.iterations + 1):
+            step = _with_notices(session.trainer.step(last=number == recipe.training.iterations), told)
+            yield step
+            if step.failure:
+                raise RunFailed(step.failure)
+        return
+    for event in Run(recipe, Path(output), resume=resume, checkpoint=checkpoint, allow_changes=allow_changes):
+        if isinstance(event, TrainStep):
+            yield event

@@ -1,0 +1,44 @@
+"""An iteration's maps as a picture to look at: the first sample of each of the first groups."""
+
+from __future__ import annotations
+
+import textwrap
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from vipo.assemble import Session
+from vipo.media.map_sheets import clip_map_sheet, map_sheet
+from vipo.structuring import PerceptualStructuring, oriented_components
+from vipo.structuring.sources import Perceptual, Product
+from vipo.types import MapSource, TrainStep
+
+PICTURES, CLIPS = 6, 3  # at most so many rows
+CAPTION = 120  # characters of a clip's prompt
+
+
+def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session) -> Image.Image:
+    """Picture, components (if the map has any), map and overlay; of clips, their latent frames side by side."""
+    firsts = list(range(0, len(maps), step.rollout.group_size))
+    texts = [step.rollout.prompts[i].text for i in firsts]
+    rewards = [f"reward {float(step.scores.total[i]):.3f}" for i in firsts]
+    if maps.shape[1] > 1:
+        short = [textwrap.shorten(text, CAPTION, placeholder=" ...") for text in texts]
+        rows, captions = firsts[:CLIPS], _captions(short, rewards)[:CLIPS]
+        stride = session.generator.temporal_stride
+        return clip_map_sheet(step.rollout.media[rows], maps[rows], captions, temporal_stride=stride)
+    rows, captions = firsts[:PICTURES], _captions(texts, rewards)[:PICTURES]
+    pictures, structuring = step.rollout.media[rows, :, 0], _structuring(session.trainer.map_source)
+    parts = None if structuring is None else oriented_components(structuring, pictures)
+    return map_sheet(pictures, parts, maps[rows, 0], captions)
+
+
+def _captions(texts: list[str], rewards: list[str]) -> list[str]:
+    return [f"{text}\n{reward}" for text, reward in zip(texts, rewards, strict=True)]
+
+
+def _structuring(source: MapSource | None) -> PerceptualStructuring | None:
+    """The perceptual part of a map source, if it has one."""
+    sources = source.sources if isinstance(source, Product) else [source]
+    return next((part.structuring for part in sources if isinstance(part, Perceptual)), None)

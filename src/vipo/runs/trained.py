@@ -1,0 +1,45 @@
+"""The model of a run, to sample from, evaluate or export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vipo.assemble import Model, default_device, open_model
+from vipo.errors import UserError
+from vipo.recipe import load_recipe
+from vipo.runs.directory import RunDirectory
+from vipo.schema import Recipe
+from vipo.training import checkpoint
+
+
+def open_run(
+    root: Path, *, device: torch.device | str | None = None, keep_reference: bool = False
+) -> tuple[Recipe, Model]:
+    """The recipe of a finished or interrupted run and its model with the trained weights, ready to sample.
+
+    Generator, policy and solver are built, and nothing that only trains or scores. The weights are the moving average,
+    where one was kept.
+
+    Args:
+        keep_reference: the policy can also be what it was before training, at the cost, for full weights, of a copy.
+
+    Raises:
+        UserError: not a run directory, or no checkpoint in it yet.
+    """
+    directory = RunDirectory(root)
+    if not directory.exists():
+        raise UserError(f"{str(root)!r} is not a run directory: it has no recipe.yaml")
+    latest = directory.latest_checkpoint()
+    if latest is None:
+        raise UserError(f"{str(root)!r} has no complete checkpoint yet")
+    recipe = load_recipe(directory.recipe)
+    model = open_model(_without_average(recipe), device=device or default_device(), keep_reference=keep_reference)
+    model.policy.begin().load(checkpoint.load_policy(latest))
+    return recipe, model
+
+
+def _without_average(recipe: Recipe) -> Recipe:
+    """What is loaded is the average: a second one would be another copy of the weights."""
+    return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"ema_decay": None})})

@@ -1,0 +1,326 @@
+"""What a recipe may say: every key, its type, bounds, default and meaning; unknown keys are refused.
+
+The options of a part are the part's own record, from :mod:`vipo.options`; a section here has what belongs to no part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self, get_type_hints
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic.fields import FieldInfo
+
+from vipo.options import (
+    NEEDS_MAPS,
+    Count,
+    CreditKind,
+    MapOptions,
+    Objective,
+    OptimizerOptions,
+    Options,
+    Solver,
+    SourceName,
+    Steps,
+    said,
+)
+
+SHOWN_CHARACTERS = 60  # of a wrong value, in an error
+LONGEST_NAME = 200  # bytes of a run's name; file systems allow 255, and a temporary name is longer
+MAX_SIDE = 16_384  # pixels
+MAX_FPS = 240.0
+ONE_DAY = 86_400.0  # seconds
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+
+
+class GeneratorSection(Section):
+    name: str | None = Field(
+        None, description="adapter, see `vipo list generators`; null takes the one that reads the model's pipeline"
+    )
+    path: str = Field(description="pipeline folder, hub id, or embedded:NAME")
+    height: Side = Field(description="pixels")
+    width: Side = Field(description="pixels")
+    frames: Count = Field(1, description="of a video, in pixel space; 1 for a picture")
+    fps: float = Field(
+        8.0,
+        ge=0.1,
+        le=MAX_FPS,
+        description="frames per second of clips, in their files and for rewards that take media_fps",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen weights; float16 with LoRA and training.precision=no only"
+    )
+    options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
+    attention: str = Field(
+        "auto",
+        description="auto: anything but cuDNN's attention; or a name that diffusers' set_attention_backend takes",
+    )
+    text_cache: str | None = Field(
+        None, description="folder that keeps encoded prompts, for other runs too; null keeps them in memory"
+    )
+    offload_text: bool = Field(False, description="encode a run's prompts first, then move the encoders to the CPU")
+
+
+class PromptsSection(Section):
+    file: str = Field(description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME or embedded:NAME")
+    per_iteration: Count = Field(description="prompts, and so groups, per iteration over all processes")
+    group_size: int = Field(ge=2, lt=2**31, description="pictures per prompt")
+
+
+class JudgeSection(Section):
+    reward: str | None = Field(None, description="which reward it is; null means that of its own name")
+    options: dict[str, Any] = Field({}, description="the reward's own")
+
+
+class RewardSection(JudgeSection):
+    weight: float = Field(1.0, description="in the sum of several")
+
+
+def _weight_alone(value: Any) -> Any:
+    """``redness: 1.0`` is short for ``redness: {weight: 1.0}``."""
+    if isinstance(value, bool) or not isinstance(value, int | float | dict | RewardSection):
+        raise ValueError("a reward's value is its weight, a number, or {weight: 1.0, reward: NAME, options: {...}}")
+    return {"weight": value} if isinstance(value, int | float) else value
+
+
+def _names_alone(value: Any) -> Any:
+    """``[a, b]`` is short for ``{a: {}, b: {}}``."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        raise ValueError("a list of judges is names, each once; one with options is {NAME: {options: {...}}}")
+    return {name: {} for name in value}
+
+
+Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
+Judges = Annotated[dict[str, JudgeSection], BeforeValidator(_names_alone)]
+
+
+def _word_no(value: Any) -> Any:
+    """YAML 1.1 reads the bare word ``no`` as false; here it is a name."""
+    return "no" if value is False else value
+
+
+def _folder_name(name: str) -> str:
+    """A run's name is that of its default folder under ``runs``, which it must not leave."""
+    unfit = name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name)
+    if unfit or not name.strip() or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            "it names the run's folder: give letters, without a slash, a dot in front or a line break, at most"
+            f" {LONGEST_NAME} bytes; another place is chosen with --output"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_folder_name)]
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_word_no)]
+
+
+def _expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+Expression = Annotated[str, AfterValidator(_expression)]
+
+# Which generator.dtype goes with which policy.kind and training.precision, as tried on every family; what is not here
+# fails inside the network. float16 has no place beside bfloat16 under autocast. Fully trained weights are float32, and
+# without autocast they do not take the bfloat16 or float16 that the text encoders hand them.
+DTYPES_OF: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("lora", "no"): ("float32", "bfloat16", "float16"),
+    ("lora", "bf16"): ("float32", "bfloat16"),
+    ("full", "no"): ("float32",),
+    ("full", "bf16"): ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuringSection(MapOptions):
+    """Where the allocation map comes from, and how features become it."""
+
+    sources: Annotated[
+        tuple[SourceName, ...], Field(min_length=1), said("see `vipo list sources`; several are multiplied")
+    ] = ("perceptual",)
+    backbone: Annotated[str, said("see `vipo list backbones`")] = "efficientnet_lite"
+    backbone_options: Annotated[dict[str, Any], said("the backbone's own, e.g. pretrained")] = field(
+        default_factory=dict
+    )
+
+
+class PolicySection(Section):
+    kind: Literal["lora", "full"] = Field("lora", description="what is trained")
+    rank: Count = Field(8, description="of the LoRA")
+    alpha: PositiveFloat | None = Field(None, description="of the LoRA; null means the rank, which scales by 1")
+    targets: Expression = Field(
+        "blocks", description="a named choice of the generator or a regular expression over layers"
+    )
+    ema_decay: float | None = Field(None, ge=0, lt=1, description="moving average used for evaluation and export")
+
+
+class TrainingSection(Section):
+    iterations: Count = Field(description="in all")
+    precision: Precision = Field("bf16", description="autocast: no or bf16; trained weights stay float32")
+    rollout_batch_size: Count | None = Field(None, description="samples per network call; null means all")
+    prompts_at_once: Count | None = Field(
+        None, description="sampled together; with fewer, a part is scored while the next is sampled; null means all"
+    )
+    replay_batch_size: Count | None = Field(None, description="transitions per replay; null means a whole step")
+    keep_per_group: Count | None = Field(
+        None, description="train on so many of each group, half best and half worst (best-of-n); null means all"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, a second forward")
+    checkpoint_every: Count = Field(10, description="iterations")
+    keep_checkpoints: Count = Field(2, description="the newest so many stay")
+    max_skipped_in_a_row: Count = Field(
+        3, description="updates skipped, or iterations without spread: an event, and the end if nothing was learned"
+    )
+    maps_every: Count = Field(10, description="iterations between pictures of allocation maps")
+    max_failed_share: float = Field(0.5, ge=0, lt=1, description="a reward failing on more samples stops the run")
+    reward_retries: int = Field(2, ge=0, lt=2**31, description="further tries of a reward that cannot be reached")
+    reward_pause_seconds: float = Field(15.0, ge=0, le=ONE_DAY, description="before each of them")
+
+
+class EvaluationSection(Section):
+    prompts: str = Field(description="as prompts.file")
+    samples_per_prompt: Count = Field(2, description="each from its own fixed noise")
+    steps: Steps | None = Field(None, description="null takes solver.steps")
+    every: Count | None = Field(None, description="iterations; null evaluates before and after only")
+    limit: Count | None = Field(None, description="use only the first so many prompts")
+
+
+class Recipe(Section):
+    """Everything that decides a run; ``vipo list keys`` explains each key."""
+
+    name: Name = Field(description="of the run, and of its default folder")
+    seed: int = Field(0, ge=0, lt=2**64, description="of every random draw")
+    credit: CreditKind = Field("advantage_map", description="what an advantage is spread over, see `vipo list credits`")
+    generator: GeneratorSection
+    prompts: PromptsSection
+    solver: Solver
+    rewards: dict[str, Reward] = Field(description="trained on: name or file.py:function, to its weight")
+    judges: Judges = Field({}, description="held-out rewards, measured and never trained on: a list, or with options")
+    structuring: StructuringSection = Field(default_factory=StructuringSection)
+    policy: PolicySection = Field(default_factory=PolicySection)
+    objective: Objective
+    optimizer: OptimizerOptions
+    training: TrainingSection
+    evaluation: EvaluationSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, see `vipo list rewards`")
+        self._check_likelihood()
+        self._check_groups()
+        at_once = self.generator.options.get("decode_batch_size", 1)
+        if not isinstance(at_once, int) or at_once < 1:
+            raise ValueError(
+                f"generator.options.decode_batch_size={shown(at_once)} must be a whole number of samples, 1 or more"
+            )
+        self._check_dtype()
+        self._check_counts()
+        return self
+
+    def _check_dtype(self) -> None:
+        kind, precision, dtype = self.policy.kind, self.training.precision, self.generator.dtype
+        accepted = DTYPES_OF[kind, precision]
+        if dtype not in accepted:
+            others = [f"{p} with {', '.join(dtypes)}" for (k, p), dtypes in DTYPES_OF.items() if k == kind]
+            raise ValueError(
+                f"generator.dtype={dtype} does not go with policy.kind={kind} and training.precision={precision}; a"
+                f" {kind} policy takes training.precision={' or '.join(others)}"
+            )
+
+    def _check_likelihood(self) -> None:
+        """A ratio needs steps with a likelihood; a loss without one needs nothing of the solver."""
+        if self.objective.loss == "matching":
+            return
+        if self.solver.kind == "ode":
+            raise ValueError(
+                "solver.kind=ode has no likelihood to train on; choose dance, flow or cps, or objective.loss=matching"
+            )
+        if self.solver.eta == 0:
+            raise ValueError("solver.eta=0 has no likelihood to train on; give a positive noise strength")
+        if self.solver.trained_count < 1:
+            raise ValueError(
+                f"solver.train_fraction={self.solver.train_fraction:g} of {self.solver.stochastic_count} stochastic"
+                " steps leaves no step to train on; raise it, or solver.steps or solver.window.size"
+            )
+
+    def _check_groups(self) -> None:
+        """The samples of a group must differ, and where a map compares them, by their steps alone."""
+        between = {"deviation", "disagreement", "consensus"} & set(self.structuring.sources)
+        if between and self.credit in NEEDS_MAPS and not self.solver.same_noise:
+            raise ValueError(
+                f"structuring.sources names {sorted(between)[0]}, which compares the samples of a group, but with"
+                " solver.same_noise=false they differ everywhere; set it to true or take another source"
+            )
+        if self.solver.same_noise and (self.solver.kind == "ode" or self.solver.eta == 0):
+            raise ValueError(
+                "solver.same_noise=true without noise between the steps makes every sample of a group the same; set it"
+                " to false, or take a solver.kind and solver.eta with noise"
+            )
+
+    def _check_counts(self) -> None:
+        """Something must be left to train on in every optimiser step."""
+        kept = self.training.keep_per_group or self.prompts.group_size
+        if self.training.keep_per_group and (kept % 2 or kept > self.prompts.group_size):
+            raise ValueError(
+                f"training.keep_per_group={kept} must be even, half best and half worst, and at most"
+                f" prompts.group_size={self.prompts.group_size}"
+            )
+        samples = self.prompts.per_iteration * kept
+        if self.optimizer.per_iteration > samples:
+            raise ValueError(
+                f"optimizer.per_iteration={self.optimizer.per_iteration} needs as many samples per iteration, but"
+                f" prompts.per_iteration * prompts.group_size = {samples} samples"
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; loading it gives an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shown(value: Any) -> str:
+    """A wrong value in an error, shortened."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
+def keys_of(section: type[Any]) -> dict[str, FieldInfo]:
+    """The keys of a section, whether it is a model or a record of options."""
+    if issubclass(section, BaseModel):
+        return dict(section.model_fields)
+    hints, found = get_type_hints(section, include_extras=True), {}
+    for entry in dataclasses.fields(section):
+        hint = hints[entry.name]
+        if entry.default is not dataclasses.MISSING:
+            found[entry.name] = FieldInfo.from_annotated_attribute(hint, entry.default)
+        elif entry.default_factory is not dataclasses.MISSING:
+            found[entry.name] = FieldInfo.from_annotated_attribute(hint, entry.default_factory())
+        else:
+            found[entry.name] = FieldInfo.from_annotation(hint)
+    return found
+
+
+def nested_section(annotation: Any) -> type[Any] | None:
+    """The section that a field of this type holds, if it holds one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel | Options):
+        return annotation
+    parts = (nested_section(part) for part in getattr(annotation, "__args__", ()))
+    return next((part for part in parts if part), None)

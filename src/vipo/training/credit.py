@@ -1,0 +1,125 @@
+"""Who gets the credit: factors of an advantage over objective, sample, position and solver step, and their product.
+
+    weight(row) = clip( sum over objectives k of  A_k(i, p)  *  M_i(p) )  *  f(t)      for the row's sample i and step t
+
+============= ======== ================================================ ================================
+credit        ratio    A_k(i, p)  and  M_i(p)                           is
+============= ======== ================================================ ================================
+sample        scalar   A_k(i)                                           DanceGRPO, Flow-GRPO
+uniform       local    A_k(i), ones                                     the paper's ablation
+reward_map    local    (M_i(p) r_k,i) normalised per position           the paper's ablation
+advantage_map local    A_k(i), M_i(p)                                   ViPO (arXiv 2511.18719)
+============= ======== ================================================ ================================
+
+The factor f of a step, mean 1 over the steps that a run may train on (:func:`step_factor`):
+
+=========== ============================================================== ====================================
+equal       1                                                              GRPO
+noise_level std of the step: steps that explore more learn more            TempFlow-GRPO (arXiv 2508.04324)
+gradient    std / (d mean / d u): each step's gradient has one size        Flash-GRPO (arXiv 2605.15980)
+=========== ============================================================== ====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vipo import sde
+from vipo.objective import combine_advantages, spatial_advantage
+from vipo.options import NEEDS_MAPS, CreditKind, Objective, Solver
+from vipo.types import Scores
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The factors of one iteration's weights.
+
+    Args:
+        advantage: of each sample, over all objectives; 0 for a sample without a score.
+        local: the weight of each sample, (N,) under one ratio per sample or (N, T, H, W) under local ones, clipped.
+        step: the factor of each solver step.
+    """
+
+    advantage: Float[Tensor, " N"]
+    local: Float[Tensor, "N *position"]
+    step: Float[Tensor, " S"]
+
+    def weight(self, sample: Int[Tensor, " R"], step: Int[Tensor, " R"]) -> Float[Tensor, "R *position"]:
+        """What multiplies the ratio of recorded rows."""
+        chosen = self.local[sample.to(self.local.device)]
+        factor = self.step[step.to(self.step.device)]
+        return chosen * factor.reshape(-1, *[1] * (chosen.ndim - 1))
+
+
+def combined(objective: Objective, scores: Scores, group_size: int) -> Float[Tensor, " N"]:
+    """A_i over all objectives; 0 for a sample without a score."""
+    rewards, weights = _objectives(objective, scores)
+    return combine_advantages(rewards, weights, group_size)
+
+
+def assign(
+    credit: CreditKind,
+    objective: Objective,
+    scores: Scores,
+    advantage: Float[Tensor, " N"],
+    maps: Float[Tensor, "N T H W"] | None,
+    grid: tuple[int, int, int],
+    group_size: int,
+    step: Float[Tensor, " S"],
+) -> Credit:
+    """The credit of one iteration's samples.
+
+    Args:
+        advantage: of :func:`combined`.
+        maps: needed by the credits in ``NEEDS_MAPS``; ``grid`` is their (T, H, W) where there are none.
+        step: of :func:`step_factor`.
+
+    Raises:
+        ValueError: an unknown credit, maps that are missing, or maps that are negative or not finite.
+    """
+    if credit not in get_args(CreditKind):
+        raise ValueError(f"credit={credit!r} is not known; choose from {', '.join(get_args(CreditKind))}")
+    if maps is None and credit in NEEDS_MAPS:
+        raise ValueError(f"credit={credit!r} needs maps of shape (N, T, H, W)")
+    if credit == "sample":
+        local = advantage
+    elif maps is None or credit == "uniform":
+        local = spatial_advantage(advantage, torch.ones(len(advantage), *grid, device=advantage.device))
+    elif credit == "reward_map":
+        rewards, weights = _objectives(objective, scores)
+        seen = {name: maps * values[:, None, None, None] for name, values in rewards.items()}
+        local = combine_advantages(seen, weights, group_size)
+    else:
+        local = spatial_advantage(advantage, maps)
+    return Credit(advantage, local.clamp(-objective.advantage_clip, objective.advantage_clip), step)
+
+
+def _objectives(objective: Objective, scores: Scores) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+    """What is normalised in the groups and then summed: every reward, or their sum alone."""
+    if objective.combine == "reward":
+        return {"reward": scores.total}, {"reward": 1.0}
+    return scores.by_name, scores.weights
+
+
+def step_factor(objective: Objective, solver: Solver, sigmas: Float[Tensor, " levels"]) -> Float[Tensor, " S"]:
+    """f(t) of every solver step; 1 for a step that is never trained on. ``sigmas`` is the solver's grid."""
+    factor = torch.ones(solver.steps, device=sigmas.device)
+    steps = list(solver.candidates)
+    if objective.step_weight == "equal" or not steps:
+        return factor
+    here = torch.tensor(steps, device=sigmas.device)
+    moved, std = sde.step_scale(sigmas[here], sigmas[here + 1], kind=solver.kind, eta=solver.eta)
+    chosen = std if objective.step_weight == "noise_level" else std / moved.abs()
+    factor[here] = chosen / chosen.mean()
+    return factor
+
+
+def flat_groups(advantage: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
+    """The share of groups that teach nothing: no two different scores are left in them."""
+    return (advantage.unflatten(0, (-1, group_size)) == 0).all(1).float().mean()

@@ -1,0 +1,148 @@
+"""Whether an update may be applied, and whether a run learns at all: streaks of skipped updates, of rewards without
+spread, and weights that stay put.
+
+A streak that reaches the limit is an event, once. Where no update has moved a weight so far, it is the end of the run:
+nothing in it can become better by going on. All of it is decided from numbers that every process has alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+LIMIT_KEY = "training.max_skipped_in_a_row"
+MEND_FLAT = (
+    "check the reward on a picture whose score you know (docs/rewards.md says how); in a new run, samples differ more"
+    f" with a higher solver.eta or prompts.group_size, and a reward that is seldom given needs a higher {LIMIT_KEY}"
+)
+MEND_OUTLIERS = "if gradients of this size are right, a new run needs a higher optimizer.guard_factor"
+LOWER_RATE = "a lower optimizer.learning_rate"
+
+GUARD_MEMORY = 20  # how many gradient norms the guard remembers
+
+
+@dataclass
+class GradientGuard:
+    """Remembers recent gradient norms and says when one is out of line."""
+
+    factor: float
+    norms: list[float] = field(default_factory=list)
+
+    def reason_to_skip(self, norm: float) -> str | None:
+        """Why this update must not be applied, or None. A norm that passes is remembered."""
+        if not math.isfinite(norm):
+            return f"gradient norm is {norm}"
+        if len(self.norms) >= GUARD_MEMORY // 2 and norm > self.factor * statistics.median(self.norms):
+            return f"gradient norm {norm:.3g} is over {self.factor:g} times the recent median"
+        if norm > 0:  # rewards without spread give none at all: a median of 0 would refuse every later update
+            self.norms = [*self.norms, norm][-GUARD_MEMORY:]
+        return None
+
+
+@dataclass
+class Record:
+    """What a checkpoint keeps of it."""
+
+    learned: bool = False  # an update that had a gradient was applied and moved a weight
+    skipped: int = 0  # updates, in all
+    skipped_in_a_row: int = 0
+    flat: int = 0  # iterations in which no sample had an advantage, in all
+    flat_in_a_row: int = 0
+    why_skipped: str = ""  # the last of them
+    flat_rewards: list[str] = field(default_factory=list)  # what the last such iteration was scored with
+
+
+class Health:
+    """Counts what keeps a run from learning, and says so in words.
+
+    Args:
+        limit: updates skipped, or iterations without spread, in a row that are too many.
+        remedies: what to set in a new run whose gradient is not finite, each as ``key=value``.
+    """
+
+    def __init__(self, limit: int = 3, remedies: Sequence[str] = ()) -> None:
+        self.limit, self.remedies = limit, tuple(remedies)
+        self.record = Record()
+
+    def skipped(self, reason: str, *, finite: bool) -> list[str]:
+        """An update was not applied; what to report of it. The first of a streak says what to try against NaN."""
+        record = self.record
+        record.skipped += 1
+        record.skipped_in_a_row += 1
+        record.why_skipped = reason
+        advice = "" if finite or record.skipped_in_a_row > 1 else f"; in a new run, try {self._remedies()}"
+        events = [f"{reason}: update skipped{advice}"]
+        if record.skipped_in_a_row == self.limit:
+            events.append(f"{self._skipping()}; {MEND_OUTLIERS}" if finite else self._skipping())
+        return events
+
+    def applied(self, *, moved: bool) -> None:
+        """An update was applied, and it had a gradient and ``moved`` a weight or not."""
+        self.record.learned |= moved
+        self.record.skipped_in_a_row = 0
+
+    def iteration(self, metrics: Mapping[str, float]) -> list[str]:
+        """An iteration is over; ``metrics`` are those of all processes together. What to report of it."""
+        record, flat = self.record, metrics["advantage_size"] == 0
+        record.flat += flat
+        record.flat_in_a_row = record.flat_in_a_row + 1 if flat else 0
+        if flat:
+            record.flat_rewards = [key.removeprefix("spread/") for key in metrics if key.startswith("spread/")]
+        return [f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else []
+
+    @property
+    def in_streak(self) -> bool:
+        """Whether a streak is at its limit or beyond, which has been an event."""
+        return max(self.record.skipped_in_a_row, self.record.flat_in_a_row) >= self.limit
+
+    def failure(self, iterations: int, *, last: bool) -> str | None:
+        """Why the run is over after so many ``iterations``, the ``last`` or not; None where it may go on."""
+        record = self.record
+        if record.learned:
+            return None
+        if record.skipped_in_a_row >= self.limit:
+            cause = f"{self._skipping()}, at last because the {record.why_skipped}"
+            mend = f"begin a new run with {self._remedies()}"
+        elif record.flat_in_a_row >= self.limit:
+            cause, mend = self._flat(), MEND_FLAT
+        elif last:
+            cause, mend = self._unmoved()
+        else:
+            return None
+        return f"nothing was learned in {iterations} iterations: {cause}; {mend}"
+
+    def _skipping(self) -> str:
+        return f"{self.record.skipped_in_a_row} updates in a row were skipped ({LIMIT_KEY}={self.limit})"
+
+    def _flat(self) -> str:
+        rewards = " and ".join(map(repr, self.record.flat_rewards))
+        return (
+            f"{rewards} gave no group two different scores in {self.record.flat_in_a_row} iterations in a row"
+            f" ({LIMIT_KEY}={self.limit})"
+        )
+
+    def _unmoved(self) -> tuple[str, str]:
+        """The cause and the remedy at the end of a run that no streak has stopped."""
+        record = self.record
+        cause = (
+            f"no trained weight has moved; {record.skipped} updates were skipped, and in {record.flat} iterations no"
+            " group had two different scores"
+        )
+        if record.flat >= max(1, record.skipped):
+            return cause, MEND_FLAT
+        remedies = self._remedies() if record.skipped else "a higher optimizer.learning_rate"
+        return cause, f"begin a new run with {remedies}"
+
+    def _remedies(self) -> str:
+        rate = [LOWER_RATE] if self.record.learned or not self.remedies else []
+        return " or ".join([*self.remedies, *rate])
+
+
+def where_not_finite(gradient_peaks: Mapping[str, Tensor]) -> str:
+    """The first parameter whose gradient is not finite, to end a sentence; nothing if only their norm overflows."""
+    odd = [name for name, peak in gradient_peaks.items() if not math.isfinite(float(peak))]
+    return f", first in {odd[0]!r} ({len(odd)} of {len(gradient_peaks)} trained tensors)" if odd else ""

@@ -1,0 +1,45 @@
+"""What an iteration's samples, scores and maps come to in numbers; reproducible bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vipo import objective, structuring
+from vipo.training.credit import flat_groups
+from vipo.types import Scores
+
+
+def reward_metrics(scores: Scores, advantage: Tensor, group_size: int) -> dict[str, float]:
+    """Per reward its mean, its spread within the groups and what went unscored; of all, what they come to."""
+    numbers: dict[str, Tensor] = {}
+    for name, values in scores.by_name.items():
+        numbers[f"reward/{name}"] = values.nanmean()
+        numbers[f"spread/{name}"] = objective.spread(values, group_size)
+        numbers[f"unscored/{name}"] = values.isnan().float().mean()
+        if len(scores.by_name) > 1:  # normalised in its groups: how far this reward pulls where the sum goes
+            own = objective.group_advantage(values, group_size)
+            numbers[f"agreement/{name}"] = torch.cosine_similarity(own.float(), advantage.float(), dim=0)
+    numbers["reward"] = scores.total.nanmean()
+    numbers["flat_groups"] = flat_groups(advantage, group_size)
+    numbers["advantage_size"] = advantage.abs().mean()
+    return _as_floats(numbers)
+
+
+def map_metrics(maps: Tensor | None) -> dict[str, float]:
+    """Mean of M (it scales the learning rate), the share of its mass in the heaviest quarter, and a clip's flicker."""
+    if maps is None:
+        return {}
+    flat = maps.flatten(1)
+    top = flat.topk(max(1, flat.shape[1] // 4), 1).values.sum(1) / flat.sum(1).clamp_min(1e-12)
+    numbers = {"map/mean": flat.mean(), "map/top_quarter_mass": top.mean()}
+    if maps.shape[1] > 1:
+        numbers["map/flicker"] = structuring.flicker(maps).mean()
+    return _as_floats(numbers)
+
+
+def _as_floats(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """One wait for the accelerator, not one per number."""
+    return dict(zip(numbers, torch.stack([value.float() for value in numbers.values()]).tolist(), strict=True))

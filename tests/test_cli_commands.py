@@ -1,0 +1,61 @@
+"""The command line as a whole: its map, how it is started, what that costs."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+import vipo as package
+from terminal import Said, Vipo, assert_refused, imported
+from vipo.cli import app
+from vipo.cli.catalogue import CATALOGUES
+
+COMMANDS = [
+    "train",
+    "sample",
+    "maps",
+    "plan",
+    "evaluate",
+    "vbench",
+    "serve-reward",
+    "convert-reward",
+    "report",
+    "compare",
+    "export",
+    "list",
+]
+HEAVY = {"torch", "transformers", "diffusers", "accelerate", "peft", "tensorboard"}
+CALL = "from vipo.cli import main; main()"
+SLIP = "traning.iterations=3"
+LIGHT = ["--help", "--version", f"train quickstart {SLIP}", f"plan quickstart {SLIP}", "maps --help", "list planets"]
+LIGHT += [f"list {kind}" for kind in CATALOGUES]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and f"vipo {command} " in shown.output and "Example:" in shown.output
+
+
+def test_the_map_of_the_commands_is_complete() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_version_and_short_help(vipo: Vipo) -> None:
+    assert vipo("--version") == Said(0, f"vipo {package.__version__}\n", "")
+    assert vipo("-h").out == vipo("--help").out and vipo("maps", "-h").out == vipo("maps", "--help").out
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_a_help_page_a_slip_and_a_list_cost_no_heavy_library(command: str) -> None:
+    loaded = imported(CALL, *command.split())
+    assert "vipo.cli.commands" in loaded and not HEAVY & loaded
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_refuses_in_the_same_words() -> None:
+    process = tiny.command_line("train", "nowhere.yaml")
+    out, err = process.communicate(timeout=60)
+    assert_refused(Said(process.returncode, out, err), "'nowhere.yaml' does not exist")
