@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 os.environ.update(OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")  # subprocesses inherit them
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # what it says while it is imported would follow the summary of a worker
 os.environ.pop("COLUMNS", None)  # a console keeps the width that it finds when it is first imported
 if "--run-needs-gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
