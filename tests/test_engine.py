@@ -31,6 +31,8 @@ from vipo.sharding import is_sharded, whole
 from vipo.training import checkpoint
 from vipo.training.trainer import Trainer
 
+pytestmark = pytest.mark.on_cpu
+
 
 @pytest.fixture
 def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
