@@ -61,7 +61,7 @@ GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTH
 GPU_OUT := runs/gpu-check
 
 gpu-check: ## What this GPU does and whether a ratio became worse: nine minutes, 80 GB, nothing is downloaded
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -W ignore benchmarks/gpu/check.py --out $(GPU_OUT)
+	PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(GPU_PYTHON) -W ignore benchmarks/gpu/check.py --out $(GPU_OUT)
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -245,6 +245,20 @@ def test_a_pipeline_of_random_weights_has_no_text_encoders(tmp_path: Path) -> No
     assert torch.equal(once, again) and not torch.equal(once, other) and bool(once.isfinite().all())
 
 
+@pytest.mark.parametrize(("case", "parameters", "decoder"), [
+    ("flux", 11.90e9, torch.bfloat16), ("wan", 14.29e9, torch.float32)
+])  # fmt: skip
+def test_a_pipeline_of_published_size_has_the_dtypes_of_a_loaded_one(
+    tmp_path: Path, case: str, parameters: float, decoder: torch.dtype
+) -> None:
+    recipe = CASES["full"][case].load("sample", tmp_path)
+    made = random_weights.pipeline(recipe.generator, "meta")
+    assert sum(weight.numel() for weight in made.transformer.parameters()) == pytest.approx(parameters, rel=2e-3)
+    assert {weight.dtype for weight in made.vae.parameters()} == {decoder}
+    kept = {weight.dtype for weight in made.transformer.parameters()} - {torch.bfloat16}
+    assert kept == (set() if case == "flux" else {torch.float32})  # Wan keeps its norms and its time in float32
+
+
 def test_a_backbone_of_published_size_is_one_that_vipo_reads(tmp_path: Path) -> None:
     folder = random_weights.save_backbone(tmp_path, "dinov2-small", "cpu")
     assert folder.name == "dinov2-small"
