@@ -182,6 +182,8 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path: Path, monk
     assert late["late"]["outcome"] == "left out" and check.verdict(late, [])[0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     arguments = ("--out", out, "--device", "cpu", "--size", "toy", "--only", "kill")
@@ -215,6 +217,7 @@ def test_the_counts_of_a_test_report(tmp_path: Path) -> None:
     assert figures.of_tests({"device": found, "cpu": found})["tests.failed"] == 4
 
 
+@pytest.mark.slow
 def test_the_suite_runs_and_is_counted(tmp_path: Path) -> None:
     chosen = [str(Path(__file__).parent / "test_registry.py")]
     found = device_tests.run("device", tmp_path, 1, 120.0, chosen)
@@ -266,6 +269,7 @@ def test_a_backbone_of_published_size_is_one_that_vipo_reads(tmp_path: Path) -> 
     assert seen.shape == (2, 384, 2, 3) and bool(seen.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_and_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case_run, "REPEATS", 1)
     case = CASES["toy"]["flux"]

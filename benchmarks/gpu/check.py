@@ -41,6 +41,7 @@ MINUTES = 8.75  # for everything; each part below has its own seconds, the sum o
 NEEDED = 45 * 10**9  # bytes of memory for the cases of full size
 MEASURING = {"flux": 150.0, "wan": 140.0}  # seconds of a case after which no further iteration is begun
 SHORTER = 0.75  # of these, if there is a compiled case too
+PATIENCE = {"full": 1.0, "toy": 2.0}  # times the limits of what is not timed: a CPU may be busy
 START = 75.0  # seconds more that a case may take, for imports and the iterations that are begun
 
 Stage = Sequence[Job]  # parts that run at the same time
@@ -54,12 +55,12 @@ def stages(parts: Sequence[str], cases: Sequence[str], size: str, out: Path) -> 
     if "full" in parts:
         found.append([_plan(case, size) for case in cases])
         found += [[_case(case, size, share)] for case in cases]
-    beside = []
+    beside, limit = list[Job](), 150.0 * PATIENCE[size]
     if "quickstart" in parts:
         run = ("--size", size, "--run", str(out / "runs" / "quickstart"))
-        beside.append(Job("quickstart", "quickstart_gain.py", run, 150.0))
+        beside.append(Job("quickstart", "quickstart_gain.py", run, limit))
     if "kill" in parts:
-        beside.append(Job("kill", "kill_resume.py", ("--runs", str(out / "runs" / "kill")), 150.0))
+        beside.append(Job("kill", "kill_resume.py", ("--runs", str(out / "runs" / "kill")), limit))
     found += [beside] if beside else []
     if "tests" in parts:
         found.append([Job("tests", "device_tests.py", ("--limit", "150"), 165.0)])
