@@ -32,6 +32,8 @@ from vipo.training import checkpoint
 from vipo.training.saved import read_head
 from vipo.training.trainer import Trainer
 
+pytestmark = pytest.mark.on_cpu
+
 
 @pytest.fixture
 def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:

@@ -258,8 +258,10 @@ def open_to_train(recipe: Recipe, *, device: torch.device | str, pipeline: Any =
     return model
 
 
-def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
+def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
+
+    A ``pipeline``, on the engine's device, takes the place of what ``generator.path`` holds.
 
     Raises:
         UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
@@ -271,7 +273,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
     held_out = build_rewards(recipe.judges, fps=fps)
-    model = open_to_train(recipe, device=engine.device)
+    model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
     map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
         map_source = build_map_source(recipe.structuring, model.generator, scorer, str(engine.device))

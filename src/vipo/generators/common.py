@@ -122,8 +122,12 @@ class DiffusersGenerator(ABC):
 
     @property
     def text(self) -> Text:
-        """What is asked about prompts at present."""
+        """What is asked about prompts at present; another one may be put in its place."""
         return self._text
+
+    @text.setter
+    def text(self, text: Text) -> None:
+        self._text = text
 
     def encode(self, prompts: Sequence[str]) -> Any:
         return self.text(prompts)
