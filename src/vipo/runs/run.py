@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from vipo.assemble import Session, build, keep_text, notices
+from vipo.assemble import Session, build, engine_of, keep_text, notices
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
 from vipo.evaluation.records import POLICY, Evaluation
@@ -69,7 +69,7 @@ class Run:
             raise UserError("--from and --allow-changes are for a run that goes on: add --resume")
         self.recipe, self.directory = recipe, RunDirectory(Path(output))
         self.stop, self.lock = StopRequest(), FolderLock(self.directory.root)
-        self.engine = engine or Engine(precision=recipe.training.precision)
+        self.engine = engine or engine_of(recipe)
         self.start = self.engine.agreed(lambda: self._claim(resume, checkpoint, allow_changes))
         try:
             self._open()
