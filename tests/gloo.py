@@ -1,4 +1,4 @@
-"""FSDP2 on a CPU, for tests: ``python gloo.py SCRIPT ...`` or, as ``vipo``'s command line, ``python gloo.py -m vipo ...``.
+"""Several processes over gloo, for tests: a function's in each of them, or a command line's; with FSDP2 on a CPU.
 
 Accelerate 1.15 takes an FSDP plugin on accelerators only. All that keeps its FSDP2 code from running over gloo is the
 kind of processes that its state notes down, so that is what is put right here, and nothing else.
@@ -6,16 +6,27 @@ kind of processes that its state notes down, so that is what is put right here, 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import runpy
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+TESTS = Path(__file__).parent
+# What a child would import: the server of forks does it once, for all of a test session.
+PRELOADED = ["vipo.runs.run", "vipo.plan.blueprint", "peft", "gloo", "tiny", "tiny_wan", "torch.distributed.fsdp"]
 
 
 def allow_fsdp_on_cpu() -> None:
     """Let a plugin that is given count on a CPU too."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
     begin = AcceleratorState.__init__
 
     def with_plugin(self: Any, *args: Any, fsdp_plugin: Any = None, **given: Any) -> None:
@@ -27,11 +38,57 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = with_plugin  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def together(work: Callable[..., Any], processes: int, *given: Any, seconds: float = 200) -> list[Any]:
+    """What ``work(*given)`` returns in each of so many processes that know of each other, by rank.
+
+    A process in which it raises ends; the others then have ``seconds`` to notice.
+    """
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as scratch:
+        children = [
+            context.Process(target=_one, args=(work, rank, processes, Path(scratch), given), daemon=True)
+            for rank in range(processes)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(seconds)
+        hung = [rank for rank, child in enumerate(children) if child.is_alive()]
+        for rank in hung:
+            children[rank].kill()
+        told = {rank: (Path(scratch) / f"{rank}.error") for rank in range(processes)}
+        errors = "\n".join(f"rank {rank}: {file.read_text()}" for rank, file in told.items() if file.exists())
+        assert not hung and not errors, f"hung: {hung}\n{errors}"
+        import torch
+
+        return [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def _one(work: Callable[..., Any], rank: int, processes: int, scratch: Path, given: tuple[Any, ...]) -> None:
+    """One process of several."""
+    import faulthandler
+    faulthandler.dump_traceback_later(240, exit=True)
+    import torch
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1"}
+    torch.set_num_threads(1)
+    try:
+        if processes > 1:
+            allow_fsdp_on_cpu()
+            store = f"file://{scratch / 'store'}"
+            torch.distributed.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60)
+            )
+        torch.save(work(*given), scratch / f"{rank}.pt")
+    except BaseException:
+        (scratch / f"{rank}.error").write_text(traceback.format_exc())
+        raise
+
+
+if __name__ == "__main__":  # python gloo.py -m vipo ...
     allow_fsdp_on_cpu()
-    del sys.argv[0]
-    if sys.argv[0] == "-m":
-        del sys.argv[0]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
