@@ -29,7 +29,7 @@ from accelerate.utils import (
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vipo.errors import UserError
+from vipo.errors import RunFailed, UserError
 from vipo.options import TIMEOUT, Sharding
 from vipo.sharding import whole, wrapped_blocks
 
@@ -69,6 +69,7 @@ class Engine:
         self.accelerator = accelerator or _accelerator(precision, sharding, timeout)
         _check_supported(self.accelerator.distributed_type)
         _check_processes(self)
+        self.timeout = timeout
         self.in_step = self.accelerator.distributed_type == DistributedType.FSDP
         self._check_sharded(asked=sharding == "fsdp2" and accelerator is None)
 
@@ -166,6 +167,24 @@ class Engine:
         decided: T = told[0]
         return decided
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, a process that was waited for in vain, or that has died, is an error in words.
+
+        Raises:
+            RunFailed: that.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.ranks == 1 or isinstance(error, RunFailed) or not _is_of_processes(error):
+                raise
+            raise RunFailed(
+                f"rank {self.rank} lost another process: it died, or did not answer for training.timeout="
+                f"{self.timeout:g} seconds ({str(error).splitlines()[0]}); what it said itself comes before this. Mend"
+                " that, or raise training.timeout, and go on with --resume"
+            ) from error
+
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
@@ -248,6 +267,14 @@ def _as_found(name: str) -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop(name, None)
+
+
+def _is_of_processes(error: RuntimeError) -> bool:
+    """Whether it comes from the messages between processes: gloo raises plain errors, other backends their own."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in text for word in ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL")
+    )
 
 
 def _check_supported(kind: DistributedType | None) -> None:

@@ -20,7 +20,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Files have the permissions that the umask gives, also where the library that wrote them gave less.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside_of(path)
     remove(aside)
     try:
         yield aside
@@ -31,6 +31,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         remove(aside)
+
+
+def aside_of(path: Path) -> Path:
+    """Where :func:`written_whole` writes what will be at ``path``."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:

@@ -73,3 +73,9 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def cut_in_rows(tensor: Tensor) -> bool:
+    """Whether a sharded tensor is cut along its first dimension, over all processes in their order."""
+    placements = tensor.placements  # type: ignore[attr-defined]
+    return len(placements) == 1 and placements[0].is_shard(0)

@@ -15,7 +15,7 @@ from vipo import randomness
 from vipo.engine import Engine
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
-from vipo.sharding import spread_like, whole
+from vipo.sharding import spread_like
 from vipo.training.credit import Credit
 from vipo.training.health import GradientGuard, Health, where_not_finite
 from vipo.training.losses import LOSSES, Cost
@@ -188,16 +188,16 @@ class Learner:
         return Cost(cost.loss + self.objective.kl_weight * kl, numbers, cost.deviation)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's state, whole, under flat names: ``<parameter>|<slot>``."""
+        """AdamW's state, cut as the weights are, under flat names: ``<parameter>|<slot>``."""
         state = self.optimizer.state
         return {
-            f"{name}|{slot}": whole(value.detach())
+            f"{name}|{slot}": value.detach()
             for name, parameter in self.policy.parameters.items()
             for slot, value in state.get(parameter, {}).items()
         }
 
     def restore_optimizer(self, slots: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`optimizer_state` gave."""
+        """Put back what :meth:`optimizer_state` gave, made whole."""
         live = self.policy.parameters
         order, by_parameter = list(live), dict[str, dict[str, Tensor]]()
         for key, value in slots.items():

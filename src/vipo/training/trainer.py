@@ -49,7 +49,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that the next iteration depends on, whole tensors on this process."""
+    """All that the next iteration depends on. Of tensors that are cut over processes this one's parts are here."""
 
     iteration: int
     weights: Mapping[str, Tensor]
@@ -244,18 +244,18 @@ class Trainer:
         return {name: value / self.engine.ranks for name, value in zip(numbers, sums, strict=True)}
 
     def state(self) -> TrainState:
-        """What a checkpoint holds; with sharded weights every process has to ask."""
+        """What a checkpoint holds, as this process has it: tensors in use, not copies of them."""
         return TrainState(
             self.iteration,
-            self.policy.state(),
-            self.policy.averages(),
+            {name: parameter.detach() for name, parameter in self.policy.parameters.items()},
+            dict(self.policy.ema),
             self.learner.optimizer_state(),
             list(self.learner.guard.norms),
             replace(self.health.record),
         )
 
     def restore(self, state: TrainState) -> None:
-        """Go on from a checkpoint; the next iteration is then bit for bit the same.
+        """Go on from a checkpoint, whose tensors are whole; the next iteration is then bit for bit the same.
 
         Raises:
             UserError: it belongs to another policy.
