@@ -69,6 +69,7 @@ def together(work: Callable[..., Any], processes: int, *given: Any, seconds: flo
 def _one(work: Callable[..., Any], rank: int, processes: int, scratch: Path, given: tuple[Any, ...]) -> None:
     """One process of several."""
     import faulthandler
+
     faulthandler.dump_traceback_later(240, exit=True)
     import torch
 

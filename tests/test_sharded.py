@@ -60,6 +60,7 @@ def trained(cases: list[tuple[dict[str, Any], str]], iterations: int = ITERATION
     """What every case's run comes to, as this process sees it."""
     found = []
     import time
+
     for raw, sharding in cases:
         t0 = time.process_time()
         session = session_of(raw, sharding)
@@ -103,7 +104,14 @@ def test_processes_train_as_one(model_folder: Path, wan_folder: Path, tmp_path: 
         "full": flux(model_folder, tmp_path),
         "updates": flux(model_folder, tmp_path, optimizer=updates, solver__train_fraction=0.5),
         "lora": flux(model_folder, tmp_path, policy=lora, training__gradient_checkpointing=True),
-        "split": flux(model_folder, tmp_path, prompts__per_iteration=1, credit="reward_map", training__keep_per_group=4, prompts__group_size=8),
+        "split": flux(
+            model_folder,
+            tmp_path,
+            prompts__per_iteration=1,
+            credit="reward_map",
+            training__keep_per_group=4,
+            prompts__group_size=8,
+        ),
         "wan": wan(wan_folder, tmp_path),
         "wan lora": wan(wan_folder, tmp_path, policy=lora),
     }
@@ -111,7 +119,7 @@ def test_processes_train_as_one(model_folder: Path, wan_folder: Path, tmp_path: 
     runs = [(raw, sharding) for raw in cases.values() for sharding in ("fsdp2", "none")]
     names = [f"{name} {sharding}" for name in cases for sharding in ("fsdp2", "none")]
     ones = [one for one in alone for _ in range(2)]
-    for processes in (2,4):
+    for processes in (2, 4):
         both = together(trained, processes, runs)
         for place, name in enumerate(names):
             print(processes, name)

@@ -222,13 +222,6 @@ def notices(session: Session) -> list[str]:
     return told
 
 
-def rates_clips(recipe: Recipe) -> bool:
-    """Whether a score depends on ``generator.fps``: a reward takes ``media_fps`` and is not given another."""
-    sections = {**recipe.judges, **recipe.rewards}
-    asking = (section.reward or name for name, section in sections.items() if "media_fps" not in section.options)
-    return any(rewards.takes(name, "media_fps") for name in asking)
-
-
 def rate_notices(options: Mapping[str, Mapping[str, Any]], fps: float) -> list[str]:
     """A sentence for each reward, by name, whose options have a ``media_fps`` that is not the clips' own rate."""
     rates = {name: given["media_fps"] for name, given in options.items() if "media_fps" in given}
@@ -324,8 +317,8 @@ def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
     if compared and engine.ranks > recipe.prompts.per_iteration:
         raise UserError(
             f"structuring.sources names {sorted(compared)[0]}, which compares the samples of a group, but"
-            f" {engine.ranks} processes split {recipe.prompts.per_iteration} groups; take another source, or prompts.per_iteration="
-            f"{engine.ranks}"
+            f" {engine.ranks} processes split {recipe.prompts.per_iteration} groups; take another source, or"
+            f" prompts.per_iteration={engine.ranks}"
         )
 
 

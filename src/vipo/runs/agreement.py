@@ -9,33 +9,19 @@ import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
 
+from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.runs import lock
 from vipo.schema import Recipe
-
-T = TypeVar("T")
 
 SECONDS = 5.0  # until a file that another machine has just written is seen on a shared disk
 FOLDER, CHECKPOINT = "output folder", "checkpoint"
 MISSING = ""
 
 
-class Ranks(Protocol):
-    """The processes; :class:`vipo.engine.Engine` is that."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def ranks(self) -> int: ...
-
-    def everyones(self, said: T) -> list[T]: ...
-
-
 def check_agreed(
-    ranks: Ranks, recipe: Recipe, versions: Mapping[str, str], root: Path, *, shared: bool, state: Path | None
+    engine: Engine, recipe: Recipe, versions: Mapping[str, str], root: Path, *, shared: bool, state: Path | None
 ) -> None:
     """Compare what all processes see.
 
@@ -48,14 +34,14 @@ def check_agreed(
     Raises:
         UserError: one sees something else than the first; every process raises it.
     """
-    if ranks.ranks == 1:
+    if engine.ranks == 1:
         return
     seen = {**versions, "recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:16]}
     if shared:
         seen[FOLDER] = _text(root / lock.NAME)
     if state is not None:
         seen[CHECKPOINT] = hashlib.sha256(_text(state).encode()).hexdigest() if _text(state) else MISSING
-    first, *others = ranks.everyones(seen)
+    first, *others = engine.everyones(seen)
     for rank, other in enumerate(others, 1):
         for key in (key for key in {**first, **other} if first.get(key) != other.get(key)):
             where = root if key == FOLDER or state is None else state.parent

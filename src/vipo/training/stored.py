@@ -1,7 +1,7 @@
 """Tensors of a checkpoint on disk: safetensors, whole in one file or cut over several, each with its checksum.
 
-What is cut is cut along its first dimension, as FSDP2 does it: a tensor that several files have is their parts one after
-the other, a tensor that only the first has is whole.
+What is cut is cut along its first dimension, as FSDP2 does it: a tensor that several files have is their parts one
+after the other, a tensor that only the first has is whole.
 """
 
 from __future__ import annotations
