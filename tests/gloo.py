@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import traceback
@@ -38,47 +39,55 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = with_plugin  # type: ignore[method-assign]
 
 
-def together(work: Callable[..., Any], processes: int, *given: Any, seconds: float = 200) -> list[Any]:
+def together(
+    work: Callable[..., Any], processes: int, *given: Any, seconds: float = 200, grouped: bool = True
+) -> list[Any]:
     """What ``work(*given)`` returns in each of so many processes that know of each other, by rank.
 
     A process in which it raises ends; the others then have ``seconds`` to notice.
+
+    Args:
+        grouped: join them in a group before; without it ``work`` does, as under a launcher.
     """
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     context.set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory() as scratch:
-        children = [
-            context.Process(target=_one, args=(work, rank, processes, Path(scratch), given), daemon=True)
-            for rank in range(processes)
-        ]
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = None if grouped else probe.getsockname()[1]
+        probe.close()
+        places = [(rank, processes, port, Path(scratch)) for rank in range(processes)]
+        children = [context.Process(target=_one, args=(work, place, given), daemon=True) for place in places]
         for child in children:
             child.start()
         for child in children:
             child.join(seconds)
+        failed = [child.exitcode for child in children]
         hung = [rank for rank, child in enumerate(children) if child.is_alive()]
         for rank in hung:
             children[rank].kill()
         told = {rank: (Path(scratch) / f"{rank}.error") for rank in range(processes)}
         errors = "\n".join(f"rank {rank}: {file.read_text()}" for rank, file in told.items() if file.exists())
-        assert not hung and not errors, f"hung: {hung}\n{errors}"
+        assert not any(failed), f"exit codes {failed}, hung: {hung}\n{errors}"
         import torch
 
         return [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def _one(work: Callable[..., Any], rank: int, processes: int, scratch: Path, given: tuple[Any, ...]) -> None:
+def _one(work: Callable[..., Any], place: tuple[int, int, int | None, Path], given: tuple[Any, ...]) -> None:
     """One process of several."""
-    import faulthandler
-
-    faulthandler.dump_traceback_later(240, exit=True)
     import torch
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1"}
+    rank, processes, port, scratch = place
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     try:
-        if processes > 1:
-            allow_fsdp_on_cpu()
+        allow_fsdp_on_cpu()
+        if port is not None:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        elif processes > 1:
             store = f"file://{scratch / 'store'}"
             torch.distributed.init_process_group(
                 "gloo", init_method=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60)

@@ -82,7 +82,7 @@ def test_a_sharding_plugin_is_refused_before_its_library_is_asked_for(
 
 
 def test_an_engine_of_a_callers_own_is_refused_if_it_shards_otherwise(raw: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="^DeepSpeed is not"):
+    with pytest.raises(UserError, match=r"^DeepSpeed is not"):
         vipo.assemble(parse_recipe(raw), engine=Engine(accelerator=engine(distributed_type=DistributedType.DEEPSPEED)))
     with pytest.raises(UserError, match="shards with FSDP1; give its plugin fsdp_version=2"):
         Engine(accelerator=engine(distributed_type=DistributedType.FSDP, is_fsdp2=False))

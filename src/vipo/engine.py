@@ -210,6 +210,8 @@ def _accelerator(precision: str, sharding: Sharding, timeout: float) -> Accelera
             caching = [AutocastKwargs(cache_enabled=False)] if sharded else []
             return Accelerator(mixed_precision=precision, fsdp_plugin=plugin, kwargs_handlers=[*handlers, *caching])
         except ValueError as error:
+            if "precision" not in str(error):
+                raise
             raise UserError(f"training.precision={precision} cannot be had on this machine: {error}") from error
 
 
