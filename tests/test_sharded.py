@@ -21,7 +21,9 @@ from gloo import together
 from vipo.assemble import build
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
+from vipo.files import write_text
 from vipo.recipe import parse_recipe
+from vipo.runs.agreement import check_agreed
 from vipo.runs.run import Run
 from vipo.training.saved import list_checkpoints
 from vipo.types import TrainStep
@@ -225,7 +227,7 @@ def test_processes_that_see_different_things_stop_with_the_reason(tmp_path: Path
     apart = [tmp_path / "diskRANK" / name for name in ("absent", "other")]
     told = together(refusals, 2, raw, [*apart, *(tmp_path / name for name in DAMAGE)], True)
     assert all(seconds < 60 for rank in told for _, seconds in rank)
-    assert [said for said, _ in told[0]] == [said for said, _ in told[1]]
+    assert [said for said, _ in told[0]] == [said.replace("disk1", "disk0") for said, _ in told[1]]
     absent, other, *damaged = [said for said, _ in told[0]]
     assert "rank 1 does not see" in absent and "on a disk that all processes share" in absent and "disk0" in absent
     assert "rank 1 does not see" in other
@@ -234,10 +236,35 @@ def test_processes_that_see_different_things_stop_with_the_reason(tmp_path: Path
     ):
         assert "its file 'optimizer-00001-of-00002.safetensors' " + why in said
     raw["optimizer"] |= {"per_iteration": 5}
-    (told,) = {said for rank in together(refusals, 2, raw, [tmp_path / "diskRANK" / "new"], False) for said, _ in rank}
-    assert "rank 1 does not see" in told
-    (told,) = {said for rank in together(refusals, 2, raw, [tmp_path / "fresh"], False) for said, _ in rank}
-    assert "optimizer.per_iteration=5 needs as many samples of an iteration on each process, but 2 processes" in told
+    fresh = together(refusals, 2, raw, [tmp_path / "diskRANK" / "new", tmp_path / "fresh"], False)
+    for new, few in fresh:
+        assert "rank 1 does not see" in new[0]
+        assert "optimizer.per_iteration=5 needs as many samples of an iteration on each process, but 2" in few[0]
+
+
+def disagreements(raw: dict[str, Any], root: Path) -> list[str]:
+    """What is said where the processes see another package, no checkpoint, and another one."""
+    engine, found = Engine(), []
+    absent, other = root / "step-000001" / "state.json", root / f"rank{engine.rank}" / "step-000002" / "state.json"
+    for file in (absent, other) if engine.rank == 0 else (other,):
+        write_text(file, f"{file.parent.name} {engine.rank}")
+    for versions, state in (
+        ({"packages.torch": f"2.{engine.rank}"}, None),
+        ({}, absent if engine.rank == 0 else Path(f"{absent}.not-here")),
+        ({}, other),
+    ):
+        try:
+            check_agreed(engine, parse_recipe(raw), versions, root, shared=False, state=state)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_processes_disagree_in_is_named(tmp_path: Path, raw: dict[str, Any]) -> None:
+    package, absent, other = together(disagreements, 2, raw, tmp_path)[0]
+    assert package.startswith("rank 1 has packages.torch 2.1, but rank 0 has 2.0: start every process with the same")
+    assert absent.startswith("rank 1 sees no checkpoint 'step-000001' in") and "all processes share" in absent
+    assert other.startswith("rank 1 sees another checkpoint 'step-000002' in") and "all processes share" in other
 
 
 def left_waiting(dead: bool) -> tuple[str, float]:

@@ -3,7 +3,7 @@
 ``checkpoints/step-000010/`` holds ``policy.safetensors``, ``optimizer.safetensors``, ``ema.safetensors`` if an average
 is kept, and the index ``state.json``, which has the checksum of each of them and the recipe that trained it. Where the
 weights are cut over processes, each writes a file of its own, ``policy-00000-of-00002.safetensors`` and so on; any
-number of processes goes on from them. Random draws need no state: each is a function of (seed, iteration, sample, purpose).
+number of processes goes on from them. Random draws need no state: each is a function of its seed, purpose and indices.
 """
 
 from __future__ import annotations
