@@ -181,7 +181,7 @@ class Engine:
                 raise
             raise RunFailed(
                 f"rank {self.rank} lost another process: it died, or did not answer for training.timeout="
-                f"{self.timeout:g} seconds ({str(error).splitlines()[0]}); what it said itself comes before this. Mend"
+                f"{self.timeout:g} seconds ({_said(error)}); what it said itself comes before this. Mend"
                 " that, or raise training.timeout, and go on with --resume"
             ) from error
 
@@ -269,6 +269,11 @@ def _as_found(name: str) -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop(name, None)
+
+
+def _said(error: RuntimeError) -> str:
+    """Its first sentence, without the place in another library's source that gloo begins with."""
+    return str(error).splitlines()[0].rsplit(".cc:", 1)[-1].partition("] ")[-1].partition(". ")[0] or str(error)[:200]
 
 
 def _is_of_processes(error: RuntimeError) -> bool:
