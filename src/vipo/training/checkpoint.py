@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vipo.engine import Engine
 from vipo.errors import UserError
-from vipo.files import aside_of, written_whole
+from vipo.files import CannotWrite, aside_of, writing, written_whole
 from vipo.training import stored
 from vipo.training.saved import FORMAT, STATE, Head, name_of, prune, read_head
 from vipo.training.stored import Checksums, Stored
@@ -45,7 +45,7 @@ def save(
         engine: the processes, which all have to ask; None is one.
 
     Raises:
-        OSError: a process could not write; none goes on, and what was there stays.
+        CannotWrite: a process could not; none goes on, and what was there stays.
     """
     target, writes = folder / name_of(state.iteration), engine is None or engine.is_main
     with written_whole(target) if writes else nullcontext(aside_of(target)) as aside:
@@ -73,16 +73,17 @@ def _write(state: TrainState, folder: Path, engine: Engine | None) -> dict[str, 
         return {kind: stored.write(folder, kind, tensors) for kind, tensors in kept.items()}
     place = {"rank": engine.rank, "ranks": engine.ranks if engine.in_step else 1}
     mine: dict[str, Checksums] = {kind: {} for kind in kept}
-    caught: OSError | None = None
+    caught: CannotWrite | None = None
     if engine.in_step or engine.is_main:
         try:
-            mine = {kind: stored.write(folder, kind, tensors, **place) for kind, tensors in kept.items()}
-        except OSError as error:
+            with writing(folder):
+                mine = {kind: stored.write(folder, kind, tensors, **place) for kind, tensors in kept.items()}
+        except CannotWrite as error:
             caught = error
     everyones = engine.everyones((mine, None if caught is None else f"rank {engine.rank}: {caught}"))
     for _, fault in everyones:
         if fault is not None:
-            raise caught or OSError(fault)
+            raise caught or CannotWrite(fault)
     return {kind: {name: sum_ for files, _ in everyones for name, sum_ in files[kind].items()} for kind in kept}
 
 
