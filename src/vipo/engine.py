@@ -110,7 +110,7 @@ class Engine:
         if self.in_step:
             # FSDP2 casts by a policy of its own; autocast, as without it, goes around the forward pass first.
             network = self.accelerator.prepare_model(network, evaluation_mode=True)
-            _settle_plugin(self.accelerator.state.fsdp_plugin, network, self.accelerator.mixed_precision)
+            _settle_plugin(self.accelerator.state.fsdp_plugin, network)
         network, optimizer = self.accelerator.prepare(network, optimizer)
         return network, optimizer
 
@@ -232,12 +232,11 @@ def _plugin() -> FullyShardedDataParallelPlugin:
     )
 
 
-def _settle_plugin(plugin: Any, network: nn.Module, precision: str) -> None:
+def _settle_plugin(plugin: Any, network: nn.Module) -> None:
     """What depends on the network: where it is cut, and in which precision its weights are gathered.
 
-    Under bf16 a network that is mostly float32 is gathered in bfloat16, as autocast would cast it: a copy that autocast
-    makes stays whole until the backward pass. One that is mostly bfloat16 already (a LoRA's base) is gathered as it is,
-    so that what is kept in float32 stays so. Gradients are reduced in float32, inputs and outputs left alone.
+    They are gathered as they are and autocast casts them, as without sharding. Gathered in bfloat16, norms would be too,
+    and a first ratio on a tiny Wan was off by 0.02: some kernels differ with and without gradient then.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -248,12 +247,7 @@ def _settle_plugin(plugin: Any, network: nn.Module, precision: str) -> None:
             " its blocks' classes, or take training.sharding=none"
         )
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
-    sizes = [(parameter.numel(), parameter.dtype) for parameter in network.parameters()]
-    wide = 2 * sum(size for size, dtype in sizes if dtype == torch.float32) > sum(size for size, _ in sizes)
-    gathered = torch.bfloat16 if precision == "bf16" and wide else None
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _is_on(switch: str) -> bool:
