@@ -28,7 +28,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: the system did not let it be written.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(aside)
@@ -58,6 +58,11 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise CannotWrite(f"{str(path)!r} cannot be written: {why}; what was there before is as it was") from error
+
+
+def aside_of(path: Path) -> Path:
+    """Where :func:`written_whole` writes what will be at ``path``."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:
