@@ -24,6 +24,7 @@ from vipo.schema import Recipe
 Items = Mapping[str, int]  # what lies there -> bytes
 FLOAT = 4  # bytes of a float32 number
 ADAM_STATES = 2  # moments that AdamW keeps of every trained number
+LEAST, SCALED = 4096, 256  # adamw8bit: numbers of a weight whose moments are in 8 bits, and those that share a scale
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,15 @@ class Accountant:
         """Bytes of a trained number when FSDP has gathered it."""
         return 2 if self.recipe.training.precision == "bf16" else FLOAT
 
+    @cached_property
+    def adam_bytes(self) -> int:
+        """AdamW's two moments of everything that is trained."""
+        if self.recipe.optimizer.kind == "adamw":
+            return ADAM_STATES * self.trained_bytes
+        sizes = [parameter.numel() for parameter in self.drawn.policy.parameters.values()]
+        each = [n + FLOAT * math.ceil(n / SCALED) if n >= LEAST else FLOAT * n for n in sizes]
+        return ADAM_STATES * sum(each)
+
     def shared(self, size: int) -> int:
         """This process's part of what belongs to the network."""
         return math.ceil(size / self.over)
@@ -156,7 +166,7 @@ class Accountant:
         return {
             "frozen weights": self.shared(_bytes(frozen)),
             "trained weights": self.shared(self.trained_bytes),
-            "AdamW state": self.shared(ADAM_STATES * self.trained_bytes),
+            "AdamW state": self.shared(self.adam_bytes),
             "reference copy": self.shared(_bytes(policy.base.values())),
             "moving average": self.shared(_bytes(policy.ema.values())),
             "gradient buckets": self.trained_bytes if several else 0,  # DDP's own copy, for its messages
