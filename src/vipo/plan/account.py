@@ -1,7 +1,8 @@
 """The account of one process (one accelerator): which bytes lie there in which phase, and how long an iteration takes.
 
-An iteration goes through phases: sample, decode, score, map, update, step. What is resident is there in all of them;
-the worst phase decides whether a recipe fits. Seconds are floating-point operations over peak rate times utilisation.
+An iteration goes through phases: sample, decode, score, map, update, step; before the first, prompts may be read. What
+is resident is there in all of them; the worst phase decides whether a recipe fits. Seconds are floating-point
+operations over peak rate times utilisation.
 """
 
 from __future__ import annotations
@@ -161,8 +162,6 @@ class Accountant:
         policy, pipeline = self.drawn.policy, self.drawn.generator.pipeline
         frozen = [tensor for tensor in self.drawn.network.parameters() if not tensor.requires_grad]
         several = self.machine.gpus > 1 and not self.machine.sharded
-        offloaded = getattr(self.recipe.generator, "offload_text", False)
-        encoders = [tensor for part in self.drawn.generator.text_encoders for tensor in part.parameters()]
         return {
             "frozen weights": self.shared(_bytes(frozen)),
             "trained weights": self.shared(self.trained_bytes),
@@ -171,13 +170,17 @@ class Accountant:
             "moving average": self.shared(_bytes(policy.ema.values())),
             "gradient buckets": self.trained_bytes if several else 0,  # DDP's own copy, for its messages
             "autoencoder": _bytes(pipeline.vae.parameters()),
-            "text encoders": 0 if offloaded else _bytes(encoders),
+            "text encoders": 0 if self.recipe.generator.offload_text else self.encoder_bytes,
             "rewards and judges": sum(
                 judge.bytes for judge in self.judges if not judge.offload and not judge.is_backbone
             ),
             "backbone": sum(judge.bytes for judge in self.judges if judge.is_backbone),
             **self.storage(),
         }
+
+    @cached_property
+    def encoder_bytes(self) -> int:
+        return sum(_bytes(encoder.parameters()) for encoder in self.drawn.generator.text_encoders)
 
     def storage(self) -> dict[str, int]:
         """The rollout's record, all of it, though it fills up only while sampling."""
@@ -209,6 +212,8 @@ class Accountant:
         media = self.work.samples * self.media_bytes
         decoding = self.cost("decoding", self.decoded_at_once).bytes
         return {
+            # Before the first iteration, without what encoding takes: encoders that leave afterwards.
+            "read": {"text encoders": self.encoder_bytes if self.recipe.generator.offload_text else 0},
             "sample": {"network pass": self.cost("sampling", self.work.sampled_at_once).bytes, **self.gathered(1)},
             # Parts are joined, halved and clamped: two more copies of the media at worst.
             "decode": {"autoencoder pass": max(decoding, 2 * media)},

@@ -15,7 +15,7 @@ from vipo.plan.work import work_of
 from vipo.recipe import parse_recipe
 from vipo.schema import Recipe
 
-ALL = ("sample", "decode", "score", "map", "update", "step")  # phases of an iteration
+ALL = ("read", "sample", "decode", "score", "map", "update", "step")  # phases of an iteration
 Path = tuple[str, ...]  # of a key in a recipe
 
 

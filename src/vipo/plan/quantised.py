@@ -22,6 +22,8 @@ NF4_BLOCK = 64  # weights that share a float32 scale
 class Stored(nn.Linear):
     """A frozen linear layer in fewer bits; called, it makes its weight whole, multiplies and forgets it or not."""
 
+    scale: Tensor  # of int8 and float8
+
     def __init__(self, layer: nn.Linear, kind: Quantization, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
@@ -30,7 +32,8 @@ class Stored(nn.Linear):
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device), False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return PRODUCTS[self.kind](self, x)
+        made: Tensor = PRODUCTS[self.kind](self, x)
+        return made
 
 
 class Forgotten(torch.autograd.Function):
@@ -72,7 +75,7 @@ def _float8_storage(layer: Stored, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(layer.dtype), bias)
 
 
-PRODUCTS: dict[Quantization, Callable[[Stored, Tensor], Tensor]] = {
+PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "nf4": _nf4,
     "int8": _int8,
     "float8": _float8,
