@@ -322,7 +322,7 @@ def test_the_24_gb_recipe_fits_24_gb_with_room() -> None:
 
 
 def test_advice_quantises_before_it_gives_up(model_folder: Path, tmp_path: Path) -> None:
-    recipe, ledger = recipe_of(model_folder, tmp_path), Ledger()
+    ledger = Ledger()
     fitted = recipe_of(
         model_folder,
         tmp_path,
@@ -334,7 +334,7 @@ def test_advice_quantises_before_it_gives_up(model_folder: Path, tmp_path: Path)
         training__rollout_batch_size=1,
     )
     room = plan(fitted, Machine(), ledger).peak - 1
-    found = advise(recipe, Machine(memory=room), ledger)
+    found = advise(fitted, Machine(memory=room), ledger)
     assert any("generator.quantization=nf4" in str(change) for change in found.changes)
 
 
