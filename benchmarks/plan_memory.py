@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vipo.assemble import build
 from vipo.embedded import path as embedded_path
@@ -132,6 +133,7 @@ def _alive() -> dict[int, int]:
     """Every storage that some tensor holds: its address and its bytes."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]  # what they wrap is there too
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

@@ -148,6 +148,7 @@ def test_the_lora_differs_in_what_is_trained_and_in_what_saves_memory() -> None:
         "policy.alpha",
         "policy.targets",
         "optimizer.learning_rate",
+        "generator.quantization",
         "generator.offload_text",
         "generator.options.decode_batch_size",
         "rewards.hpsv2.1.options",
@@ -239,6 +240,8 @@ def at_toy_size(recipe: Recipe, generator: Mapping[str, Any], prompts: Path) -> 
 )  # at toy size they are the 1.3B ones
 def test_a_full_size_recipe_trains_two_steps_at_toy_size(name: str, tmp_path: Path, model_folder: Path) -> None:
     full = load_recipe(name)
+    if full.generator.quantization == "nf4":
+        pytest.importorskip("bitsandbytes", reason="quantises this recipe's base: pip install 'vipo[bitsandbytes]'")
     toy = toy_model(full.generator.name, tmp_path / "toy", model_folder)
     recipe = at_toy_size(full, toy, tmp_path / "prompts.txt")
     first, second = vipo.train(recipe)

@@ -104,7 +104,8 @@ def build_generator(
         adapter = generators.adapter(name)
         adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
         return adapted
-    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **arguments)
+    loaded = {"device": device, "dtype": DTYPES[section.dtype], "quantization": section.quantization}
+    generator = generators.factory(name)(path, **loaded, **arguments)
     worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
     masked = getattr(generator, "masks_text", False)
     attention.install(generator.network, section.attention, dtype=worked_in, masked=masked)
@@ -268,6 +269,22 @@ def engine_of(recipe: Recipe) -> Engine:
     return Engine(precision=training.precision, sharding=training.sharding, timeout=training.timeout)
 
 
+def _check_sharded(recipe: Recipe, engine: Engine) -> None:
+    """Raises:
+    UserError: FSDP2 cuts weights and moments of 16 and 32 bits only.
+    """
+    fewer = {
+        f"generator.quantization={recipe.generator.quantization}": recipe.generator.quantization != "none",
+        f"optimizer.kind={recipe.optimizer.kind}": recipe.optimizer.kind != "adamw",
+    }
+    asked = [key for key, is_asked in fewer.items() if is_asked]
+    if engine.in_step and asked:
+        raise UserError(
+            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding=fsdp2 cuts them; leave out one"
+            " of the two"
+        )
+
+
 def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
 
@@ -277,6 +294,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
     """
     engine = engine or engine_of(recipe)
+    _check_sharded(recipe, engine)
     training_prompts = read_prompts(prompt_file(recipe.prompts.file))
     evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
     training, fps = recipe.training, recipe.generator.fps

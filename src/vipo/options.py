@@ -25,6 +25,8 @@ Normalization = Literal["unit_mean", "minmax"]
 Orientation = Literal["background", "border_distance", "border", "skewness", "energy", "release"]
 Scope = Literal["frame", "clip"]
 Sharding = Literal["none", "fsdp2"]
+Quantization = Literal["none", "nf4", "int8", "float8", "float8_storage"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
 SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus"]
 
 CREDIT_MEANINGS: Mapping[str, str] = {
@@ -192,3 +194,6 @@ class OptimizerOptions(Options):
     max_grad_norm: Annotated[Positive, said("gradients are clipped to this norm")] = 1.0
     guard_factor: Annotated[Positive, said("an update over so many median norms is skipped")] = 20.0
     per_iteration: Annotated[Count, said("optimiser steps per iteration; only the first is exactly on-policy")] = 1
+    kind: Annotated[
+        OptimizerKind, said("adamw, or adamw8bit: moments in 8 bits (bitsandbytes), of weights of 4096 numbers or more")
+    ] = "adamw"

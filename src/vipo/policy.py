@@ -71,6 +71,11 @@ class Policy:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), network)
+            if any(linear[name].weight.dtype is torch.float8_e4m3fn for name in chosen):
+                for layer in _adapters(network):  # PEFT has rounded what it drew to the base's dtype, here to 3 bits
+                    layer.lora_A.float()
+                    layer.lora_B.float()
+                    layer.reset_lora_parameters("default", True)
         if all(linear[name].weight.dtype == torch.float32 for name in chosen):  # others may be kept in float32
             # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
             for layer in _adapters(network):

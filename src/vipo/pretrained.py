@@ -10,8 +10,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vipo.errors import UserError
 from vipo.files import lines
@@ -24,10 +26,19 @@ def fingerprint(network: torch.nn.Module) -> str:
     """A digest of a network's weights from some elements of every tensor, the same on every device."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        flat = tensor.detach().flatten()
-        probes = flat[:: max(1, len(flat) // PROBED)].double().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + probes.tobytes())
+        for part in _plain(tensor.detach()):
+            flat = part.flatten()
+            probes = flat[:: max(1, len(flat) // PROBED)].double().cpu().numpy()
+            digest.update(f"{name}{tuple(part.shape)}".encode() + probes.tobytes())
     return digest.hexdigest()
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor is stored in: itself, or the plain tensors of a quantised one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    inner: Any = tensor
+    return [part for name in inner.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
 
 
 def dtype_named(user: str, dtype: str) -> torch.dtype:

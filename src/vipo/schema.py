@@ -25,6 +25,7 @@ from vipo.options import (
     Objective,
     OptimizerOptions,
     Options,
+    Quantization,
     Sharding,
     Solver,
     SourceName,
@@ -64,6 +65,11 @@ class GeneratorSection(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen weights; float16 with LoRA and training.precision=no only"
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="of the frozen blocks, for a LoRA: nf4 (4 bits, bitsandbytes), int8 or float8 (torchao), or"
+        " float8_storage (no library, coarser); computed in dtype",
     )
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
     attention: str = Field(
@@ -242,6 +248,7 @@ class Recipe(Section):
                 f"generator.options.decode_batch_size={shown(at_once)} must be a whole number of samples, 1 or more"
             )
         self._check_dtype()
+        self._check_quantization()
         self._check_counts()
         return self
 
@@ -253,6 +260,14 @@ class Recipe(Section):
             raise ValueError(
                 f"generator.dtype={dtype} does not go with policy.kind={kind} and training.precision={precision}; a"
                 f" {kind} policy takes training.precision={' or '.join(others)}"
+            )
+
+    def _check_quantization(self) -> None:
+        kind = self.generator.quantization
+        if kind != "none" and self.policy.kind == "full":
+            raise ValueError(
+                f"generator.quantization={kind} is for weights that stay as they are, and policy.kind=full trains them"
+                " all; take policy.kind=lora, or generator.quantization=none"
             )
 
     def _check_likelihood(self) -> None:

@@ -15,6 +15,8 @@ from vipo.cli import evaluate, export, listing, maps, plan, report, rewards, sam
 from vipo.cli.consoles import errors
 from vipo.errors import RunFailed, UserError
 
+# Diffusers and PEFT import torchao and bitsandbytes wherever these are installed, whatever the command.
+LOUD = ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes")
 FAILED = 3  # exit code of a run in which nothing was learned
 
 app = typer.Typer(
@@ -69,7 +71,8 @@ def _quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in LOUD:
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def main() -> None:

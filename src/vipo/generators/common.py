@@ -21,11 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.files import settle_header, usual_permissions
+from vipo.generators.quantization import check
 from vipo.generators.settings import COMMON, AdapterOptions, Guidance, read_options
 from vipo.generators.text import BlankText, Text, TextReader
 from vipo.generators.text_cache import MEMORY_BYTES, TextCache, cache_of
 from vipo.generators.token_limits import cut_prompts
-from vipo.generators.weights import load_pipeline
+from vipo.generators.weights import Fewer, load_pipeline
+from vipo.options import Quantization
 from vipo.sharding import under_own_name
 from vipo.types import Batched, Grid
 
@@ -65,17 +67,27 @@ class DiffusersGenerator(ABC):
             part.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str, dtype: torch.dtype, **given: Any) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        quantization: Quantization = "none",
+        **given: Any,
+    ) -> Self:
         """Load a pipeline folder or hub id; ``given`` is as in :meth:`arguments`.
 
         Raises:
-            UserError: no pipeline of this family is there, its weights do not fit it in both directions, or an option
-                that the adapter does not take.
+            UserError: no pipeline of this family is there, its weights do not fit it in both directions, an option
+                that the adapter does not take, or no library to quantise with.
         """
+        check(quantization)
         disable_progress_bar()
         arguments = cls.arguments(given)
         dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
-        return cls(load_pipeline(cls.pipeline_class, str(path), dtypes).to(device), **arguments)
+        fewer = Fewer(quantization, device)
+        return cls(load_pipeline(cls.pipeline_class, str(path), dtypes, fewer).to(device), **arguments)
 
     @classmethod
     def arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:

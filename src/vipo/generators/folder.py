@@ -58,8 +58,8 @@ def refuse_quantised(path: str, part: str, config: Mapping[str, Any]) -> None:
         method = found.get("quant_method", "an unnamed method") if isinstance(found, Mapping) else found
         raise UserError(
             f"the {part} of {path!r} is quantised (quantization_config in {part}/config.json: {method}); vipo loads"
-            " float32, bfloat16 and float16 weights: give the model that is not quantised, and for less memory set"
-            " generator.dtype=bfloat16"
+            " float32, bfloat16 and float16 weights, and quantises them itself: give the model that is not quantised,"
+            " and for less memory set generator.dtype=bfloat16 or generator.quantization"
         )
 
 

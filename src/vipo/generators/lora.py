@@ -32,7 +32,10 @@ from vipo.generators.lora_file import (
 )
 from vipo.generators.weights import some
 
+Size = tuple[int, ...]
+
 ADAPTER = "default"
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 SHARED_NAMES = (
     0.8  # of a file's layers must be the model's own for the others to count as slips; Z-Image's authors share some
 )
@@ -72,7 +75,7 @@ def layers_for(pipeline: Any, file: LoraFile) -> Mapping[str, Layer]:
     Raises:
         RefusedLoraError: they are not those of this transformer.
     """
-    weights = _weights(pipeline.transformer)
+    weights = _sizes(pipeline.transformer)
     own = sum(name in weights for name in file.layers) / len(file.layers)
     if own > SHARED_NAMES or file.prefix == DIFFUSERS:
         check_fit(file.layers, weights, file.config)
@@ -84,13 +87,14 @@ def layers_for(pipeline: Any, file: LoraFile) -> Mapping[str, Layer]:
     return layers
 
 
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights that a LoRA may sit on, by layer."""
-    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
-    return {name: module.weight for name, module in network.named_modules() if isinstance(module, kinds)}
+def _sizes(network: nn.Module) -> dict[str, Size]:
+    """The sizes of the weights that a LoRA may sit on, by layer; quantised ones are stored in other sizes."""
+    modules = dict(network.named_modules())
+    linear = {name: (m.out_features, m.in_features) for name, m in modules.items() if isinstance(m, nn.Linear)}
+    return linear | {name: tuple(m.weight.shape) for name, m in modules.items() if isinstance(m, CONVOLUTIONS)}
 
 
-def check_fit(layers: Mapping[str, Layer], weights: Mapping[str, Tensor], config: LoraConfig | None) -> None:
+def check_fit(layers: Mapping[str, Layer], weights: Mapping[str, Size], config: LoraConfig | None) -> None:
     """Each layer of the file is one of the network, of its size, and none is missing.
 
     What should be there is what ``config`` names. Without it, blocks from the first one on that end before the
@@ -110,14 +114,14 @@ def check_fit(layers: Mapping[str, Layer], weights: Mapping[str, Tensor], config
         said += [f"lacks {some(missing, 'layer')} that its settings name"] * bool(missing)
         raise RefusedLoraError(f"{' and '.join(said)}; were they renamed, or was it made for another model?")
     for name, layer in layers.items():
-        takes, weight = (len(layer.up), *layer.down.shape[1:]), tuple(weights[name].shape)
+        takes, weight = (len(layer.up), *layer.down.shape[1:]), weights[name]
         if takes != weight:
             raise RefusedLoraError(f"is for a weight of size {takes} in {name}, where this model has {weight}")
     if config is None:
         _check_depth(layers, weights)
 
 
-def _check_depth(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> None:
+def _check_depth(layers: Mapping[str, Layer], weights: Mapping[str, Size]) -> None:
     there, covered = _blocks(weights), _blocks(layers)
     for stack, blocks in covered.items():
         if len(blocks) < len(there[stack]) and blocks == set(range(len(blocks))):

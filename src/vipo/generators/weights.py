@@ -10,6 +10,8 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,23 +21,35 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vipo.errors import UserError
+from vipo.generators import quantization
 from vipo.generators.folder import one_line, pipeline_class, read_config, refuse_quantised
+from vipo.options import Quantization
 from vipo.pretrained import quiet
 
 INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 HEADS = ("lm_head.", "text_projection.")  # of a checkpoint that was saved from the class with a head
+TRAINED = "transformer"  # the part of a pipeline that a policy is put on
 NAMED = 3  # tensors named in a message
 
 # What diffusers and transformers raise about folders that are not as they should be.
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
-def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype]) -> Any:
+@dataclass(frozen=True)
+class Fewer:
+    """Bits for a pipeline's transformer, and where it will work, see :mod:`vipo.generators.quantization`."""
+
+    kind: Quantization = "none"
+    device: str = "cpu"
+
+
+def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype], fewer: Fewer = Fewer()) -> Any:
     """The pipeline in a folder or of a hub id.
 
     Args:
         wanted: its diffusers class.
         dtypes: of the networks, by part; those not named get ``default``.
+        fewer: how the transformer is quantised.
 
     Raises:
         UserError: a pipeline of another class or none, quantised weights, or weights that do not fill its networks or
@@ -54,7 +68,12 @@ def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype
         folder = path if Path(path).is_dir() else wanted.download(path)
         with quiet(), quiet("diffusers", logging.CRITICAL):
             loaded = {
-                part: _load_network(Path(folder, part), network, dtypes.get(part, dtypes["default"]))
+                part: _load_network(
+                    Path(folder, part),
+                    network,
+                    dtypes.get(part, dtypes["default"]),
+                    fewer if part == TRAINED else Fewer(),
+                )
                 for part, network in networks.items()
             }
             return wanted.from_pretrained(path, **loaded)
@@ -80,12 +99,16 @@ def _parts(wanted: type[Any], path: str) -> Iterator[tuple[str, type[Any]]]:
         yield part, found
 
 
-def _load_network(place: Path, network: Any, dtype: torch.dtype) -> nn.Module:
+def _load_network(place: Path, network: Any, dtype: torch.dtype, fewer: Fewer) -> nn.Module:
     _check_indexes(place)
     of_transformers = network.__module__.startswith("transformers.")
     options = {"ignore_mismatched_sizes": True} if of_transformers else {}  # it reports them, and diffusers names them
+    read = partial(network.from_pretrained, str(place), dtype=dtype, output_loading_info=True, **options)
     loaded: nn.Module
-    loaded, report = network.from_pretrained(str(place), dtype=dtype, output_loading_info=True, **options)
+    if fewer.kind == "none":
+        loaded, report = read()
+    else:
+        loaded, report = quantization.load(network, place, fewer.kind, dtype=dtype, device=fewer.device, read=read)
     wrong_size = [f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in report["mismatched_keys"]]
     strange = [name for name in report["unexpected_keys"] if not name.startswith(HEADS)]
     problems = {"lacks": report["missing_keys"], "has beside them": strange, "has in another size": wrong_size}

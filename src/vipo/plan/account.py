@@ -1,7 +1,8 @@
 """The account of one process (one accelerator): which bytes lie there in which phase, and how long an iteration takes.
 
-An iteration goes through phases: sample, decode, score, map, update, step. What is resident is there in all of them;
-the worst phase decides whether a recipe fits. Seconds are floating-point operations over peak rate times utilisation.
+An iteration goes through phases: sample, decode, score, map, update, step; before the first, prompts may be read. What
+is resident is there in all of them; the worst phase decides whether a recipe fits. Seconds are floating-point
+operations over peak rate times utilisation.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vipo.schema import Recipe
 Items = Mapping[str, int]  # what lies there -> bytes
 FLOAT = 4  # bytes of a float32 number
 ADAM_STATES = 2  # moments that AdamW keeps of every trained number
+LEAST, SCALED = 4096, 256  # adamw8bit: numbers of a weight whose moments are in 8 bits, and those that share a scale
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,15 @@ class Accountant:
         """Bytes of a trained number when FSDP has gathered it."""
         return 2 if self.recipe.training.precision == "bf16" else FLOAT
 
+    @cached_property
+    def adam_bytes(self) -> int:
+        """AdamW's two moments of everything that is trained."""
+        if self.recipe.optimizer.kind == "adamw":
+            return ADAM_STATES * self.trained_bytes
+        sizes = [parameter.numel() for parameter in self.drawn.policy.parameters.values()]
+        each = [n + FLOAT * math.ceil(n / SCALED) if n >= LEAST else FLOAT * n for n in sizes]
+        return ADAM_STATES * sum(each)
+
     def shared(self, size: int) -> int:
         """This process's part of what belongs to the network."""
         return math.ceil(size / self.over)
@@ -151,23 +162,25 @@ class Accountant:
         policy, pipeline = self.drawn.policy, self.drawn.generator.pipeline
         frozen = [tensor for tensor in self.drawn.network.parameters() if not tensor.requires_grad]
         several = self.machine.gpus > 1 and not self.machine.sharded
-        offloaded = getattr(self.recipe.generator, "offload_text", False)
-        encoders = [tensor for part in self.drawn.generator.text_encoders for tensor in part.parameters()]
         return {
             "frozen weights": self.shared(_bytes(frozen)),
             "trained weights": self.shared(self.trained_bytes),
-            "AdamW state": self.shared(ADAM_STATES * self.trained_bytes),
+            "AdamW state": self.shared(self.adam_bytes),
             "reference copy": self.shared(_bytes(policy.base.values())),
             "moving average": self.shared(_bytes(policy.ema.values())),
             "gradient buckets": self.trained_bytes if several else 0,  # DDP's own copy, for its messages
             "autoencoder": _bytes(pipeline.vae.parameters()),
-            "text encoders": 0 if offloaded else _bytes(encoders),
+            "text encoders": 0 if self.recipe.generator.offload_text else self.encoder_bytes,
             "rewards and judges": sum(
                 judge.bytes for judge in self.judges if not judge.offload and not judge.is_backbone
             ),
             "backbone": sum(judge.bytes for judge in self.judges if judge.is_backbone),
             **self.storage(),
         }
+
+    @cached_property
+    def encoder_bytes(self) -> int:
+        return sum(_bytes(encoder.parameters()) for encoder in self.drawn.generator.text_encoders)
 
     def storage(self) -> dict[str, int]:
         """The rollout's record, all of it, though it fills up only while sampling."""
@@ -199,6 +212,8 @@ class Accountant:
         media = self.work.samples * self.media_bytes
         decoding = self.cost("decoding", self.decoded_at_once).bytes
         return {
+            # Before the first iteration, without what encoding takes: encoders that leave afterwards.
+            "read": {"text encoders": self.encoder_bytes if self.recipe.generator.offload_text else 0},
             "sample": {"network pass": self.cost("sampling", self.work.sampled_at_once).bytes, **self.gathered(1)},
             # Parts are joined, halved and clamped: two more copies of the media at worst.
             "decode": {"autoencoder pass": max(decoding, 2 * media)},

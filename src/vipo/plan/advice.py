@@ -15,7 +15,7 @@ from vipo.plan.work import work_of
 from vipo.recipe import parse_recipe
 from vipo.schema import Recipe
 
-ALL = ("sample", "decode", "score", "map", "update", "step")  # phases of an iteration
+ALL = ("read", "sample", "decode", "score", "map", "update", "step")  # phases of an iteration
 Path = tuple[str, ...]  # of a key in a recipe
 
 
@@ -167,5 +167,7 @@ def _costly(recipe: Recipe, machine: Machine) -> Iterator[Change]:
 
 
 def _other_training(recipe: Recipe) -> Iterator[Change]:
+    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none":
+        yield Change(("generator", "quantization"), "nf4", warning="a LoRA on a base in 4 bits")
     if recipe.policy.kind == "full":
         yield Change(("policy", "kind"), "lora", warning="trains a LoRA instead of every weight")

@@ -24,6 +24,7 @@ from vipo.errors import UserError
 from vipo.generators.folder import one_line, refuse_quantised
 from vipo.options import Solver
 from vipo.plan.published import model_config
+from vipo.plan.quantised import quantise
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.schema import GeneratorSection, Recipe
@@ -171,6 +172,7 @@ def empty_pipeline(section: GeneratorSection) -> Any:
     pipeline = adapter.pipeline_class(**absent, **parts, **options)
     for name in adapter.float32_parts:
         getattr(pipeline, name).float()
+    quantise(pipeline.transformer, section.quantization, dtype)
     return pipeline
 
 

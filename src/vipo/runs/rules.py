@@ -27,6 +27,7 @@ RULES: Mapping[str, Rule] = {
     "prompts": "never",
     "policy": "never",
     "judges": "recorded",
+    "optimizer.kind": "never",
     "optimizer.learning_rate": "recorded",
     "optimizer.weight_decay": "recorded",
     "optimizer.betas": "recorded",

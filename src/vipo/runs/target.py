@@ -68,8 +68,13 @@ class Target:
         return [] if section is None else read_prompts(prompt_file(section.prompts))[: section.limit]
 
     def notices(self, prompts: Sequence[Prompt], rewards: Sequence[str] = ()) -> list[str]:
-        """What to tell before it samples: prompts that will be cut, and clips that a reward takes for others."""
+        """What to tell before it samples: a base in fewer bits, prompts that will be cut, clips taken for others."""
         told = rate_notices({name: own.options for name, own in self.rewards.items() if name in rewards}, self.fps)
+        kind = self.described["generator"]["quantization"]
+        if kind != "none":
+            told.append(
+                f"the base is quantised ({kind}), as this run trained on it; its export fits the whole base too"
+            )
         if isinstance(self.generator, NamesCutPrompts):
             told += self.generator.cut_prompts(given=[prompt.text for prompt in prompts])
         return told

@@ -15,7 +15,7 @@ from vipo import randomness
 from vipo.engine import Engine
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
-from vipo.sharding import spread_like
+from vipo.training import optimizers
 from vipo.training.credit import Credit
 from vipo.training.health import GradientGuard, Health, where_not_finite
 from vipo.training.losses import LOSSES, Cost
@@ -68,12 +68,7 @@ class Learner:
         self.replay_batch_size = replay_batch_size
         self.loss = LOSSES[objective.loss](objective, solver)
         self.guard = GradientGuard(optimizer.guard_factor)
-        self.optimizer: Any = torch.optim.AdamW(
-            policy.parameters.values(),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-        )
+        self.optimizer: Any = optimizers.build(optimizer, policy.parameters.values())
         generator.network, self.optimizer = engine.prepare(generator.network, self.optimizer)
         policy.begin()
 
@@ -188,22 +183,9 @@ class Learner:
         return Cost(cost.loss + self.objective.kl_weight * kl, numbers, cost.deviation)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's state, cut as the weights are, under flat names: ``<parameter>|<slot>``."""
-        state = self.optimizer.state
-        return {
-            f"{name}|{slot}": value.detach()
-            for name, parameter in self.policy.parameters.items()
-            for slot, value in state.get(parameter, {}).items()
-        }
+        """What the optimiser remembers, cut as the weights are, under flat names."""
+        return optimizers.state(self.optimizer, self.policy.parameters)
 
     def restore_optimizer(self, slots: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`optimizer_state` gave, made whole."""
-        live = self.policy.parameters
-        order, by_parameter = list(live), dict[str, dict[str, Tensor]]()
-        for key, value in slots.items():
-            name, slot = key.rsplit("|", 1)
-            shard = spread_like(value, live[name]) if value.shape == live[name].shape else value
-            by_parameter.setdefault(name, {})[slot] = shard
-        packed = self.optimizer.state_dict()
-        packed["state"] = {order.index(name): state for name, state in by_parameter.items()}
-        self.optimizer.load_state_dict(packed)
+        optimizers.restore(self.optimizer, self.policy.parameters, slots)
