@@ -299,6 +299,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
         replay_batch_size=training.replay_batch_size,
         prompts_at_once=training.prompts_at_once,
         keep_per_group=training.keep_per_group,
+        iterations=training.iterations,
         attention=recipe.generator.attention,
         health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator)),
     )

@@ -21,6 +21,7 @@ LossKind = Literal["clipped", "guard", "matching"]
 Ratio = Literal["local", "detached"]
 StepWeight = Literal["equal", "noise_level", "gradient"]
 Aggregation = Literal["variance", "average", "first"]
+RateSchedule = Literal["constant", "cosine", "linear"]
 Normalization = Literal["unit_mean", "minmax"]
 Orientation = Literal["background", "border_distance", "border", "skewness", "energy", "release"]
 Scope = Literal["frame", "clip"]
@@ -187,3 +188,17 @@ class OptimizerOptions(Options):
     max_grad_norm: Annotated[Positive, said("gradients are clipped to this norm")] = 1.0
     guard_factor: Annotated[Positive, said("an update over so many median norms is skipped")] = 20.0
     per_iteration: Annotated[Count, said("optimiser steps per iteration; only the first is exactly on-policy")] = 1
+    schedule: Annotated[
+        RateSchedule, said("of the learning rate over training.iterations: constant, cosine or linear")
+    ] = "constant"
+    warmup: Annotated[int, Field(ge=0, lt=2**31), said("first iterations, in which the learning rate rises")] = 0
+    final: Annotated[
+        float, Field(ge=0, le=1), said("share of the learning rate that cosine or linear comes down to")
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.final and self.schedule == "constant":
+            raise ValueError(
+                f"final={self.final:g} is what schedule=cosine or linear comes down to; with schedule=constant leave it"
+                " out"
+            )

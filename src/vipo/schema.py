@@ -284,6 +284,11 @@ class Recipe(Section):
                 f"training.keep_per_group={kept} must be even, half best and half worst, and at most"
                 f" prompts.group_size={self.prompts.group_size}"
             )
+        if self.optimizer.warmup >= self.training.iterations:
+            raise ValueError(
+                f"optimizer.warmup={self.optimizer.warmup} leaves no iteration at the full learning rate; it must be"
+                f" less than training.iterations={self.training.iterations}"
+            )
         samples = self.prompts.per_iteration * kept
         if self.optimizer.per_iteration > samples:
             raise ValueError(
