@@ -19,13 +19,14 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators import attention
 from vipo.generators.folder import pipeline_class
+from vipo.generators.lora_start import read_start
 from vipo.options import NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, prompt_file, read_prompts
 from vipo.prompts.sampler import PromptSampler
 from vipo.rewards.suite import RewardSuite
-from vipo.schema import GeneratorSection, JudgeSection, Recipe, RewardSection, StructuringSection
+from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
 from vipo.structuring import sources
 from vipo.training.health import Health
 from vipo.training.trainer import Trainer
@@ -157,6 +158,9 @@ def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) 
     if section.kind == "full":
         return Policy.full(generator.network, ema_decay=section.ema_decay, keep_reference=keep_reference)
     named = generator.lora_targets
+    if section.init is not None:
+        return _policy_from(section.init, section, generator, keep_reference)
+    assert section.rank is not None and section.targets is not None  # the schema fills them in
     return Policy.lora(
         generator.network,
         rank=section.rank,
@@ -164,6 +168,16 @@ def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) 
         targets=named.get(section.targets, section.targets),
         seed=recipe.seed,
         ema_decay=section.ema_decay,
+    )
+
+
+def _policy_from(init: str, section: PolicySection, generator: Generator, keep_reference: bool) -> Policy:
+    """A LoRA that exists already; also in a plan, whose networks have no storage, its file is read."""
+    targets = None if section.targets is None else generator.lora_targets.get(section.targets, section.targets)
+    with torch.device("cpu"):
+        layers = read_start(generator, init, rank=section.rank, targets=targets)
+    return Policy.lora_from(
+        generator.network, layers, alpha=section.alpha, ema_decay=section.ema_decay, keep_reference=keep_reference
     )
 
 

@@ -1,7 +1,7 @@
 """What is in a LoRA file: its layers under the file's own names, and the settings it was trained with.
 
 A LoRA adds scale * B A to the weights of some layers (arXiv 2106.09685). A is ``down``, (r, in), B is ``up``, (out, r);
-the scale is alpha / r, or alpha / sqrt(r) with PEFT's ``use_rslora``, and is folded into ``up`` here.
+the scale is alpha / r, or alpha / sqrt(r) with PEFT's ``use_rslora``.
 
 Layouts are told apart by how the names of the tensors begin:
 
@@ -74,10 +74,21 @@ class RefusedLoraError(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """What is added to one layer's weight: ``up`` @ ``down``."""
+    """What is added to one layer's weight: ``scale`` * ``up`` @ ``down``."""
 
     down: Tensor
     up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def halves(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        """Both by PEFT's names for them, to be taken with a scale of 1."""
+        up = self.up if self.scale == 1 else (self.up.float() * self.scale).to(self.up.dtype)
+        return ("lora_A", self.down), ("lora_B", up)
 
 
 @dataclass(frozen=True)
@@ -202,14 +213,13 @@ def parse(tensors: Mapping[str, Tensor], prefix: str, config: LoraConfig | None 
         raise RefusedLoraError(f"has A without B, B without A or alpha without both for {some(alone, 'layer')}")
     if alpha and config:
         raise RefusedLoraError("says its alpha twice, beside its layers and in its settings; remove one of them")
-    return {name: _scaled(name, down[name], up[name], alpha.get(name), config) for name in down}
+    return {name: _layer(name, down[name], up[name], alpha.get(name), config) for name in down}
 
 
-def _scaled(name: str, down: Tensor, up: Tensor, alpha: float | None, config: LoraConfig | None) -> Layer:
+def _layer(name: str, down: Tensor, up: Tensor, alpha: float | None, config: LoraConfig | None) -> Layer:
     if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1]:
         raise RefusedLoraError(f"has no common rank in {name}: A is {tuple(down.shape)}, B is {tuple(up.shape)}")
-    scale = _scale(name, len(down), alpha, config)
-    return Layer(down, up if scale == 1 else (up.float() * scale).to(up.dtype))
+    return Layer(down, up, _scale(name, len(down), alpha, config))
 
 
 def _scale(name: str, rank: int, alpha: float | None, config: LoraConfig | None) -> float:
