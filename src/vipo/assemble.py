@@ -23,7 +23,7 @@ from vipo.generators.lora_start import read_start
 from vipo.options import NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
-from vipo.prompts.files import EMBEDDED, prompt_file, read_prompts
+from vipo.prompts.files import EMBEDDED, named_prompts
 from vipo.prompts.sampler import PromptSampler
 from vipo.rewards.suite import RewardSuite
 from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
@@ -286,8 +286,8 @@ def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
         UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
     """
     engine = engine or Engine(precision=recipe.training.precision)
-    training_prompts = read_prompts(prompt_file(recipe.prompts.file))
-    evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
+    training_prompts = named_prompts(recipe.prompts.file)
+    evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
     training, fps = recipe.training, recipe.generator.fps
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)

@@ -75,7 +75,9 @@ class GeneratorSection(Section):
 
 
 class PromptsSection(Section):
-    file: str = Field(description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME or embedded:NAME")
+    file: str = Field(
+        description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME, embedded:NAME or hub:OWNER/NAME@COMMIT"
+    )
     per_iteration: Count = Field(description="prompts, and so groups, per iteration over all processes")
     group_size: int = Field(ge=2, lt=2**31, description="pictures per prompt")
 
