@@ -15,8 +15,8 @@ import tiny
 from vipo.errors import UserError
 from vipo.files import write_text, written_whole
 from vipo.policy import Policy
-from vipo.training import checkpoint
-from vipo.training.trainer import Trainer
+from vipo.training import checkpoint, saved
+from vipo.training.trainer import Trainer, TrainState
 
 
 def with_average(model: Any) -> Policy:
@@ -29,6 +29,10 @@ def trained(model_folder: Path) -> Trainer:
     trainer.step()
     trainer.step()
     return trainer
+
+
+def load(where: Path, *, averages: bool) -> TrainState:
+    return checkpoint.load(where, saved.read_head(where), averages=averages)
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -92,10 +96,10 @@ def test_what_an_earlier_kill_left_aside_is_cleared(tmp_path: Path) -> None:
 def test_a_round_trip_restores_every_number(model_folder: Path, tmp_path: Path, trained: Trainer) -> None:
     where = checkpoint.save(trained.state(), tmp_path)
     fresh = tiny.trainer(model_folder, policy=with_average, prompts_per_iteration=1)
-    fresh.restore(checkpoint.load(where, averages=True))
-    saved, loaded = everything(trained), everything(fresh)
-    assert saved.keys() == loaded.keys() and any(key.endswith("/exp_avg_sq") for key in saved)
-    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+    fresh.restore(load(where, averages=True))
+    written, loaded = everything(trained), everything(fresh)
+    assert written.keys() == loaded.keys() and any(key.endswith("/exp_avg_sq") for key in written)
+    assert all(torch.equal(written[key], loaded[key]) for key in written)
     assert fresh.iteration == 2 and fresh.learner.guard.norms == trained.learner.guard.norms != []
     assert fresh.learner.optimizer.param_groups[0]["lr"] == trained.learner.optimizer.param_groups[0]["lr"]
 
@@ -104,7 +108,7 @@ def test_the_iteration_after_a_round_trip_is_the_same_bit_for_bit(
     model_folder: Path, tmp_path: Path, trained: Trainer
 ) -> None:
     fresh = tiny.trainer(model_folder, policy=with_average, prompts_per_iteration=1)
-    fresh.restore(checkpoint.load(checkpoint.save(trained.state(), tmp_path), averages=True))
+    fresh.restore(load(checkpoint.save(trained.state(), tmp_path), averages=True))
     ours, theirs = trained.step(), fresh.step()
     assert ours.metrics == theirs.metrics and torch.equal(ours.rollout.media, theirs.rollout.media)
     assert all(torch.equal(v, everything(fresh)[k]) for k, v in everything(trained).items())
@@ -113,7 +117,7 @@ def test_the_iteration_after_a_round_trip_is_the_same_bit_for_bit(
 def test_only_json_and_safetensors_are_written(tmp_path: Path, trained: Trainer) -> None:
     where = checkpoint.save(trained.state(), tmp_path)
     assert files(where) == ["ema.safetensors", "optimizer.safetensors", "policy.safetensors", "state.json"]
-    assert where.name == "step-000002" and checkpoint.read_head(where).iteration == 2
+    assert where.name == "step-000002" and saved.read_head(where).iteration == 2
 
 
 def test_a_run_is_known_by_its_average(tmp_path: Path, trained: Trainer) -> None:
@@ -128,7 +132,7 @@ def test_only_the_newest_checkpoints_are_kept(
     for iteration in range(2, 6):
         trained.iteration = iteration
         checkpoint.save(trained.state(), tmp_path, keep=keep)
-    assert [checkpoint.read_head(path).iteration for path in checkpoint.list_checkpoints(tmp_path)] == left
+    assert [saved.read_head(path).iteration for path in saved.list_checkpoints(tmp_path)] == left
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -148,7 +152,7 @@ def test_a_damaged_checkpoint_is_named_and_the_trainer_untouched(tmp_path: Path,
     DAMAGE[damage](where)
     before = everything(trained)
     with pytest.raises(UserError, match=r"step-000002' (cannot be read|has format 99)") as raised:
-        trained.restore(checkpoint.load(where, averages=True))
+        trained.restore(load(where, averages=True))
     assert "\n" not in str(raised.value)
     assert all(torch.equal(before[key], value) for key, value in everything(trained).items())
 
@@ -156,7 +160,7 @@ def test_a_damaged_checkpoint_is_named_and_the_trainer_untouched(tmp_path: Path,
 def test_a_checkpoint_of_another_policy_is_refused(model_folder: Path, tmp_path: Path, trained: Trainer) -> None:
     other = tiny.trainer(model_folder, policy=lambda model: tiny.lora(model, rank=2))
     with pytest.raises(UserError, match="do not fit this policy"):
-        other.restore(checkpoint.load(checkpoint.save(trained.state(), tmp_path), averages=False))
+        other.restore(load(checkpoint.save(trained.state(), tmp_path), averages=False))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_partial_one(
@@ -184,4 +188,4 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path: Path, trained: Trainer) 
     (tmp_path / ".step-000009.partial").mkdir()
     (tmp_path / ".step-000009.partial" / "state.json").write_text("{}")
     (tmp_path / "step-000008").mkdir()
-    assert checkpoint.list_checkpoints(tmp_path) == [whole]
+    assert saved.list_checkpoints(tmp_path) == [whole]

@@ -26,10 +26,10 @@ from vipo.recipe import apply_override, parse_recipe
 from vipo.report.page import render
 from vipo.report.run import read_run
 from vipo.runs.run import Evaluated, Run, train
-from vipo.training.checkpoint import list_checkpoints
 from vipo.training.credit import Credit
 from vipo.training.health import Health, where_not_finite
 from vipo.training.learner import Learner
+from vipo.training.saved import list_checkpoints
 from vipo.types import Rollout, TrainStep
 
 CONSTANT = "def reward(media, prompts):\n    return media.new_full((len(media),), 0.3)\n"

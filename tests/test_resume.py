@@ -16,11 +16,10 @@ from vipo.errors import UserError
 from vipo.recipe import parse_recipe
 from vipo.report.page import write_report
 from vipo.report.run import read_run
-from vipo.runs.resume import Change, changes
-from vipo.runs.rules import MEANINGS, OTHERWISE, RULES, rule_of
+from vipo.runs.rules import MEANINGS, OTHERWISE, RULES, Change, changes, rule_of
 from vipo.runs.run import Evaluated, Run, train
 from vipo.training import checkpoint
-from vipo.training.checkpoint import list_checkpoints
+from vipo.training.saved import list_checkpoints
 from vipo.types import TrainStep
 
 DOCS = Path(__file__).parents[1] / "docs" / "resume.md"
@@ -69,7 +68,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_rule_is_of_a_key_that_there_is_and_every_key_has_one() -> None:
     keys = {row["key"]: row["on resume"] for row in CATALOGUES["keys"]()}
     sections = {key.rsplit(".", 1)[0] for key in keys}
-    assert set(RULES) <= keys.keys() | sections
+    inputs = {key for key in RULES if key.startswith("inputs.")}
+    assert {key.removeprefix("inputs.") for key in inputs} <= keys.keys() | sections | {"packages"}
+    assert set(RULES) - inputs <= keys.keys() | sections
     assert set(keys.values()) == set(MEANINGS)
     assert keys["optimizer.learning_rate"] == keys["evaluation.prompts"] == "recorded"
     assert keys["generator.path"] == keys["policy.rank"] == keys["prompts.group_size"] == keys["seed"] == "never"

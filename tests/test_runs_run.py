@@ -37,7 +37,7 @@ from vipo.runs.directory import RunDirectory
 from vipo.runs.run import Evaluated, Run, train
 from vipo.runs.trained import open_run
 from vipo.schema import Recipe
-from vipo.training.checkpoint import list_checkpoints
+from vipo.training.saved import list_checkpoints
 from vipo.types import Prompt, TrainStep
 
 KILLER = """
@@ -214,7 +214,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path, raw: dict[str, An
     for name in ("metrics.jsonl", "evaluations.jsonl", "timing.jsonl"):
         with (tmp_path / "run" / name).open("a") as file:
             file.write('{"iteration": 4, "rew')
-    assert RunDirectory(tmp_path / "run").evaluated() == {0, 2, 4}
+    assert RunDirectory(tmp_path / "run").past().evaluated == {0, 2, 4}
     run_all(raw, tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == whole
 

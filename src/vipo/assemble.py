@@ -236,13 +236,6 @@ def notices(session: Session) -> list[str]:
     return told
 
 
-def rates_clips(recipe: Recipe) -> bool:
-    """Whether a score depends on ``generator.fps``: a reward takes ``media_fps`` and is not given another."""
-    sections = {**recipe.judges, **recipe.rewards}
-    asking = (section.reward or name for name, section in sections.items() if "media_fps" not in section.options)
-    return any(rewards.takes(name, "media_fps") for name in asking)
-
-
 def rate_notices(options: Mapping[str, Mapping[str, Any]], fps: float) -> list[str]:
     """A sentence for each reward, by name, whose options have a ``media_fps`` that is not the clips' own rate."""
     rates = {name: given["media_fps"] for name, given in options.items() if "media_fps" in given}

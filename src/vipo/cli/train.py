@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vipo.cli.arguments import Overrides, Recipe
 from vipo.cli.consoles import console
-
-if TYPE_CHECKING:
-    from vipo.runs.run import Run
 
 STOPPED = 130  # exit code of a run that was asked to stop, as shells have it
 
@@ -44,6 +38,7 @@ def train(
 
     parsed = load_recipe(recipe, overrides or [])  # before the heavy imports, so that a slip is told at once
 
+    from vipo.cli.going_on import stopped
     from vipo.cli.progress import follow
     from vipo.runs.run import Run
 
@@ -54,25 +49,11 @@ def train(
     if not run.finished:
         said = ["--output", str(folder), "--resume", *([] if report else ["--no-report"])]
         said += [word for key in allow_changes or () for word in ("--allow-changes", key)]
-        _tell_how_to_go_on(run, ["train", recipe, *(overrides or []), *said])
+        console.print(
+            stopped(run, ["train", recipe, *(overrides or []), *said]), markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(STOPPED)
     if report and run.writes:
         from vipo.report.page import write_report
 
         console.print(f"Report: {write_report(folder)}", soft_wrap=True)
-
-
-def _tell_how_to_go_on(run: Run, words: list[str]) -> None:
-    count = run.processes
-    how = f"Go on, with the same launcher of {count} processes, with" if count > 1 else "Go on with"
-    stopped = f"Stopped and saved after iteration {run.iteration}. {how}:\n  {shlex.join([*_vipo(), *words])}"
-    console.print(stopped, markup=False, highlight=False, soft_wrap=True)
-
-
-def _vipo() -> list[str]:
-    """The words that start this program again."""
-    called = Path(sys.argv[0])
-    if called.suffix == ".py":  # python -m vipo
-        return [sys.executable, "-m", "vipo"]
-    found = shutil.which("vipo")
-    return ["vipo"] if found and Path(found).resolve() == called.resolve() else [str(called)]

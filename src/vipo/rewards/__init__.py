@@ -224,6 +224,16 @@ def takes(name: str, option: str) -> bool:
     return option in registry.find("reward", REWARDS, name, otherwise=OTHERWISE).parameters()
 
 
+def go_by_rate(sections: Mapping[str, tuple[str, Mapping[str, Any]]]) -> bool:
+    """Whether a score depends on the clips' frames per second: a reward takes ``media_fps`` and is not given another.
+
+    Args:
+        sections: the reward's name and its options, by the name it goes by.
+    """
+    asking = (reward for reward, options in sections.values() if "media_fps" not in options)
+    return any(takes(reward, "media_fps") for reward in asking)
+
+
 def build(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Reward:
     """The reward ``name``, or the user's own function for ``path/to/file.py:function``.
 

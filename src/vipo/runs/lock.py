@@ -7,6 +7,7 @@ import fcntl
 import os
 import platform
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 from weakref import WeakValueDictionary
@@ -19,6 +20,7 @@ CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system wi
 _held: WeakValueDictionary[Path, FolderLock] = WeakValueDictionary()  # of this process
 
 
+@dataclass(eq=False)
 class FolderLock:
     """``root`` belongs to its holder until :meth:`release`, or until the process ends.
 
@@ -26,20 +28,26 @@ class FolderLock:
     holder learns of it by :meth:`check`.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.works = True  # False where the file system has no locks
-        self._file: TextIO | None = None
-        self._made: list[Path] = []  # folders that were not there before, deepest first
+    root: Path
+    works: bool = True  # False where the file system has no locks
+    _file: TextIO | None = None
+    _made: list[Path] = field(default_factory=list)  # folders that were not there before, deepest first
 
-    def take(self) -> None:
-        """Hold the folder, which is made if it is missing.
+    def take(self, *, make: bool = True) -> None:
+        """Hold the folder; with ``make`` one that is missing is made.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, it is missing, or something that is not a folder is in the way.
         """
         if self._file is not None:
             return
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{str(self.root)!r} is a file, not a folder; choose another --output")
+        if not make and not self.root.exists():
+            raise UserError(
+                f"cannot resume {str(self.root)!r}: there is no such folder; leave out --resume to start there, or give"
+                " a run's folder as --output"
+            )
         earlier = _held.pop(self.root.resolve(), None)
         if earlier is not None:
             earlier._close()

@@ -13,16 +13,19 @@ from vipo.assemble import Session, build, keep_text, notices
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
 from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import write_text, written_whole
+from vipo.files import written_whole
 from vipo.media.pictures import save_png
+from vipo.rewards import go_by_rate
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
+from vipo.runs.inputs import fingerprints
 from vipo.runs.lock import FolderLock
-from vipo.runs.resume import Start, resumption
+from vipo.runs.opening import settle
+from vipo.runs.resume import Start, beginning, resumption
 from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
 from vipo.schema import Recipe
-from vipo.training import checkpoint
+from vipo.training.checkpoint import load, save
 from vipo.types import TrainStep
 
 
@@ -70,43 +73,38 @@ class Run:
         self.recipe, self.directory = recipe, RunDirectory(Path(output))
         self.stop, self.lock = StopRequest(), FolderLock(self.directory.root)
         self.engine = engine or Engine(precision=recipe.training.precision)
-        self.start = self.engine.agreed(lambda: self._claim(resume, checkpoint, allow_changes))
+
+        def claim() -> Start:
+            """Lock the folder and decide how to begin there; nothing in it is changed yet."""
+            self.lock.take(make=not resume)
+            inputs = fingerprints(recipe)
+            past, scored = self.directory.past(checkpoint), {**recipe.judges, **recipe.rewards}
+            by_rate = go_by_rate({name: (one.reward or name, one.options) for name, one in scored.items()})
+            if not resume:
+                return beginning(past, inputs)
+            return resumption(
+                recipe, past, inputs, allowed=allow_changes, scores_by_rate=by_rate, processes=self.processes
+            )
+
         try:
-            self._open()
+            self.start = self.engine.agreed(claim)
+            self.session: Session = build(self.recipe, engine=self.engine)
+            if (saved := self.start.saved) is not None:  # first: one that does not fit must leave the folder as it is
+                averages = bool(self.session.policy.ema)
+                self.session.trainer.restore(load(saved.path, saved.head, averages=averages))
+            self.engine.wait()
+            if self.writes:
+                settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
+            self._events = self.start.events  # to be told with the first iteration
+            keep_text(self.session)
+            self.notices = notices(self.session)
+            self.engine.wait()
+            self._evaluated, self.comparable_since = set(self.start.evaluated), self.start.comparable_since
+            board = str(self.directory.root / "tensorboard")
+            self.board = SummaryWriter(board, purge_step=self.iteration) if self.writes else None
         except BaseException:
             self.lock.release()
             raise
-
-    def _claim(self, resume: bool, checkpoint: str | None, allow_changes: Sequence[str]) -> Start:
-        """Take the folder and decide how to begin there; what is refused leaves everything as it was."""
-        check = self.directory.check_there if resume else self.directory.check_place
-        check()
-        self.lock.take()
-        try:
-            if resume:
-                past = self.directory.past(checkpoint)
-                return resumption(self.recipe, past, allowed=allow_changes, processes=self.processes)
-            self.directory.check_free()
-        except BaseException:
-            self.lock.release()
-            raise
-        return Start()
-
-    def _open(self) -> None:
-        """Build everything, then put it and the folder to where the run begins."""
-        self.session: Session = build(self.recipe, engine=self.engine)
-        if self.start.resumed:
-            self._restore()
-        elif self.writes:
-            self.directory.start(self.recipe.to_yaml(), processes=self.processes)
-        self._events = self.start.events  # to be told with the first iteration
-        keep_text(self.session)
-        self.notices = notices(self.session)
-        self.engine.wait()
-        self._evaluated = self.directory.evaluated()
-        self.comparable_since = self.iteration if self.start.evaluates_anew else self.directory.comparable_since()
-        board = str(self.directory.root / "tensorboard")
-        self.board = SummaryWriter(board, purge_step=self.iteration) if self.writes else None
 
     @property
     def processes(self) -> int:
@@ -129,19 +127,6 @@ class Run:
     def iteration(self) -> int:
         """Iterations done so far."""
         return self.session.trainer.iteration
-
-    def _restore(self) -> None:
-        """Weights first: a checkpoint that does not fit must leave the folder as it is."""
-        chosen = self.start.checkpoint
-        if chosen is not None:
-            averages = bool(self.session.policy.ema)
-            self.session.trainer.restore(checkpoint.load(chosen, averages=averages))
-        self.engine.wait()
-        if self.writes:
-            if chosen is not None:
-                checkpoint.adopt(chosen, self.directory.checkpoints)
-            self.directory.rewind(self.iteration, evaluates_anew=self.start.evaluates_anew)
-            write_text(self.directory.recipe, self.recipe.to_yaml())  # some keys may have changed
 
     def __iter__(self) -> Iterator[TrainStep | Evaluated]:
         """Train to the recipe's last iteration, yielding each step and each evaluation as it is on disk.
@@ -220,12 +205,13 @@ class Run:
         """Checkpoint now."""
         state = self.session.trainer.state()
         if self.writes:
-            checkpoint.save(
+            save(
                 state,
                 self.directory.checkpoints,
                 keep=self.recipe.training.keep_checkpoints,
                 processes=self.processes,
                 recipe=self.recipe.model_dump(mode="json"),
+                inputs=self.start.inputs,
             )
 
     def _evaluate_if_due(self) -> Iterator[Evaluated]:

@@ -1,0 +1,114 @@
+"""Which checkpoints a folder holds, and what each knows beside its tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vipo.errors import UserError
+from vipo.files import remove
+from vipo.training.health import Record
+
+FORMAT = 3
+STATE = "state.json"  # there last, so what has it is complete
+_NAME = re.compile(r"step-\d{6,}")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a checkpoint knows beside tensors."""
+
+    iteration: int  # iterations done
+    gradient_norms: list[float]  # the guard's memory
+    health: Record
+    processes: int
+    recipe: Mapping[str, Any]  # empty if it was saved without one
+    inputs: Mapping[str, str]  # fingerprints of what the recipe names, by key
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoint to go on from, and those of more iterations in the same folder, newest first."""
+
+    path: Path
+    head: Head
+    later: tuple[Path, ...] = ()
+
+
+def name_of(iteration: int) -> str:
+    return f"step-{iteration:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, of fewest iterations first; copies under other names are none."""
+    found = [path.parent for path in folder.glob(f"step-*/{STATE}") if _is_one(path.parent)]
+    return sorted(found, key=_iteration)
+
+
+def choose(folder: Path, name: str | None = None) -> Saved | None:
+    """What to go on from; None: there is no checkpoint yet.
+
+    Args:
+        name: a folder's name under ``folder`` or a path to one; None takes the latest.
+
+    Raises:
+        UserError: there is no such checkpoint, or it cannot be read.
+    """
+    there = list_checkpoints(folder)
+    path = _named(folder, name, there) if name is not None else there[-1] if there else None
+    if path is None:
+        return None
+    head = read_head(path)
+    return Saved(path, head, tuple(other for other in reversed(there) if _iteration(other) > head.iteration))
+
+
+def read_head(checkpoint: Path) -> Head:
+    """What a checkpoint knows beside tensors.
+
+    Raises:
+        UserError: it is damaged or of another format.
+    """
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {str(checkpoint)!r} has format {state['format']}; this version reads {FORMAT}")
+        return Head(
+            iteration=int(state["iteration"]),
+            gradient_norms=[float(norm) for norm in state["gradient_norms"]],
+            health=Record(**state["health"]),
+            processes=int(state["processes"]),
+            recipe=dict(state["recipe"]),
+            inputs=dict(state["inputs"]),
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: {error}") from error
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove the oldest beyond ``keep``; None keeps all."""
+    for old in list_checkpoints(folder)[: -keep if keep else 0]:
+        remove(old)
+
+
+def _is_one(path: Path) -> bool:
+    """A folder of exactly the name that is written: ``step-`` and the number, six digits or more."""
+    return _NAME.fullmatch(path.name) is not None and path.name == name_of(_iteration(path))
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _named(folder: Path, name: str, there: list[Path]) -> Path:
+    for path in (folder / name, Path(name).expanduser()):
+        if (path / STATE).is_file():
+            return path
+    known = ", ".join(path.name for path in there)
+    raise UserError(
+        f"there is no checkpoint {name!r}; in {str(folder)!r} "
+        + (f"there are {known}" if known else "there is none yet")
+    )
