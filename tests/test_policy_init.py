@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from torch import Tensor
 import tiny
 from vipo.assemble import build_policy, open_model
 from vipo.errors import UserError
+from vipo.evaluation.records import BASE, POLICY
 from vipo.generators.flux import LORA_TARGETS, FluxGenerator
 from vipo.generators.lora import attach_lora
 from vipo.generators.lora_start import read_start
+from vipo.options import Solver
 from vipo.policy import Policy
 from vipo.recipe import parse_recipe
+from vipo.runs.run import Run
+from vipo.runs.target import Target, open_target
+from vipo.schema import JudgeSection
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = r".*\.(attn\.to_q|ff\.net\.2|proj_mlp)"
@@ -250,3 +256,74 @@ def test_it_can_be_planned(model_folder: Path, tmp_path: Path) -> None:
     held = sum(tensor.numel() for tensor in load_file(path / "adapter_model.safetensors").values())
     assert sum(p.numel() for p in drawn.policy.parameters.values()) == held
     assert sum(p.numel() for p in drawn.policy.base.values()) == held
+
+
+# --- a whole run --------------------------------------------------------------------------------------------------
+
+
+def run_all(raw: dict[str, Any], output: Path, **options: Any) -> None:
+    for _ in Run(parse_recipe(raw), output, **options):
+        pass
+
+
+def values(folder: Path) -> list[list[float]]:
+    return [next(iter(record["values"].values())) for record in tiny.lines(folder / "evaluations.jsonl")]
+
+
+@pytest.fixture
+def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
+    training = {"iterations": 2, "precision": "no", "checkpoint_every": 1, "keep_checkpoints": 9}
+    first = ours(model_folder, tmp_path / "first")
+    return tiny.recipe(
+        model_folder, tmp_path / "prompts.txt", training=training, evaluation__every=None, policy={"init": str(first)},
+        objective__kl_weight=0.1,
+    )  # fmt: skip
+
+
+def test_a_run_begins_with_it_measures_from_it_and_needs_it_no_more(
+    tmp_path: Path, raw: dict[str, Any], model_folder: Path
+) -> None:
+    """Gains are over the LoRA that it began with; once begun, the run has its own copy of it."""
+    run_all(raw, tmp_path / "straight")
+    first = tmp_path / "first"
+    plain = open_target(str(model_folder), height=tiny.HEIGHT, width=tiny.WIDTH, lora=first)
+    with_lora, without = (
+        Target(plain.generator, Solver(steps=3, shift=3.0), {}, 8.0, reference)
+        for reference in (None, plain.reference)
+    )
+    redness = {"redness": JudgeSection()}
+    prompts = open_target(str(tmp_path / "straight")).evaluation_prompts()
+
+    def scored(target: Target, model: str) -> list[float]:
+        done = target.with_rewards(redness).evaluate(
+            prompts, ["redness"], samples_per_prompt=len(values(tmp_path / "straight")[0]) // len(prompts), steps=None
+        )
+        return done.scores[model]["redness"].tolist()
+
+    untrained, trained = values(tmp_path / "straight")
+    assert untrained == pytest.approx(scored(with_lora, BASE), abs=1e-5)
+    assert untrained != pytest.approx(scored(without, BASE), abs=1e-4) and trained != untrained
+
+    run_all(raw, tmp_path / "again")
+    shutil.rmtree(first)
+    run_all(raw, tmp_path / "again", resume=True, checkpoint="step-000001")
+    for file in ("metrics.jsonl", "checkpoints/step-000002/policy.safetensors", f"export/{FILE}"):
+        assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+    evaluated = open_target(str(tmp_path / "again"))
+    assert scored(evaluated, BASE) == pytest.approx(untrained, abs=1e-6)
+    assert scored(evaluated, POLICY) == pytest.approx(trained, abs=1e-6)
+
+
+def test_a_run_goes_on_from_another_run(tmp_path: Path, raw: dict[str, Any]) -> None:
+    run_all(raw, tmp_path / "first-run")
+    raw["policy"] = {"init": str(tmp_path / "first-run"), "alpha": 8.0}
+    run_all(raw, tmp_path / "second-run")
+    assert values(tmp_path / "second-run")[0] == pytest.approx(values(tmp_path / "first-run")[-1], abs=1e-5)
+    assert [file.name for file in (tmp_path / "second-run" / "init").iterdir()] == [FILE]
+
+
+def test_what_is_refused_leaves_no_folder(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["policy"] = {"init": str(tmp_path / "first"), "rank": 7}
+    with pytest.raises(UserError, match=r"policy\.rank=7, but .* has rank 4"):
+        run_all(raw, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.yaml").exists() and not (tmp_path / "run" / "init").exists()

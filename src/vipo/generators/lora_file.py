@@ -38,6 +38,7 @@ READ = (
     " (base_model.model.NAME...), ComfyUI (diffusion_model.NAME...) and kohya (lora_unet_NAME...)"
 )
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT, in a folder
+SETTINGS = "adapter_config.json"  # PEFT's, beside the file
 HEADER = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file
 
 TENSOR = re.compile(
@@ -112,7 +113,7 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         RefusedLoraError: there is none, or a tensor of it is not understood.
     """
-    file = _file(path)
+    file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
@@ -124,7 +125,8 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(prefix, parse(tensors, prefix, config), config)
 
 
-def _file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file that ``path`` means: itself, or the one in a folder."""
     if not path.exists():
         raise RefusedLoraError("does not exist; give a .safetensors file or the folder that holds one")
     if path.is_file():
@@ -160,7 +162,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> str:
 
 def _config(file: Path, prefix: str, header: Mapping[str, str]) -> LoraConfig | None:
     """What PEFT trained with, where the file or its folder says so."""
-    beside = file.with_name("adapter_config.json")
+    beside = file.with_name(SETTINGS)
     try:
         if prefix == DIFFUSERS and HEADER in header:
             stored = json.loads(header[HEADER])
