@@ -98,7 +98,9 @@ def test_what_is_in_the_cache_is_found_part_by_part(cache: Path) -> None:
     assert pipeline_need(name, "generator").state == "missing"
     folder = keep(cache, name, "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json")
     index = {part: ["diffusers", "X"] for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "image_encoder": [None], **index}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "image_encoder": [None], **index})
+    )
     need = pipeline_need(name, "generator")
     assert (need.state, need.lacking) == ("in part", ("transformer/*", "vae/*", "text_encoder/*"))
     keep(cache, name, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")

@@ -97,7 +97,8 @@ def test_pefts_weights_arrive_bit_for_bit(
     path = of_peft(model_folder, tmp_path, use_rslora=rslora)
     held = load_file(path / "adapter_model.safetensors")
     found = {
-        f"base_model.model.{name.replace('.default', '')}": weight for name, weight in begin(model, path).state().items()
+        f"base_model.model.{name.replace('.default', '')}": weight
+        for name, weight in begin(model, path).state().items()
     }
     assert found.keys() == held.keys() and all(torch.equal(found[name], held[name]) for name in held)
 
@@ -129,7 +130,7 @@ def test_another_alpha_changes_the_pace_and_not_the_start(
 
 
 def test_the_reference_is_the_policy_at_its_start(model: FluxGenerator, model_folder: Path, tmp_path: Path) -> None:
-    """Not the network without the LoRA, and also where the average is another; without a copy it cannot be asked for."""
+    """Not the network without the LoRA; without a copy it cannot be asked for."""
     base, path = velocity(model), ours(model_folder, tmp_path)
     policy = begin(model, path, ema_decay=0.9)
     start = velocity(model)
@@ -288,8 +289,7 @@ def test_a_run_begins_with_it_measures_from_it_and_needs_it_no_more(
     first = tmp_path / "first"
     plain = open_target(str(model_folder), height=tiny.HEIGHT, width=tiny.WIDTH, lora=first)
     with_lora, without = (
-        Target(plain.generator, Solver(steps=3, shift=3.0), {}, 8.0, reference)
-        for reference in (None, plain.reference)
+        Target(plain.generator, Solver(steps=3, shift=3.0), {}, 8.0, reference) for reference in (None, plain.reference)
     )
     redness = {"redness": JudgeSection()}
     prompts = open_target(str(tmp_path / "straight")).evaluation_prompts()

@@ -172,9 +172,8 @@ def test_a_missing_file_is_named() -> None:
 
 def test_parquet_rows_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a cat"], "mood": [3]}), tmp_path / "p.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a cat"], "mood": [3]}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == [Prompt("a cat", 0, {"mood": 3})]
     with pytest.raises(UserError, match="cannot be read: "):
         read_prompts(write(tmp_path, "p.parquet", b"PAR1"))

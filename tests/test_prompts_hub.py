@@ -60,7 +60,7 @@ def test_vidprom_is_read_and_filtered(vidprom: Path) -> None:
     assert texts(f"{vidprom}?where=toxicity<0.2&where=threat>=1e-4") == ["zoomed out, sideview of an Grey Alien"]
     assert texts(f"{vidprom}?where=toxicity>0.2") == ["something rude"]
     assert len(texts(f"{vidprom}?limit=1")) == 1
-    with pytest.raises(UserError, match="entry 3 of .* has no text"):  # without a selection every row counts
+    with pytest.raises(UserError, match=r"entry 3 of .* has no text"):  # without a selection every row counts
         texts(vidprom)
 
 

@@ -107,3 +107,25 @@ def test_what_makes_no_sense_is_refused(raw: dict[str, Any]) -> None:
         parse_recipe(raw)
     with pytest.raises(UserError, match="schedule"):
         parse_recipe({**raw, "optimizer": {"learning_rate": 1e-2, "schedule": "step"}})
+
+
+def test_a_longer_run_is_told_where_it_moves_the_rate(tmp_path: Path, raw: dict[str, Any]) -> None:
+    """``training.iterations`` is free to change, but not where the learning rate comes down towards it."""
+    longer = {**raw["training"], "iterations": 5}
+    for name, optimizer, told in (
+        ("constant", {"learning_rate": 1e-2}, []),
+        (
+            "linear",
+            {"learning_rate": 1e-2, "schedule": "linear"},
+            ["resumed at iteration 4 with training.iterations 4 -> 5"],
+        ),
+    ):
+        run_all({**raw, "optimizer": optimizer}, tmp_path / name)
+        again = run_all({**raw, "optimizer": optimizer, "training": longer}, tmp_path / name, resume=True)
+        assert again[4]["events"] == told, name
+    assert again[4]["learning_rate"] == pytest.approx(1e-2 / 5)
+    changed = {"learning_rate": 1e-2, "warmup": 1}
+    again = run_all(
+        {**raw, "optimizer": changed, "training": {**longer, "iterations": 6}}, tmp_path / "constant", resume=True
+    )
+    assert again[5]["events"] == ["resumed at iteration 5 with optimizer.warmup 0 -> 1"]

@@ -33,9 +33,9 @@ CHECKED_AT_ONCE = 1 << 20  # elements
 class Policy:
     """The trainable weights of a network, its reference, and their moving average.
 
-    Build one with :meth:`lora`, :meth:`lora_from` or :meth:`full`, and call :meth:`begin` once the network is as it will be trained.
-    Trainable weights are float32 whatever the rest is. What goes in and out of a policy is whole, also where its
-    parameters are shards; every process then has to ask.
+    Build one with :meth:`lora`, :meth:`lora_from` or :meth:`full`, and call :meth:`begin` once the network is as it
+    will be trained. Trainable weights are float32 whatever the rest is. What goes in and out of a policy is whole, also
+    where its parameters are shards; every process then has to ask.
 
     The reference is the policy as it was before training. A new LoRA adds nothing yet, so it is the network without it;
     every other start is kept as a copy, unless it is never asked for (``keep_reference``).

@@ -20,7 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompts", help="A prompt file, set:NAME, embedded:NAME, hub:OWNER/NAME@COMMIT or a prompt; also several times."),
+    typer.Option(
+        "--prompts",
+        help="A prompt file, set:NAME, embedded:NAME, hub:OWNER/NAME@COMMIT or a prompt; also several times.",
+    ),
 ]
 Lora = Annotated[Path | None, typer.Option(help="A LoRA, .safetensors file or folder, as the policy of a plain model.")]
 SamplesPerPrompt = Annotated[int, typer.Option("--count", min=1, help="Pictures per prompt.")]

@@ -29,7 +29,7 @@ def looked_up(needs: Iterable[Need]) -> list[Need]:
 
 
 def _ask(need: Need) -> Need | None:
-    """What the hub says of a repository; None if nobody answers. One that there is not, or not for us, stays unknown."""
+    """What the hub says of a repository; None if nobody answers. Of one that is not for us nothing is known."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -87,7 +87,7 @@ def _gaps(folder: Path, part: str, weights: int | None) -> list[str]:
 def network_need(
     name: str, user: str, files: Sequence[str], *, size: int | None = None, licence: str | None = None
 ) -> Need:
-    """A frozen network or a tokenizer: ``files`` must be there, on the hub or in a folder; the first may be the path."""
+    """A frozen network or a tokenizer: ``files`` must be there, on the hub or in a folder, or ``name`` a file."""
     path = Path(name).expanduser()
     if is_path(name) or path.exists():
         lacking = () if path.is_file() else tuple(file for file in files if not (path / file).is_file())

@@ -82,11 +82,12 @@ def merged(needs: Iterable[Need]) -> list[Need]:
 
 
 def _both(first: Need, second: Need) -> Need:
-    worse = max(first.state, second.state, key=WORSE.index)
+    states = {first.state, second.state}
+    mixed = len(states) > 1 and "missing" in states
     return replace(
         first,
         used_by=tuple(dict.fromkeys((*first.used_by, *second.used_by))),
-        state=worse if first.state == second.state else ("in part" if "missing" in (first.state, second.state) else worse),
+        state="in part" if mixed else max(states, key=WORSE.index),
         lacking=tuple(dict.fromkeys((*first.lacking, *second.lacking))),
         files=tuple(dict.fromkeys((*first.files, *second.files))),
         place=first.place or second.place,

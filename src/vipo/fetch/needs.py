@@ -11,7 +11,7 @@ from typing import Any
 from vipo import backbones, rewards
 from vipo.errors import UserError
 from vipo.fetch.models import network_need, pipeline_need
-from vipo.fetch.need import Need, merged
+from vipo.fetch.need import Need, State, merged
 from vipo.options import NEEDS_MAPS
 from vipo.prompts.files import EMBEDDED, SHIPPED, prompt_file
 from vipo.prompts.hub import HUB, hub_source
@@ -23,12 +23,12 @@ from vipo.schema import JudgeSection, Recipe
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 # Which options of a reward say where each of its ``weights`` is, in their order.
 PLACES = ("pretrained", "tokenizer base clip")
-HPD = "prompts.file='hub:ymhao/HPDv2/train.json@COMMIT?column=prompt' (Apache-2.0), or the list in DanceGRPO's repository"
-VIDPROM = "prompts.file='hub:WenhaoWang/VidProM/VidProM_unique.csv@COMMIT?where=toxicity<0.2' (CC BY-NC 4.0)"
+HPD = "'hub:ymhao/HPDv2/train.json@COMMIT?column=prompt' (Apache-2.0), or the list in DanceGRPO's repository"
+VIDPROM = "'hub:WenhaoWang/VidProM/VidProM_unique.csv@COMMIT?where=toxicity<0.2' (CC BY-NC 4.0)"
 KNOWN_PROMPTS: Mapping[str, str] = {
-    "hpd-train.txt": f"published runs use {HPD}",
-    "hpd-benchmark": "HPD v2's benchmark, four .json lists of github.com/tgxs002/HPSv2, or evaluation.prompts=set:geneval",
-    "video-train.txt": f"published runs filter VidProM: {VIDPROM}, or DanceGRPO's assets/video_prompts.txt",
+    "hpd-train.txt": f"published runs use prompts.file={HPD}",
+    "hpd-benchmark": "HPD v2's benchmark, as its authors' package hpsv2 gives it, or evaluation.prompts=set:geneval",
+    "video-train.txt": f"published runs filter VidProM, prompts.file={VIDPROM}, or DanceGRPO's video_prompts.txt",
     "video-eval.txt": "a list of yours that is not trained on, or evaluation.prompts=set:vbench",
 }
 
@@ -82,10 +82,12 @@ def _reward(user: str, name: str, section: JudgeSection) -> Iterator[Need]:
     for option in entry.files:
         named = section.options.get(option)
         hint = f"{user} needs {entry.needs}: name the file in its options, {option}=FILE"
-        yield Need(option, "file", (user,), "missing", hint=hint) if named is None else _own_file(str(named), user, hint)
+        unnamed = Need(option, "file", (user,), "missing", hint=hint)
+        yield unnamed if named is None else _own_file(str(named), user, hint)
     for option in ("url", "base_url"):
         if option in section.options:
-            yield Need(str(section.options[option]), "service", (user,), "not checked", hint="must answer while it runs")
+            address = str(section.options[option])
+            yield Need(address, "service", (user,), "not checked", hint="must answer while it runs")
 
 
 def _by_repository(entry: rewards.RewardEntry) -> dict[str, list[str]]:
@@ -114,17 +116,16 @@ def _prompts(name: str, user: str) -> Need:
         return _own_file(source.repository, user, "a data set on disk")
     files = (source.file,) if source.file else ()
     lacking = () if source.is_here else (source.file or "its prompts",)
-    state = "missing" if lacking else "there"
+    state: State = "missing" if lacking else "there"
     hint = None if source.file or not lacking else "vipo fetch --download reads its prompts and keeps them"
     return Need(source.repository, "data set", (user,), state, None, lacking, files, source.commit, hint=hint)
 
 
 def _own_file(name: str, user: str, hint: str) -> Need:
     path = Path(name).expanduser()
-    there = path.exists()
-    return Need(
-        name, "file", (user,), "there" if there else "missing", str(path) if there else None, hint=None if there else hint
-    )
+    if path.exists():
+        return Need(name, "file", (user,), "there", str(path))
+    return Need(name, "file", (user,), "missing", hint=hint)
 
 
 def _bytes(size: str) -> int | None:

@@ -234,7 +234,8 @@ def lora_settings(ranks: Mapping[str, int], modules: Sequence[str]) -> dict[str,
     ends = {".".join(part[k:]) for part in parts for k in range(1, len(part))}
     whole = "|".join(map(re.escape, sorted(ranks)))
     patterns = {"rank_pattern": odd, "alpha_pattern": odd} if odd else {}
-    return {"r": usual, "lora_alpha": usual, "target_modules": whole if ends & ranks.keys() else sorted(ranks)} | patterns
+    targets = whole if ends & ranks.keys() else sorted(ranks)
+    return {"r": usual, "lora_alpha": usual, "target_modules": targets, **patterns}
 
 
 def shift_of(scheduler: Any, tokens: int, *, mu: float | None = None) -> float:

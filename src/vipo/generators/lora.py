@@ -171,9 +171,7 @@ def _converted(pipeline: Any, file: LoraFile) -> dict[str, Layer]:
         named = next(iter(file.layers))
         raise RefusedLoraError(f"names layers such as {named}, which diffusers does not convert for {family}; {READ}")
     arrived = {value for tensor in marked.values() for value in tensor.unique().tolist()}
-    if lost := [
-        name for name, mark in marks.items() if not {float(part.max()) for _, part in mark.halves} <= arrived
-    ]:
+    if lost := [name for name, mark in marks.items() if not {float(part.max()) for _, part in mark.halves} <= arrived]:
         raise RefusedLoraError(f"has {some(lost, 'layer')} that diffusers' conversion for {family} leaves out")
     return {name: replace(layer, scale=layer.scale * shared) for name, layer in parse(state, DIFFUSERS).items()}
 

@@ -115,8 +115,8 @@ def download(source: HubSource) -> Path:
 
     assert source.file is not None
     try:
-        options = {"repo_type": "dataset", "revision": source.commit}
-        return Path(hf_hub_download(source.repository, source.file, **options))
+        found = hf_hub_download(source.repository, source.file, repo_type="dataset", revision=source.commit)
+        return Path(found)
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise UserError(_unread(source, error)) from error
 
@@ -145,8 +145,10 @@ def rows(source: HubSource) -> Iterator[Row]:
 
 def _columns(stream: Any, select: Selection) -> Any:
     """Only the columns that are asked for, where they are known: pictures beside a prompt need not be decoded."""
-    wanted = {*select.keep, *(condition.column for condition in select.where), select.column}
-    if select.column is None or not wanted <= set(stream.column_names or ()):
+    if select.column is None:
+        return stream
+    wanted = {select.column, *select.keep, *(condition.column for condition in select.where)}
+    if not wanted <= set(stream.column_names or ()):
         return stream
     return stream.select_columns(sorted(wanted))
 
@@ -155,7 +157,7 @@ def kept_entries(source: HubSource, read: Callable[[Iterable[Row]], list[Entry]]
     """The prompts that ``read`` makes of the rows; of a pinned data set they are kept, and read once only."""
     if source.commit is None:
         return read(rows(source))
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # it is among its public names
 
     source.kept.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(source.kept.with_suffix(".lock")):  # processes that train together ask at the same time
@@ -169,6 +171,6 @@ def kept_entries(source: HubSource, read: Callable[[Iterable[Row]], list[Entry]]
 def _unread(source: HubSource, error: Exception) -> str:
     why = " ".join(str(error).split())[:300] or type(error).__name__
     return (
-        f"{source.name!r} cannot be read: {why}. `vipo fetch RECIPE --download` gets what a recipe needs, where there is"
-        " a network"
+        f"{source.name!r} cannot be read: {why}. `vipo fetch RECIPE --download` gets what a recipe needs, where there"
+        " is a network"
     )

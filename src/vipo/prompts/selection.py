@@ -72,9 +72,7 @@ def cell(row: Mapping[str, Any], column: str, source: str) -> Any:
     """
     if column not in row:
         names = [str(name) for name in row]
-        raise UserError(
-            f"{source} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}"
-        )
+        raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}.{did_you_mean(column, names)}")
     return row[column]
 
 
@@ -112,7 +110,7 @@ def selection(name: str, asked: Mapping[str, list[str]]) -> Selection:
         column=asked.get("column", [None])[0],
         where=tuple(_condition(name, text) for text in asked.get("where", [])),
         keep=tuple(part for part in asked.get("keep", [""])[0].split(",") if part),
-        limit=limit and int(limit),
+        limit=None if limit is None else int(limit),
     )
 
 

@@ -1,6 +1,6 @@
 """The learning rate of an iteration: a function of its number, so that a run that goes on needs no state of it.
 
-With W = ``warmup``, T iterations and the share s = (i - W) / (T - W) of them after the warm-up that iteration i begins at:
+With W = ``warmup``, T iterations, and s = (i - W) / (T - W), the share of those after the warm-up that were before i:
 
     warm-up      (i + 1) / (W + 1)                             i < W
     constant     1
