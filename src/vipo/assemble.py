@@ -19,7 +19,6 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators import attention
 from vipo.generators.folder import pipeline_class
-from vipo.generators.lora_start import read_start
 from vipo.options import NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
@@ -173,6 +172,8 @@ def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) 
 
 def _policy_from(init: str, section: PolicySection, generator: Generator, keep_reference: bool) -> Policy:
     """A LoRA that exists already; also in a plan, whose networks have no storage, its file is read."""
+    from vipo.generators.lora_start import read_start  # PEFT takes seconds
+
     targets = None if section.targets is None else generator.lora_targets.get(section.targets, section.targets)
     with torch.device("cpu"):
         layers = read_start(generator, init, rank=section.rank, targets=targets)

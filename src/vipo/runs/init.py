@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 
 from vipo.files import remove, written_whole
-from vipo.generators.lora_file import SETTINGS, weights_file
-from vipo.generators.lora_start import lora_place
 from vipo.schema import Recipe
 
 INIT = "init"
@@ -27,6 +25,9 @@ def keep_init(recipe: Recipe, root: Path, *, anew: bool) -> None:
         remove(kept)
     if named is None or kept.is_dir():
         return
+    from vipo.generators.lora_file import SETTINGS, weights_file  # PEFT takes seconds
+    from vipo.generators.lora_start import lora_place
+
     file = weights_file(lora_place(named))
     with written_whole(kept) as aside:
         aside.mkdir()
