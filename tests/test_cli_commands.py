@@ -16,6 +16,7 @@ COMMANDS = [
     "sample",
     "maps",
     "plan",
+    "fetch",
     "evaluate",
     "vbench",
     "serve-reward",
@@ -29,6 +30,7 @@ HEAVY = {"torch", "transformers", "diffusers", "accelerate", "peft", "tensorboar
 CALL = "from vipo.cli import main; main()"
 SLIP = "traning.iterations=3"
 LIGHT = ["--help", "--version", f"train quickstart {SLIP}", f"plan quickstart {SLIP}", "maps --help", "list planets"]
+LIGHT += ["fetch flux1-dev-vipo-hpsv2 --offline", "fetch wan2.1-14b-vipo-videoalign --offline"]
 LIGHT += [f"list {kind}" for kind in CATALOGUES]
 
 

@@ -218,3 +218,14 @@ def test_a_full_disk_is_one_sentence_and_what_is_there_goes_on(
     kept = [name for name in contents(tmp_path / "calm") if name.endswith(("s.jsonl", ".safetensors", "yaml"))]
     ours, calm = contents(folder), contents(tmp_path / "calm")
     assert kept and all(ours[name] == calm[name] for name in kept)
+
+
+def test_a_selection_of_a_file_has_that_files_fingerprint(tmp_path: Path, model_folder: Path) -> None:
+    """Also where a question mark follows its name, or it is a folder that ``datasets`` reads."""
+    (tmp_path / "list.csv").write_text("prompt,mood\na cat,1\n")
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", prompts__file=f"{tmp_path / 'list.csv'}?where=mood<2")
+    raw["evaluation"] = {**raw["evaluation"], "prompts": f"hub:{tmp_path}?split=train"}
+    first = fingerprints(parse_recipe(raw))
+    (tmp_path / "list.csv").write_text("prompt,mood\na dog,1\n")
+    second = fingerprints(parse_recipe(raw))
+    assert {key for key in first if first[key] != second[key]} == {"prompts.file", "evaluation.prompts"}

@@ -22,10 +22,10 @@ from vipo.generators.folder import pipeline_class
 from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
-from vipo.prompts.files import EMBEDDED, prompt_file, read_prompts
+from vipo.prompts.files import EMBEDDED, named_prompts
 from vipo.prompts.sampler import PromptSampler
 from vipo.rewards.suite import RewardSuite
-from vipo.schema import GeneratorSection, JudgeSection, Recipe, RewardSection, StructuringSection
+from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
 from vipo.structuring import sources
 from vipo.training.health import Health
 from vipo.training.trainer import Trainer
@@ -158,6 +158,9 @@ def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) 
     if section.kind == "full":
         return Policy.full(generator.network, ema_decay=section.ema_decay, keep_reference=keep_reference)
     named = generator.lora_targets
+    if section.init is not None:
+        return _policy_from(section.init, section, generator, keep_reference)
+    assert section.rank is not None and section.targets is not None  # the schema fills them in
     return Policy.lora(
         generator.network,
         rank=section.rank,
@@ -165,6 +168,18 @@ def build_policy(recipe: Recipe, generator: Generator, *, keep_reference: bool) 
         targets=named.get(section.targets, section.targets),
         seed=recipe.seed,
         ema_decay=section.ema_decay,
+    )
+
+
+def _policy_from(init: str, section: PolicySection, generator: Generator, keep_reference: bool) -> Policy:
+    """A LoRA that exists already; also in a plan, whose networks have no storage, its file is read."""
+    from vipo.generators.lora_start import read_start  # PEFT takes seconds
+
+    targets = None if section.targets is None else generator.lora_targets.get(section.targets, section.targets)
+    with torch.device("cpu"):
+        layers = read_start(generator, init, rank=section.rank, targets=targets)
+    return Policy.lora_from(
+        generator.network, layers, alpha=section.alpha, ema_decay=section.ema_decay, keep_reference=keep_reference
     )
 
 
@@ -295,8 +310,8 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     """
     engine = engine or engine_of(recipe)
     _check_sharded(recipe, engine)
-    training_prompts = read_prompts(prompt_file(recipe.prompts.file))
-    evaluation_prompts = read_prompts(prompt_file(recipe.evaluation.prompts))[: recipe.evaluation.limit]
+    training_prompts = named_prompts(recipe.prompts.file)
+    evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
     training, fps = recipe.training, recipe.generator.fps
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
@@ -323,6 +338,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         replay_batch_size=training.replay_batch_size,
         prompts_at_once=training.prompts_at_once,
         keep_per_group=training.keep_per_group,
+        iterations=training.iterations,
         attention=recipe.generator.attention,
         health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator)),
     )

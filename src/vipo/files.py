@@ -151,3 +151,9 @@ def complete_lines(path: Path, errors: str = "strict") -> list[str]:
 def is_unicode(text: str) -> bool:
     """Whether a text can be written: JSON and a command line can bring half of a character, a lone surrogate."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def is_path(pretrained: str | Path) -> bool:
+    """Whether a place on this machine is meant, there or not; "owner/name" is a hub id."""
+    name = str(pretrained)
+    return isinstance(pretrained, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1

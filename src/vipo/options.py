@@ -21,6 +21,7 @@ LossKind = Literal["clipped", "guard", "matching"]
 Ratio = Literal["local", "detached"]
 StepWeight = Literal["equal", "noise_level", "gradient"]
 Aggregation = Literal["variance", "average", "first"]
+RateSchedule = Literal["constant", "cosine", "linear"]
 Normalization = Literal["unit_mean", "minmax"]
 Orientation = Literal["background", "border_distance", "border", "skewness", "energy", "release"]
 Scope = Literal["frame", "clip"]
@@ -197,3 +198,17 @@ class OptimizerOptions(Options):
     kind: Annotated[
         OptimizerKind, said("adamw, or adamw8bit: moments in 8 bits (bitsandbytes), of weights of 4096 numbers or more")
     ] = "adamw"
+    schedule: Annotated[
+        RateSchedule, said("of the learning rate over training.iterations: constant, cosine or linear")
+    ] = "constant"
+    warmup: Annotated[int, Field(ge=0, lt=2**31), said("first iterations, in which the learning rate rises")] = 0
+    final: Annotated[
+        float, Field(ge=0, le=1), said("share of the learning rate that cosine or linear comes down to")
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.final and self.schedule == "constant":
+            raise ValueError(
+                f"final={self.final:g} is what schedule=cosine or linear comes down to; with schedule=constant leave it"
+                " out"
+            )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,40 @@ from vipo.sharding import is_sharded, local, settle, spread_like, whole
 from vipo.types import Generator
 
 if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from vipo.generators.lora_file import Layer
+
+ADAPTER = "default"
 CHECKED_AT_ONCE = 1 << 20  # elements
 
 
 class Policy:
     """The trainable weights of a network, its reference, and their moving average.
 
-    Build one with :meth:`lora` or :meth:`full`, and call :meth:`begin` once the network is as it will be trained.
-    Trainable weights are float32 whatever the rest is. What goes in and out of a policy is whole, also where its
-    parameters are shards; every process then has to ask.
+    Build one with :meth:`lora`, :meth:`lora_from` or :meth:`full`, and call :meth:`begin` once the network is as it
+    will be trained. Trainable weights are float32 whatever the rest is. What goes in and out of a policy is whole, also
+    where its parameters are shards; every process then has to ask.
+
+    The reference is the policy as it was before training. A new LoRA adds nothing yet, so it is the network without it;
+    every other start is kept as a copy, unless it is never asked for (``keep_reference``).
     """
 
     def __init__(
-        self, network: nn.Module, *, is_lora: bool, ema_decay: float | None = None, keep_reference: bool = True
+        self,
+        network: nn.Module,
+        *,
+        is_lora: bool,
+        is_new: bool = True,
+        ema_decay: float | None = None,
+        keep_reference: bool = True,
     ) -> None:
         self.network = network
         self.is_lora = is_lora
         self.ema_decay = ema_decay
-        self.keep_reference = keep_reference and not is_lora
+        self.starts_without = is_lora and is_new
+        self.keep_reference = keep_reference and not self.starts_without
         self.ema: dict[str, Tensor] = {}
         self.base: dict[str, Tensor] = {}
         for parameter in network.parameters():
@@ -56,7 +70,7 @@ class Policy:
         Raises:
             UserError: no linear layer matches, or ``targets`` is no regular expression.
         """
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
 
         try:
             wanted = re.compile(targets)
@@ -70,17 +84,39 @@ class Policy:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), network)
+            _inject(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen))
             if any(linear[name].weight.dtype is torch.float8_e4m3fn for name in chosen):
-                for layer in _adapters(network):  # PEFT has rounded what it drew to the base's dtype, here to 3 bits
+                for layer in _adapters(network).values():  # PEFT has rounded what it drew, to 3 bits
                     layer.lora_A.float()
                     layer.lora_B.float()
-                    layer.reset_lora_parameters("default", True)
-        if all(linear[name].weight.dtype == torch.float32 for name in chosen):  # others may be kept in float32
-            # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
-            for layer in _adapters(network):
-                layer.cast_input_dtype_enabled = False
+                    layer.reset_lora_parameters(ADAPTER, True)
         return cls(network, is_lora=True, ema_decay=ema_decay)
+
+    @classmethod
+    def lora_from(
+        cls,
+        network: nn.Module,
+        layers: Mapping[str, Layer],
+        *,
+        alpha: float | None = None,
+        ema_decay: float | None = None,
+        keep_reference: bool = True,
+    ) -> Policy:
+        """A LoRA that exists already, to be trained on.
+
+        Args:
+            layers: by the network's names for them; each keeps its rank.
+            alpha: None leaves each layer its own. Another one changes how fast the layers learn and not what they add:
+                B is scaled so that alpha / rank * B A stays the same.
+        """
+        from peft import LoraConfig
+
+        ranks = {f"^{re.escape(name)}": layer.rank for name, layer in layers.items()}
+        names = "|".join(re.escape(name) for name in layers)  # whole names: in a list, ends of names count too
+        _inject(network, LoraConfig(r=1, lora_alpha=1, rank_pattern=ranks, target_modules=names))
+        for name, adapter in _adapters(network).items():
+            _fill(adapter, layers[name], layers[name].scale if alpha is None else alpha / layers[name].rank)
+        return cls(network, is_lora=True, is_new=False, ema_decay=ema_decay, keep_reference=keep_reference)
 
     @classmethod
     def full(cls, network: nn.Module, *, ema_decay: float | None = None, keep_reference: bool = True) -> Policy:
@@ -107,15 +143,15 @@ class Policy:
         """Inside, the network is what it was before post-training.
 
         Raises:
-            ValueError: full weights whose start was not kept.
+            ValueError: weights whose start was not kept.
         """
-        if not self.is_lora:
+        if not self.starts_without:
             if not self.base:
-                raise ValueError("no copy of the untrained weights was kept: keep_reference=True and begin() keep one")
+                raise ValueError("no copy of the first weights was kept: keep_reference=True and begin() keep one")
             with self._swapped(self.base):
                 yield
             return
-        layers = _adapters(self.network)
+        layers = _adapters(self.network).values()
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -223,9 +259,9 @@ class Policy:
         """LoRA layers with alpha / rank folded into B, because a loader that is told no alpha takes a scale of 1."""
         from peft import get_peft_model_state_dict
 
-        scale = next(layer.scaling["default"] for layer in _adapters(self.network))
+        scales = {f"{name}.lora_B.weight": layer.scaling[ADAPTER] for name, layer in _adapters(self.network).items()}
         layers = {name: whole(value) for name, value in get_peft_model_state_dict(self.network).items()}
-        return {name: value * scale if "lora_B" in name else value for name, value in layers.items()}
+        return {name: value * scales.get(name, 1.0) for name, value in layers.items()}
 
 
 def _checksums(values: Tensor) -> Tensor:
@@ -235,7 +271,30 @@ def _checksums(values: Tensor) -> Tensor:
     return torch.stack([(part * odd[: len(part)]).sum() for part in parts])
 
 
-def _adapters(network: nn.Module) -> list[BaseTunerLayer]:
+def _inject(network: nn.Module, config: LoraConfig) -> None:
+    """Put adapters into the network, in float32 like what they are trained in."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, network)
+    adapters = _adapters(network).values()
+    if all(layer.get_base_layer().weight.dtype == torch.float32 for layer in adapters):  # others may be kept in float32
+        # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
+        for layer in adapters:
+            layer.cast_input_dtype_enabled = False
+
+
+@torch.no_grad()
+def _fill(adapter: Any, layer: Layer, scale: float) -> None:
+    """Give an adapter a layer's weights, and another scale than the layer's only with another B."""
+    adapter.scaling[ADAPTER] = scale
+    up = layer.up if scale == layer.scale else layer.up.float() * (layer.scale / scale)
+    for half, value in ((adapter.lora_A, layer.down), (adapter.lora_B, up)):
+        weight = half[ADAPTER].weight
+        weight.data = weight.data.float().copy_(value.reshape(weight.shape))
+
+
+def _adapters(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that carry a LoRA, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vipo.errors import UserError
-from vipo.files import lines
+from vipo.files import is_path, lines
 
 PROBED = 64  # elements of each tensor that a fingerprint looks at
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,12 +54,6 @@ def folder_or_id(user: str, pretrained: str | Path) -> str:
     if is_path(pretrained) and not folder.is_dir():
         raise UserError(not_found(user, pretrained, "such folder", FileNotFoundError("it does not exist")))
     return str(folder if folder.is_dir() else pretrained)
-
-
-def is_path(pretrained: str | Path) -> bool:
-    """Whether a place on this machine is meant, there or not; "owner/name" is a hub id."""
-    name = str(pretrained)
-    return isinstance(pretrained, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def not_found(

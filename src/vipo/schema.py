@@ -37,6 +37,7 @@ SHOWN_CHARACTERS = 60  # of a wrong value, in an error
 LONGEST_NAME = 200  # bytes of a run's name; file systems allow 255, and a temporary name is longer
 MAX_SIDE = 16_384  # pixels
 MAX_FPS = 240.0
+USUAL_RANK, USUAL_TARGETS = 8, "blocks"  # of a new LoRA
 ONE_DAY = 86_400.0  # seconds
 
 
@@ -83,7 +84,9 @@ class GeneratorSection(Section):
 
 
 class PromptsSection(Section):
-    file: str = Field(description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME or embedded:NAME")
+    file: str = Field(
+        description=".txt, .jsonl, .json, .csv, .tsv or .parquet file, set:NAME, embedded:NAME or hub:OWNER/NAME@COMMIT"
+    )
     per_iteration: Count = Field(description="prompts, and so groups, per iteration over all processes")
     group_size: int = Field(ge=2, lt=2**31, description="pictures per prompt")
 
@@ -173,12 +176,37 @@ class StructuringSection(MapOptions):
 
 class PolicySection(Section):
     kind: Literal["lora", "full"] = Field("lora", description="what is trained")
-    rank: Count = Field(8, description="of the LoRA")
-    alpha: PositiveFloat | None = Field(None, description="of the LoRA; null means the rank, which scales by 1")
-    targets: Expression = Field(
-        "blocks", description="a named choice of the generator or a regular expression over layers"
+    init: str | None = Field(
+        None, description="go on with this LoRA: a file, a folder (diffusers', PEFT's or an export) or a run"
+    )
+    rank: Count | None = Field(None, description=f"of the LoRA; null means {USUAL_RANK}, or that of policy.init")
+    alpha: PositiveFloat | None = Field(
+        None, description="of the LoRA; null means the rank, which scales by 1, or that of policy.init"
+    )
+    targets: Expression | None = Field(
+        None,
+        description="a named choice of the generator or a regular expression over layers; null means"
+        f" {USUAL_TARGETS}, or the layers of policy.init",
     )
     ema_decay: float | None = Field(None, ge=0, lt=1, description="moving average used for evaluation and export")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, given: Any) -> Any:
+        """What is left out is said by the LoRA that the policy begins with; without one it is the usual."""
+        if not isinstance(given, dict) or given.get("init") is not None:
+            return given
+        usual = {"rank": USUAL_RANK, "targets": USUAL_TARGETS}
+        return {**given, **{key: value for key, value in usual.items() if given.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _init_is_a_lora(self) -> Self:
+        if self.kind == "full" and self.init is not None:
+            raise ValueError(
+                f"init={self.init} goes with kind=lora; to go on with full weights give the exported folder as"
+                " generator.path"
+            )
+        return self
 
 
 class TrainingSection(Section):
@@ -307,6 +335,11 @@ class Recipe(Section):
             raise ValueError(
                 f"training.keep_per_group={kept} must be even, half best and half worst, and at most"
                 f" prompts.group_size={self.prompts.group_size}"
+            )
+        if self.optimizer.warmup >= self.training.iterations:
+            raise ValueError(
+                f"optimizer.warmup={self.optimizer.warmup} leaves no iteration at the full learning rate; it must be"
+                f" less than training.iterations={self.training.iterations}"
             )
         samples = self.prompts.per_iteration * kept
         if self.optimizer.per_iteration > samples:

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackboneEntry(registry.Entry):
-    """A backbone and what a list shows of it. ``weights`` says where the weights come from."""
+    """A backbone and what a list shows of it.
+
+    Args:
+        weights: where they come from, for people.
+        model: the hub id that its option ``pretrained`` is by default; None where nothing is downloaded.
+    """
 
     weights: str
     licence: str = "Apache-2.0"
+    model: str | None = None
 
 
 BACKBONES: dict[str, BackboneEntry] = {
@@ -29,12 +35,23 @@ BACKBONES: dict[str, BackboneEntry] = {
         "installed with vipo",
     ),
     "dinov2": BackboneEntry(
-        "vipo.backbones.dinov2:DinoV2", "DINOv2 ViT, with or without registers; stride 14", "hub id or folder"
+        "vipo.backbones.dinov2:DinoV2",
+        "DINOv2 ViT, with or without registers; stride 14",
+        "hub id or folder",
+        model="facebook/dinov2-base",
     ),
     "resnet": BackboneEntry(
-        "vipo.backbones.resnet:ResNet", "ResNet-50 and its family; stride 16 or 32", "hub id or folder"
+        "vipo.backbones.resnet:ResNet",
+        "ResNet-50 and its family; stride 16 or 32",
+        "hub id or folder",
+        model="microsoft/resnet-50",
     ),
-    "sam": BackboneEntry("vipo.backbones.sam:Sam", "Segment Anything's image encoder; stride 16", "hub id or folder"),
+    "sam": BackboneEntry(
+        "vipo.backbones.sam:Sam",
+        "Segment Anything's image encoder; stride 16",
+        "hub id or folder",
+        model="facebook/sam-vit-base",
+    ),
 }
 
 

@@ -20,7 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompts", help="A prompt file, set:NAME, embedded:NAME or a prompt; may be given several times."),
+    typer.Option(
+        "--prompts",
+        help="A prompt file, set:NAME, embedded:NAME, hub:OWNER/NAME@COMMIT or a prompt; also several times.",
+    ),
 ]
 Lora = Annotated[Path | None, typer.Option(help="A LoRA, .safetensors file or folder, as the policy of a plain model.")]
 SamplesPerPrompt = Annotated[int, typer.Option("--count", min=1, help="Pictures per prompt.")]
@@ -41,13 +44,12 @@ Frames = Annotated[int | None, typer.Option(help="Of a plain video model's clips
 def read_texts(prompts: Sequence[str]) -> list[Prompt]:
     """Each argument is a prompt file if it looks like one, else a prompt."""
     from vipo.files import is_unicode
-    from vipo.prompts.files import EMBEDDED, names_prompts, prompt_file, read_prompts
+    from vipo.prompts.files import named_prompts, names_prompts
     from vipo.types import Prompt
 
     found: list[Prompt] = []
     for entry in prompts:
         if not is_unicode(entry):
             raise UserError(f"--prompts {entry!r} is not UTF-8; write it again")
-        is_file = entry.startswith(EMBEDDED) or names_prompts(entry)
-        found += read_prompts(prompt_file(entry)) if is_file else [Prompt(entry)]
+        found += named_prompts(entry) if names_prompts(entry) else [Prompt(entry)]
     return found

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vipo.cli import evaluate, export, listing, maps, plan, report, rewards, sample, train
+from vipo.cli import evaluate, export, fetch, listing, maps, plan, report, rewards, sample, train
 from vipo.cli.consoles import errors
 from vipo.errors import RunFailed, UserError
 
@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "sample": sample.sample,
     "maps": maps.maps,
     "plan": plan.plan,
+    "fetch": fetch.fetch,
     "evaluate": evaluate.evaluate,
     "vbench": evaluate.vbench,
     "serve-reward": rewards.serve_reward,

@@ -7,7 +7,9 @@ after the other (arXiv 2207.12598); a family that blends otherwise overrides :me
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -220,8 +222,7 @@ class DiffusersGenerator(ABC):
         """
         saver: Any = self.pipeline_class
         ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in layers.items() if "lora_A" in name}
-        rank = next(iter(ranks.values()))  # of all of them; alpha is the rank because B is scaled already
-        settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)}
+        settings = lora_settings(ranks, [name for name, _ in self.pipeline.transformer.named_modules()])
         saver.save_lora_weights(
             str(folder), transformer_lora_layers=dict(layers), transformer_lora_adapter_metadata=settings
         )
@@ -238,6 +239,21 @@ class DiffusersGenerator(ABC):
         finally:
             del network.state_dict
         usual_permissions(folder.rglob("*.safetensors"))
+
+
+def lora_settings(ranks: Mapping[str, int], modules: Sequence[str]) -> dict[str, Any]:
+    """PEFT's settings for the layers of a LoRA and no others; alpha is the rank because B is scaled already.
+
+    PEFT takes a name in a list for the end of one too, and an expression whole.
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    odd = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != usual}
+    parts = (name.split(".") for name in modules if name not in ranks)
+    ends = {".".join(part[k:]) for part in parts for k in range(1, len(part))}
+    whole = "|".join(map(re.escape, sorted(ranks)))
+    patterns = {"rank_pattern": odd, "alpha_pattern": odd} if odd else {}
+    targets = whole if ends & ranks.keys() else sorted(ranks)
+    return {"r": usual, "lora_alpha": usual, "target_modules": targets, **patterns}
 
 
 def shift_of(scheduler: Any, tokens: int, *, mu: float | None = None) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vipo.errors import UserError
-from vipo.pretrained import is_path
+from vipo.files import is_path
 
 ACCEPTED = "a folder or hub id with model_index.json, as diffusers' save_pretrained writes it, or embedded:NAME"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,8 @@ def attach_lora(pipeline: Any, path: Path) -> None:
             is as it was.
     """
     network = pipeline.transformer
-    try:
-        layers = layers_for(pipeline, read_lora(path))
-    except RefusedLoraError as reason:
-        raise UserError(f"LoRA {str(path)!r} {reason}") from reason
-    state = {f"{name}.{half}.weight": part for name, layer in layers.items() for half, part in _halves(layer)}
+    layers = fitting_layers(pipeline, path)
+    state = {f"{name}.{half}.weight": part for name, layer in layers.items() for half, part in layer.halves}
     network.load_lora_adapter(dict(state), prefix=None, adapter_name=ADAPTER)
     loaded = dict(_loaded(network))
     strange = [
@@ -67,6 +65,18 @@ def attach_lora(pipeline: Any, path: Path) -> None:
         raise UserError(
             f"LoRA {str(path)!r} did not arrive in the network as it is in the file: {some(sorted(strange))}"
         )
+
+
+def fitting_layers(pipeline: Any, path: Path) -> Mapping[str, Layer]:
+    """The layers of the LoRA in ``path`` by diffusers' names for them, each of which is one of the transformer's.
+
+    Raises:
+        UserError: there is none, or it is not wholly one of this model.
+    """
+    try:
+        return layers_for(pipeline, read_lora(path))
+    except RefusedLoraError as reason:
+        raise UserError(f"LoRA {str(path)!r} {reason}") from reason
 
 
 def layers_for(pipeline: Any, file: LoraFile) -> Mapping[str, Layer]:
@@ -142,10 +152,16 @@ def _blocks(names: Mapping[str, Any]) -> dict[str, set[int]]:
 
 
 def _converted(pipeline: Any, file: LoraFile) -> dict[str, Layer]:
-    """Layers under their authors' names, by diffusers' own conversion for this family."""
+    """Layers under their authors' names, by diffusers' own conversion for this family.
+
+    A scale that they all share stays beside them; others go into the tensors, because layers may be split and joined.
+    """
     family = type(pipeline).__name__
+    scales = {layer.scale for layer in file.layers.values()}
+    shared = (scales.pop() if len(scales) == 1 else 0) or 1.0
+    given = {name: replace(layer, scale=layer.scale / shared) for name, layer in file.layers.items()}
     try:
-        state = type(pipeline).lora_state_dict(_spelled(file.layers, file.prefix))
+        state = type(pipeline).lora_state_dict(_spelled(given, file.prefix))
         marks = {
             name: Layer(_filled(layer.down, 2 * k + 1), _filled(layer.up, 2 * k + 2))
             for k, (name, layer) in enumerate(file.layers.items())
@@ -159,15 +175,9 @@ def _converted(pipeline: Any, file: LoraFile) -> dict[str, Layer]:
         named = next(iter(file.layers))
         raise RefusedLoraError(f"names layers such as {named}, which diffusers does not convert for {family}; {READ}")
     arrived = {value for tensor in marked.values() for value in tensor.unique().tolist()}
-    if lost := [
-        name for name, mark in marks.items() if not {float(part.max()) for _, part in _halves(mark)} <= arrived
-    ]:
+    if lost := [name for name, mark in marks.items() if not {float(part.max()) for _, part in mark.halves} <= arrived]:
         raise RefusedLoraError(f"has {some(lost, 'layer')} that diffusers' conversion for {family} leaves out")
-    return parse(state, DIFFUSERS)
-
-
-def _halves(layer: Layer) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    return ("lora_A", layer.down), ("lora_B", layer.up)
+    return {name: replace(layer, scale=layer.scale * shared) for name, layer in parse(state, DIFFUSERS).items()}
 
 
 def _filled(like: Tensor, value: int) -> Tensor:
@@ -178,15 +188,15 @@ def _filled(like: Tensor, value: int) -> Tensor:
 def _spelled(layers: Mapping[str, Layer], prefix: str) -> dict[str, Tensor]:
     """Tensors named so that diffusers recognises the layout."""
     if prefix == KOHYA:
-        ranks = {f"{prefix}{name}.alpha": torch.tensor(float(len(layer.down))) for name, layer in layers.items()}
-        parts = {"lora_down": "down", "lora_up": "up"}
+        ranks = {f"{prefix}{name}.alpha": torch.tensor(float(layer.rank)) for name, layer in layers.items()}
+        parts = {"lora_A": "lora_down", "lora_B": "lora_up"}
         return {
-            f"{prefix}{name}.{key}.weight": getattr(layer, part)
+            f"{prefix}{name}.{parts[half]}.weight": part
             for name, layer in layers.items()
-            for key, part in parts.items()
+            for half, part in layer.halves
         } | ranks
     start = COMFY if prefix == PEFT else prefix  # beneath PEFT's wrapper the names are the same
-    return {f"{start}{name}.{half}.weight": part for name, layer in layers.items() for half, part in _halves(layer)}
+    return {f"{start}{name}.{half}.weight": part for name, layer in layers.items() for half, part in layer.halves}
 
 
 def _loaded(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """What is in a LoRA file: its layers under the file's own names, and the settings it was trained with.
 
 A LoRA adds scale * B A to the weights of some layers (arXiv 2106.09685). A is ``down``, (r, in), B is ``up``, (out, r);
-the scale is alpha / r, or alpha / sqrt(r) with PEFT's ``use_rslora``, and is folded into ``up`` here.
+the scale is alpha / r, or alpha / sqrt(r) with PEFT's ``use_rslora``.
 
 Layouts are told apart by how the names of the tensors begin:
 
@@ -38,6 +38,7 @@ READ = (
     " (base_model.model.NAME...), ComfyUI (diffusion_model.NAME...) and kohya (lora_unet_NAME...)"
 )
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT, in a folder
+SETTINGS = "adapter_config.json"  # PEFT's, beside the file
 HEADER = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file
 
 TENSOR = re.compile(
@@ -74,10 +75,21 @@ class RefusedLoraError(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """What is added to one layer's weight: ``up`` @ ``down``."""
+    """What is added to one layer's weight: ``scale`` * ``up`` @ ``down``."""
 
     down: Tensor
     up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def halves(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        """Both by PEFT's names for them, to be taken with a scale of 1."""
+        up = self.up if self.scale == 1 else (self.up.float() * self.scale).to(self.up.dtype)
+        return ("lora_A", self.down), ("lora_B", up)
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         RefusedLoraError: there is none, or a tensor of it is not understood.
     """
-    file = _file(path)
+    file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
@@ -113,7 +125,8 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(prefix, parse(tensors, prefix, config), config)
 
 
-def _file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file that ``path`` means: itself, or the one in a folder."""
     if not path.exists():
         raise RefusedLoraError("does not exist; give a .safetensors file or the folder that holds one")
     if path.is_file():
@@ -149,7 +162,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> str:
 
 def _config(file: Path, prefix: str, header: Mapping[str, str]) -> LoraConfig | None:
     """What PEFT trained with, where the file or its folder says so."""
-    beside = file.with_name("adapter_config.json")
+    beside = file.with_name(SETTINGS)
     try:
         if prefix == DIFFUSERS and HEADER in header:
             stored = json.loads(header[HEADER])
@@ -202,14 +215,13 @@ def parse(tensors: Mapping[str, Tensor], prefix: str, config: LoraConfig | None 
         raise RefusedLoraError(f"has A without B, B without A or alpha without both for {some(alone, 'layer')}")
     if alpha and config:
         raise RefusedLoraError("says its alpha twice, beside its layers and in its settings; remove one of them")
-    return {name: _scaled(name, down[name], up[name], alpha.get(name), config) for name in down}
+    return {name: _layer(name, down[name], up[name], alpha.get(name), config) for name in down}
 
 
-def _scaled(name: str, down: Tensor, up: Tensor, alpha: float | None, config: LoraConfig | None) -> Layer:
+def _layer(name: str, down: Tensor, up: Tensor, alpha: float | None, config: LoraConfig | None) -> Layer:
     if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1]:
         raise RefusedLoraError(f"has no common rank in {name}: A is {tuple(down.shape)}, B is {tuple(up.shape)}")
-    scale = _scale(name, len(down), alpha, config)
-    return Layer(down, up if scale == 1 else (up.float() * scale).to(up.dtype))
+    return Layer(down, up, _scale(name, len(down), alpha, config))
 
 
 def _scale(name: str, rank: int, alpha: float | None, config: LoraConfig | None) -> float:

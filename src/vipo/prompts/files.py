@@ -1,17 +1,20 @@
-"""Reads prompts from files, and from the sets that ship with the package."""
+"""Reads prompts by the name of their source: files, sets that ship with the package, data sets on the hub."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vipo import embedded
 from vipo.errors import UserError
 from vipo.files import is_unicode, read_lines
+from vipo.prompts.hub import HUB, download, hub_source, kept_entries
+from vipo.prompts.selection import Selection, cell, selection, split
 
 if TYPE_CHECKING:
     from vipo.types import Prompt
@@ -51,17 +54,45 @@ def prompt_file(name: str) -> Path:
 
 def names_prompts(entry: str) -> bool:
     """Whether a word is meant as a prompt file or a folder of them, not as a prompt."""
-    return entry.startswith(SHIPPED) or Path(entry).suffix in _READERS or os.path.isdir(entry)
+    plain, asked = split(entry)
+    is_file = Path(plain if asked else entry).suffix in _READERS or os.path.isdir(entry)
+    return is_file or entry.startswith((SHIPPED, EMBEDDED, HUB))
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def named_prompts(name: str) -> list[Prompt]:
+    """The prompts of ``prompts.file``: a file or folder, ``set:NAME``, ``embedded:NAME`` or ``hub:OWNER/NAME@COMMIT``.
+
+    After a ``?`` follows which of them are meant, see :mod:`vipo.prompts.selection`. Each prompt then comes once, and
+    columns beside it are left out unless they are kept.
+
+    Raises:
+        UserError: as :func:`read_entries`, or what is asked for makes no sense.
+    """
+    if name.startswith(HUB):
+        return _as_prompts(_hub_entries(name))
+    plain, asked = (name, {}) if os.path.exists(os.path.expanduser(name)) else split(name)
+    return read_prompts(prompt_file(plain), selection(name, asked) if asked else None)
+
+
+def _hub_entries(name: str) -> list[tuple[str, dict[str, Any]]]:
+    source = hub_source(name)
+    if source.file is not None:
+        return read_entries(download(source), source.select)
+    return kept_entries(source, lambda rows: _entries(rows, Path(source.repository), source.select))
+
+
+def read_prompts(path: str | Path, select: Selection | None = None) -> list[Prompt]:
     """The entries of :func:`read_entries` as prompts."""
+    return _as_prompts(read_entries(path, select))
+
+
+def _as_prompts(entries: Iterable[tuple[str, dict[str, Any]]]) -> list[Prompt]:
     from vipo.types import Prompt  # needs torch, and a list of what can be read does not
 
-    return [Prompt(text, index, metadata) for index, (text, metadata) in enumerate(read_entries(path))]
+    return [Prompt(text, index, metadata) for index, (text, metadata) in enumerate(entries)]
 
 
-def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+def read_entries(path: str | Path, select: Selection | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Prompts of a file, or of a folder of ``.json`` files, each with its metadata.
 
     ``.txt`` has one a line; ``.jsonl``, ``.csv``, ``.tsv`` and ``.parquet`` have a column for them; ``.json`` is a list
@@ -73,11 +104,29 @@ def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         UserError: the file is missing, unreadable, of another kind, or holds no prompt.
     """
     path = Path(path)
-    rows = _read_styles(path) if path.is_dir() else _read_rows(path)
-    entries = [_entry(row, index, path) for index, row in enumerate(rows)]
+    return _entries(_read_styles(path) if path.is_dir() else _read_rows(path), path, select)
+
+
+def _entries(rows: Iterable[Any], path: Path, select: Selection | None) -> list[tuple[str, dict[str, Any]]]:
+    if select is None:
+        entries = [_entry(row, index, path) for index, row in enumerate(rows)]
+    else:
+        entries = list(islice(_selected(rows, path, select), select.limit))
     if not entries:
-        raise UserError(f"prompt file {str(path)!r} holds no prompt")
+        raise UserError(f"prompt file {str(path)!r} holds no prompt{'' if select is None else ' that is asked for'}")
     return entries
+
+
+def _selected(rows: Iterable[Any], path: Path, select: Selection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is asked for, each prompt once; rows without one are passed over, like empty lines."""
+    seen, source = set[str](), repr(str(path))
+    for index, row in enumerate(rows):
+        if isinstance(row, Mapping) and (_is_blank(row, select.column) or not select.takes(row, source)):
+            continue
+        text, _ = _entry(row, index, path, select.column)
+        if text not in seen:
+            seen.add(text)
+            yield text, select.metadata(row, source)
 
 
 def _read_styles(folder: Path) -> list[Any]:
@@ -88,13 +137,13 @@ def _read_styles(folder: Path) -> list[Any]:
     return [{**row, "style": style} if isinstance(row, Mapping) else row for style, row in pairs]
 
 
-def _read_rows(path: Path) -> list[Any]:
+def _read_rows(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"prompt file {str(path)!r} does not exist")
     if path.suffix not in _READERS:
         raise UserError(f"prompt file {str(path)!r} must end in one of {', '.join(_READERS)}")
     try:
-        return list(_READERS[path.suffix](path))
+        yield from _READERS[path.suffix](path)
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, not JSON, not Parquet
@@ -120,7 +169,7 @@ def _read_csv(path: Path) -> Iterable[Mapping[str, Any]]:
     """In double quotes a cell may hold newlines; outside them a lone carriage return is refused, not taken for one."""
     with path.open(newline="\n", encoding="utf-8-sig") as file:
         try:
-            return list(csv.DictReader(file))
+            yield from csv.DictReader(file)
         except csv.Error as error:
             if "new-line" not in str(error):
                 raise
@@ -138,17 +187,26 @@ def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("parquet prompt files need pyarrow; install vipo[parquet]") from error
-    rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
 
 
-def _entry(row: object, index: int, path: Path) -> tuple[str, dict[str, Any]]:
+def _is_blank(row: Mapping[Any, Any], column: str | None) -> bool:
+    """Whether every cell that may hold the prompt is there and empty."""
+    names = [name for name in row if (str(name).lower() in TEXT_KEYS if column is None else name == column)]
+    return bool(names) and all(not str(row[name] or "").strip() for name in names)
+
+
+def _entry(row: object, index: int, path: Path, column: str | None = None) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, Mapping):
         raise UserError(f"entry {index + 1} of {str(path)!r} is not an object with a {' or '.join(TEXT_KEYS)} key")
+    if column is not None:
+        cell(row, column, repr(str(path)))
+    wanted_keys = TEXT_KEYS if column is None else (column.lower(),)
     named = {str(key).lower(): key for key in reversed(row) if isinstance(row[key], str) and row[key].strip()}
-    key = next((named[wanted] for wanted in TEXT_KEYS if wanted in named), None)
+    key = next((named[wanted] for wanted in wanted_keys if wanted in named), None)
     if key is None:
-        raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(TEXT_KEYS)}")
+        raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(wanted_keys)}")
     if not is_unicode(row[key]):
         raise UserError(f"entry {index + 1} of {str(path)!r} holds half of a character: {row[key]!r}; write it again")
     return row[key].strip(SPACE), {k: v for k, v in row.items() if k != key}

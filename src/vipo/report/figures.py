@@ -24,6 +24,7 @@ HEALTH = (
     ("ratio_deviation", "Replay error", "Largest log-ratio before the first update. It must be 0, up to rounding."),
     ("matching_error", "Matching error", "Squared distance of the velocity from the one that leads to the sample."),
     ("grad_norm", "Gradient norm", "Before clipping. Spikes far above the median are skipped."),
+    ("learning_rate", "Learning rate", "Its schedule: a function of the iteration's number."),
     ("approx_kl", "Approximate KL", "How far one update moves the policy from the one that sampled."),
     ("flat_groups", "Flat groups", "Share of prompts whose samples all scored alike: they teach nothing."),
     ("map/top_quarter_mass", "Map concentration", "Share of a map's mass in its heaviest quarter; 0.25 is uniform."),

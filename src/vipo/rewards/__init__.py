@@ -28,6 +28,7 @@ class RewardEntry(registry.Entry):
     Args:
         size: of what is downloaded, for people.
         weights: hub id and a file of each model that is needed.
+        files: options that must name a file of the user's.
         package, extra: what must be importable, and the extra of vipo that installs it.
         needs: what the user must give, if anything.
     """
@@ -36,6 +37,7 @@ class RewardEntry(registry.Entry):
     licence: str = "part of vipo"
     size: str = "none"
     weights: tuple[tuple[str, str], ...] = ()
+    files: tuple[str, ...] = ()
     package: str | None = None
     extra: str | None = None
     needs: str | None = None
@@ -100,7 +102,10 @@ REWARDS: dict[str, RewardEntry] = {
         "18 to 25",
         "MIT (code)",
         "3.9 GB",
-        (("yuvalkirstain/PickScore_v1", "model.safetensors"),),
+        (
+            ("yuvalkirstain/PickScore_v1", "model.safetensors"),
+            ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "tokenizer.json"),
+        ),
     ),
     "imagereward": RewardEntry(
         "vipo.rewards.image_reward:ImageReward",
@@ -132,7 +137,12 @@ REWARDS: dict[str, RewardEntry] = {
         "about -5 to 5",
         "MIT (code), Apache-2.0 (weights)",
         "5 GB",
-        (("KwaiVGI/VideoReward", "model_config.json"), ("Qwen/Qwen2-VL-2B-Instruct", "config.json")),
+        (
+            ("KwaiVGI/VideoReward", "model_config.json"),
+            ("KwaiVGI/VideoReward", "checkpoint-11352/model.pth"),
+            ("Qwen/Qwen2-VL-2B-Instruct", "config.json"),
+        ),
+        ("template",),
         needs="its prompt template, from its repository",
     ),
     "hpsv3": RewardEntry(
@@ -142,6 +152,7 @@ REWARDS: dict[str, RewardEntry] = {
         "MIT (code)",
         "16.6 GB",
         (("MizzenAI/HPSv3", "HPSv3.safetensors"), ("Qwen/Qwen2-VL-7B-Instruct", "config.json")),
+        ("template",),
         needs="its prompt template, from its repository",
     ),
     "ocr": RewardEntry(
@@ -187,7 +198,8 @@ def state(entry: RewardEntry) -> str:
     """Whether it can be built here and now, and if not, what is missing and how to get it."""
     if entry.package is not None and find_spec(entry.package) is None:
         return f"missing: pip install 'vipo[{entry.extra}]'"
-    absent = [repository for repository, file in entry.weights if not _downloaded(repository, file)]
+    wanted = [repository for repository, file in entry.weights if not _downloaded(repository, file)]
+    absent = list(dict.fromkeys(wanted))
     if absent:
         commands = "; ".join(f"hf download {repository}" for repository in absent)
         return f"no weights here: {commands}; or name a folder in its options"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vipo.errors import UserError
-from vipo.pretrained import cause, dtype_named, is_path, not_found, quiet
+from vipo.files import is_path
+from vipo.pretrained import cause, dtype_named, not_found, quiet
 from vipo.vision.frozen import freeze, load_frozen
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vipo.environment import environment
+from vipo.prompts.hub import HUB
 from vipo.schema import Recipe
 
 WHOLE = 1 << 26  # files up to this many bytes are read whole; of larger ones, weights, the two ends
@@ -46,13 +47,20 @@ def _named(value: Any, key: str) -> Iterator[tuple[str, Path]]:
 
 def _file(value: str) -> Path | None:
     """A word with a slash or an ending that is there: ``sample`` names a kind of credit whatever lies about."""
-    path = Path(value.split(CODE)[0] + ".py" if CODE in value else value).expanduser()
+    plain = value.split(CODE)[0] + ".py" if CODE in value else _prompts_in(value)
+    path = Path(plain).expanduser()
     if os.sep not in value and not path.suffix:
         return None
     try:
         return path if path.exists() else None
     except (OSError, ValueError):  # too long, or a zero byte: no path
         return None
+
+
+def _prompts_in(value: str) -> str:
+    """A prompt source without what is asked of it; of one on the hub the name says all, but for a folder on disk."""
+    plain = value if "?" not in value or Path(value).exists() else value.partition("?")[0]
+    return plain.removeprefix(HUB) if plain.startswith((f"{HUB}.", f"{HUB}/", f"{HUB}~")) else plain
 
 
 def _of(path: Path) -> str:

@@ -33,7 +33,10 @@ RULES: Mapping[str, Rule] = {
     "optimizer.betas": "recorded",
     "optimizer.max_grad_norm": "recorded",
     "optimizer.guard_factor": "recorded",
-    "training.iterations": "free",
+    "optimizer.schedule": "recorded",
+    "optimizer.warmup": "recorded",
+    "optimizer.final": "recorded",
+    "training.iterations": "free",  # not where the learning rate comes down towards the last one, see changed
     "training.checkpoint_every": "free",
     "training.keep_checkpoints": "free",
     "training.maps_every": "free",
@@ -51,6 +54,7 @@ RULES: Mapping[str, Rule] = {
     "inputs.packages": "recorded",  # inputs: what was in the files that the recipe names, see vipo.runs.inputs
     "inputs.evaluation": "recorded",
     "inputs.judges": "recorded",
+    "inputs.policy": "free",  # the run has a copy of its own
 }
 """What may change when a run goes on, by key or whole section; the longest entry that fits counts."""
 OTHERWISE: Rule = "on request"  # with --allow-changes: what is trained, on what, and how it is sampled
@@ -122,6 +126,8 @@ def changed(
     """
     before, now = _whole(recorded, root), recipe.model_dump(mode="json")
     rules = {key: rule for key, rule in RULES.items() if key != "generator.fps" or not scores_by_rate}
+    if recipe.optimizer.schedule != "constant":
+        rules["training.iterations"] = "recorded"
     then, here = inputs
     both = [key for key in then if key in here]
     before, now = (

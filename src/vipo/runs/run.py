@@ -19,6 +19,7 @@ from vipo.rewards import go_by_rate
 from vipo.runs.agreement import check_agreed
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
+from vipo.runs.init import keep_init, with_kept_init
 from vipo.runs.inputs import fingerprints
 from vipo.runs.lock import FolderLock
 from vipo.runs.opening import settle
@@ -91,13 +92,15 @@ class Run:
         try:
             self.start = self.engine.agreed(claim)
             self._check_agreed()
-            self.session: Session = build(self.recipe, engine=self.engine)
+            begun = recipe if not self.start.resumed else with_kept_init(recipe, self.directory.root)
+            self.session: Session = build(begun, engine=self.engine)
             if (saved := self.start.saved) is not None:  # first: one that does not fit must leave the folder as it is
                 averages = bool(self.session.policy.ema)
                 self.session.trainer.restore(load(saved.path, saved.head, averages=averages, engine=self.engine))
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
+                keep_init(recipe, self.directory.root, anew=not self.start.resumed)
             self._events = self.start.events  # to be told with the first iteration
             keep_text(self.session)
             self.notices = notices(self.session)

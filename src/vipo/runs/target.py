@@ -20,7 +20,7 @@ from vipo.evaluation.records import BASE, POLICY, Evaluation, Keeper, Models
 from vipo.generators import attention
 from vipo.options import Solver
 from vipo.pretrained import fingerprint
-from vipo.prompts.files import prompt_file, read_prompts
+from vipo.prompts.files import named_prompts
 from vipo.rewards.user_file import is_user_file
 from vipo.rollout import StepContext
 from vipo.runs.directory import RunDirectory
@@ -65,7 +65,7 @@ class Target:
             UserError: they cannot be read.
         """
         section = self.evaluation
-        return [] if section is None else read_prompts(prompt_file(section.prompts))[: section.limit]
+        return [] if section is None else named_prompts(section.prompts)[: section.limit]
 
     def notices(self, prompts: Sequence[Prompt], rewards: Sequence[str] = ()) -> list[str]:
         """What to tell before it samples: a base in fewer bits, prompts that will be cut, clips taken for others."""

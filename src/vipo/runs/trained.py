@@ -10,6 +10,7 @@ from vipo.assemble import Model, default_device, open_model
 from vipo.errors import UserError
 from vipo.recipe import load_recipe
 from vipo.runs.directory import RunDirectory
+from vipo.runs.init import with_kept_init
 from vipo.schema import Recipe
 from vipo.training import checkpoint
 
@@ -35,7 +36,8 @@ def open_run(
     if latest is None:
         raise UserError(f"{str(root)!r} has no complete checkpoint yet")
     recipe = load_recipe(directory.recipe)
-    model = open_model(_without_average(recipe), device=device or default_device(), keep_reference=keep_reference)
+    begun = with_kept_init(_without_average(recipe), root)
+    model = open_model(begun, device=device or default_device(), keep_reference=keep_reference)
     model.policy.begin().load(checkpoint.load_policy(latest))
     return recipe, model
 

@@ -19,6 +19,7 @@ from vipo.training import optimizers
 from vipo.training.credit import Credit
 from vipo.training.health import GradientGuard, Health, where_not_finite
 from vipo.training.losses import LOSSES, Cost
+from vipo.training.schedule import learning_rate, varies
 from vipo.types import Batched, Generator, Rollout
 from vipo.workload import shares
 
@@ -48,6 +49,7 @@ class Learner:
         replay_batch_size: rows per pass of the network; None means all of one solver step, the batch that sampled it.
         health: told of every update that is applied or skipped.
         seed: of the order in which samples are dealt to several optimiser steps, and of what a loss draws.
+        iterations: of the whole run, which a schedule of the learning rate needs.
     """
 
     def __init__(
@@ -62,10 +64,13 @@ class Learner:
         health: Health,
         seed: int,
         replay_batch_size: int | None = None,
+        iterations: int | None = None,
     ) -> None:
+        if iterations is None and optimizer.schedule != "constant":
+            raise ValueError(f"schedule={optimizer.schedule!r} needs iterations, the length of the run")
         self.engine, self.generator, self.policy = engine, generator, policy
         self.objective, self.options, self.health, self.seed = objective, optimizer, health, seed
-        self.replay_batch_size = replay_batch_size
+        self.replay_batch_size, self.iterations = replay_batch_size, iterations or 0
         self.loss = LOSSES[objective.loss](objective, solver)
         self.guard = GradientGuard(optimizer.guard_factor)
         self.optimizer: Any = optimizers.build(optimizer, policy.parameters.values())
@@ -81,6 +86,7 @@ class Learner:
         """
         rows = self.loss.rows(rollout, seed=self.seed, iteration=iteration)
         reports, events, skipped = [], [], 0
+        rate = self._set_rate(iteration)
         for number, update in enumerate(self._updates(rows, rollout, kept, iteration)):
             report, odd = self._accumulate(rollout.conditioning, update, credit)
             reason = self.guard.reason_to_skip(report["grad_norm"])
@@ -94,7 +100,16 @@ class Learner:
                 report["ratio_deviation"] = report["largest_log_ratio"]
             reports.append(report)
         merged = {key: statistics.fmean(r[key] for r in reports) for key in reports[-1] if key != "ratio_deviation"}
-        return {**merged, "ratio_deviation": reports[0]["ratio_deviation"], "skipped": float(skipped)}, events
+        return {**merged, "ratio_deviation": reports[0]["ratio_deviation"], "skipped": float(skipped), **rate}, events
+
+    def _set_rate(self, iteration: int) -> dict[str, float]:
+        """Give the optimiser this iteration's learning rate; what is returned is for the log, if it ever changes."""
+        if not varies(self.options):
+            return {}
+        rate = learning_rate(self.options, iteration, self.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return {"learning_rate": rate}
 
     def _apply(self, norm: float) -> None:
         """One step of the optimiser; until one has moved a weight, look whether this one does."""

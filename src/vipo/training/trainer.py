@@ -73,6 +73,7 @@ class Trainer:
         prompts_at_once: groups sampled together; None means all. With fewer, each part is scored while the next is
             sampled, with the same result as one after the other.
         keep_per_group: train on so many samples of each group, half its best and half its worst; None means all.
+        iterations: of the whole run, which a schedule of the learning rate needs.
         attention: of the generator, as ``generator.attention``: what holds while an iteration runs.
         health: says when nothing is learned; by default after three iterations or updates in vain.
     """
@@ -96,6 +97,7 @@ class Trainer:
         replay_batch_size: int | None = None,
         prompts_at_once: int | None = None,
         keep_per_group: int | None = None,
+        iterations: int | None = None,
         attention: str = AUTO,
         health: Health | None = None,
     ) -> None:
@@ -121,6 +123,7 @@ class Trainer:
             health=self.health,
             seed=seed,
             replay_batch_size=replay_batch_size,
+            iterations=iterations,
         )
 
     def __iter__(self) -> Iterator[TrainStep]:
