@@ -10,7 +10,7 @@ TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart claims claims-quick check test wheel clean
+.PHONY: help install install-dev quickstart claims claims-quick check test gpu-check wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,13 @@ check: $(VENV)/.installed-dev ## Lint, types, import contracts
 
 test: $(VENV)/.installed-dev ## All tests
 	OMP_NUM_THREADS=1 $(TUNING) $(BIN)/pytest --numprocesses $(WORKERS)
+
+# A machine with a GPU may have a torch of its own: GPU_PYTHON is then the Python that has it; vipo is taken from src/.
+GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+GPU_OUT := runs/gpu-check
+
+gpu-check: ## What this GPU does and whether a ratio became worse: nine minutes, 80 GB, nothing is downloaded
+	PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(GPU_PYTHON) -W ignore benchmarks/gpu/check.py --out $(GPU_OUT)
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

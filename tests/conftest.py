@@ -44,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker(f"needs_{need}") and not config.getoption(f"--run-needs-{need}"):
                 item.add_marker(skip)
+    if config.getoption("--run-needs-gpu"):
+        hidden = pytest.mark.skip(reason="compares with a CPU: run without --run-needs-gpu, which hides the GPU")
+        for item in items:
+            if item.get_closest_marker("on_cpu"):
+                item.add_marker(hidden)
 
 
 @pytest.fixture(autouse=True)

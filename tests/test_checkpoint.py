@@ -15,7 +15,7 @@ import tiny
 from vipo.errors import UserError
 from vipo.files import write_text, written_whole
 from vipo.policy import Policy
-from vipo.training import checkpoint, saved
+from vipo.training import checkpoint, saved, stored
 from vipo.training.trainer import Trainer, TrainState
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_partial_one(
 ) -> None:
     checkpoint.save(trained.state(), tmp_path, keep=1)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path) if (tmp_path / name).is_file()}
-    write = checkpoint.save_file
+    write = stored.save_file
 
     def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if path.name == "optimizer.safetensors":
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_partial_one(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(stored, "save_file", full)
     trained.iteration += 1
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(trained.state(), tmp_path, keep=1)

@@ -28,6 +28,8 @@ from vipo.rewards.answer import RewardUnavailable
 from vipo.rewards.suite import RewardSuite
 from vipo.types import Prompt, Scores
 
+pytestmark = pytest.mark.on_cpu
+
 PROMPTS = [Prompt(f"prompt, number {k}", k, {"tag": k % 3}) for k in range(20)]
 SETTINGS: dict[str, Any] = {"model": "here", "lora": None, "weights": "abc", "rewards": {"red": {}}, "steps": 3}
 GAIN = {"base": 0.0, "policy": 0.125}

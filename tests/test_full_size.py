@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
 from vipo.generators import GENERATORS, adapter_of
-from vipo.plan.blueprint import empty_network, wrapped_blocks
+from vipo.plan.blueprint import empty_network
 from vipo.plan.published import table
 from vipo.plan.sharding import sharding
+from vipo.sharding import wrapped_blocks
 
 # Transformer -> a hub id that has it.
 TRANSFORMERS = {entry["transformer"]: hub for hub, entry in table("models").items()}

@@ -18,7 +18,7 @@ from vipo.report.page import write_report
 from vipo.report.run import read_run
 from vipo.runs.rules import MEANINGS, OTHERWISE, RULES, Change, changes, rule_of
 from vipo.runs.run import Evaluated, Run, train
-from vipo.training import checkpoint
+from vipo.training import stored
 from vipo.training.saved import list_checkpoints
 from vipo.types import TrainStep
 
@@ -248,16 +248,16 @@ def test_the_chosen_checkpoint_stays_until_a_newer_one_is_whole(
     single = changed(raw, training=raw["training"] | {"keep_checkpoints": 1})
     run = Run(parse_recipe(single), tmp_path / "run", resume=True, checkpoint="step-000001")
     assert checkpoints(tmp_path / "run") == ["step-000001"]
-    write = checkpoint.save_file
+    write = stored.save_file
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(stored, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         list(run)
     assert checkpoints(tmp_path / "run") == ["step-000001"]
-    monkeypatch.setattr(checkpoint, "save_file", write)
+    monkeypatch.setattr(stored, "save_file", write)
     run_all(single, tmp_path / "run", resume=True)
     assert checkpoints(tmp_path / "run") == ["step-000004"]
 

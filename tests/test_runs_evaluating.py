@@ -103,6 +103,8 @@ def test_parts_give_the_scores_and_the_sheet_of_one_go(
 
 HOLES = """
 import torch
+
+pytestmark = pytest.mark.on_cpu
 def cats(media, prompts):
     return torch.tensor([1.0 if "cat" in prompt.text else float("nan") for prompt in prompts])
 def nothing(media, prompts):

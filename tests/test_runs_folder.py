@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,3 +201,31 @@ def test_a_selection_of_a_file_has_that_files_fingerprint(tmp_path: Path, model_
     (tmp_path / "list.csv").write_text("prompt,mood\na dog,1\n")
     second = fingerprints(parse_recipe(raw))
     assert {key for key in first if first[key] != second[key]} == {"prompts.file", "evaluation.prompts"}
+
+
+LIMITED = """
+import resource, runpy, sys
+limit, sys.argv = int(sys.argv[1]), ["vipo", *sys.argv[2:]]
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+runpy.run_module("vipo", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "what"), [(100, "recipe.yaml"), (6000, "checkpoints/step-000001")])
+def test_a_full_disk_is_one_sentence_and_what_is_there_goes_on(
+    tmp_path: Path, raw: dict[str, Any], limit: int, what: str
+) -> None:
+    recipe, folder = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run"
+    arguments = ["train", recipe, "--no-report", "--output", folder]
+    full = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *map(str, arguments)], capture_output=True, text=True
+    )
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
+    assert f"run/{what}' cannot be written: " in full.stderr and "File too large" in full.stderr, full.stderr
+    going_on = ["--resume"] if (folder / "metrics.jsonl").exists() else []
+    run_all(raw, folder, resume=bool(going_on))
+    run_all(raw, tmp_path / "calm")
+    kept = [name for name in contents(tmp_path / "calm") if name.endswith(("s.jsonl", ".safetensors", "yaml"))]
+    ours, calm = contents(folder), contents(tmp_path / "calm")
+    assert kept and all(ours[name] == calm[name] for name in kept)

@@ -32,6 +32,8 @@ from vipo.runs.run import Run
 from vipo.runs.target import Target, fingerprint, open_target
 from vipo.types import Prompt
 
+pytestmark = pytest.mark.on_cpu
+
 SIDE, STEPS = 32, 2
 PROMPTS = [Prompt(text, k) for k, text in enumerate(tiny.PROMPTS)]
 LORA = "pytorch_lora_weights.safetensors"

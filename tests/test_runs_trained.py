@@ -19,6 +19,8 @@ from vipo.runs.target import open_target
 from vipo.runs.trained import open_run
 from vipo.types import Prompt
 
+pytestmark = pytest.mark.on_cpu
+
 PROMPTS = [Prompt(text) for text in tiny.PROMPTS[:2]]
 REWARDS = "def mine(media, prompts):\n    return media.mean((1, 2, 3, 4))\n"
 

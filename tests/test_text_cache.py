@@ -26,6 +26,8 @@ from vipo.generators.text_cache import TextCache, encoding_key
 from vipo.recipe import parse_recipe
 from vipo.types import Batched, Generator, KeepsText, NamesCutPrompts
 
+pytestmark = pytest.mark.on_cpu
+
 LENGTH = 7
 
 

@@ -47,8 +47,9 @@ def credited(trainer: Trainer) -> tuple[Rollout, Credit]:
 def gradient(trainer: Trainer) -> Tensor:
     """What the first iteration's loss says, before clipping; the weights stay."""
     rollout, credit = credited(trainer)
-    (share,) = dealt(trainer, rollout, trainer._kept(credit))
-    assert trainer.learner._accumulate(rollout.conditioning, share, credit)[0]["grad_norm"] < 1  # not clipped
+    kept = trainer._kept(credit.advantage)
+    (update,) = trainer.learner._updates(rollout.transitions, rollout, kept, 0)
+    assert trainer.learner._accumulate(rollout.conditioning, update, credit)[0]["grad_norm"] < 1  # not clipped
     parts = [p.grad.flatten() for p in trainer.policy.parameters.values() if p.grad is not None]
     return torch.cat(parts)
 
@@ -145,7 +146,7 @@ def test_a_loss_without_a_ratio_records_no_step(model_folder: Path) -> None:
     rollout, credit = credited(trainer)
     assert len(rollout.transitions.sample) == 0
     rows = trainer.learner.loss.rows(rollout, seed=0, iteration=0)
-    shares = trainer.learner._deal(rows, len(rollout.prompts), trainer._kept(credit), 0)
+    shares = trainer.learner._deal(rows, len(rollout.prompts), trainer._kept(credit.advantage), 0)
     assert [len(share.sample) for share in shares] == [12, 12]
     assert sorted(torch.cat([share.sample for share in shares]).tolist()) == sorted(list(range(8)) * 3)
 
@@ -293,7 +294,7 @@ def test_best_of_n_trains_on_the_best_and_the_worst_of_each_group_only(model_fol
     """The gradient is that of a rollout in which the samples between them were never recorded."""
     trainer = tiny.trainer(model_folder, keep_per_group=2, per_iteration=2)
     rollout, credit = credited(trainer)
-    kept = trainer._kept(credit)
+    kept = trainer._kept(credit.advantage)
     scores = trainer.scorer(rollout.media, rollout.prompts).total.unflatten(0, (2, 4))
     expected = {4 * group + int(place(scores[group])) for group in range(2) for place in (torch.argmax, torch.argmin)}
     assert set(kept.tolist()) == expected

@@ -22,7 +22,7 @@ from vipo.rollout import sample_groups, stochastic_steps
 from vipo.schema import Recipe
 from vipo.training.losses import LOSSES, Loss
 from vipo.types import Batched, Prompt, Rollout
-from vipo.workload import groups_per_process, parts, possible_steps, share_sizes, shared_steps, shares
+from vipo.workload import check_updates, parts, possible_steps, share_of, share_sizes, shared_steps, shares
 
 
 class Counting:
@@ -209,7 +209,21 @@ def test_the_last_step_is_never_shared() -> None:
     assert shared_steps(solver, range(0)) == 3 and shared_steps(replace(solver, same_noise=False), range(2, 3)) == 0
 
 
-def test_groups_are_dealt_to_processes() -> None:
-    assert groups_per_process(8, 4) == 2
-    with pytest.raises(UserError, match=r"per_iteration=4 must be a multiple of 3 processes.*per_iteration=6"):
-        groups_per_process(4, 3)
+def test_groups_are_dealt_to_processes_whole_or_split_evenly() -> None:
+    def dealt(processes: int, per_iteration: int, group_size: int = 4) -> list[list[int]]:
+        given = {"per_iteration": per_iteration, "group_size": group_size}
+        return [list(share_of(rank, processes, **given).samples) for rank in range(processes)]
+
+    assert dealt(2, 4, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]] and dealt(1, 1) == [[0, 1, 2, 3]]
+    assert dealt(4, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]] and dealt(2, 1) == [[0, 1], [2, 3]]
+    assert share_of(1, 2, per_iteration=1, group_size=4).splits_groups
+    for processes, per_iteration, group_size in ((3, 4, 3), (4, 3, 4), (4, 2, 3)):
+        with pytest.raises(UserError, match=r"must be a multiple of . processes.*splits evenly"):
+            dealt(processes, per_iteration, group_size)
+
+
+def test_every_process_needs_a_sample_for_each_optimiser_step() -> None:
+    check_updates(4, samples=4, processes=1)
+    check_updates(4, samples=8, processes=2)
+    with pytest.raises(UserError, match=r"per_iteration=4 needs as many samples .*, but 2 processes share 6"):
+        check_updates(4, samples=6, processes=2)

@@ -19,7 +19,7 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators import attention
 from vipo.generators.folder import pipeline_class
-from vipo.options import NEEDS_MAPS, Solver, SourceName
+from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, named_prompts
@@ -204,11 +204,11 @@ def keep_text(session: Session) -> None:
 def _texts(session: Session) -> list[str]:
     """What this process will ask its text encoders about, from the present iteration to the recipe's last."""
     trainer, recipe = session.trainer, session.recipe
-    first = session.engine.rank * trainer.groups_here
+    groups = trainer.share.groups
     dealt = [
         prompt
         for iteration in range(trainer.iteration, recipe.training.iterations)
-        for prompt in trainer.prompts.groups(iteration)[first : first + trainer.groups_here]
+        for prompt in trainer.prompts.groups(iteration)[groups.start : groups.stop]
     ]
     without_text = [""] if "text_relevance" in recipe.structuring.sources else []
     return [prompt.text for prompt in (*dealt, *session.evaluation_prompts)] + without_text
@@ -273,22 +273,35 @@ def open_to_train(recipe: Recipe, *, device: torch.device | str, pipeline: Any =
     return model
 
 
-def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
+def engine_of(recipe: Recipe) -> Engine:
+    """The processes that a recipe is trained by, as the launcher set them up.
+
+    Raises:
+        UserError: they are not what it says, or the recipe asks them for what they cannot do.
+    """
+    training = recipe.training
+    return Engine(precision=training.precision, sharding=training.sharding, timeout=training.timeout)
+
+
+def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
+
+    A ``pipeline``, on the engine's device, takes the place of what ``generator.path`` holds.
 
     Raises:
         UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
     """
-    engine = engine or Engine(precision=recipe.training.precision)
+    engine = engine or engine_of(recipe)
     training_prompts = named_prompts(recipe.prompts.file)
     evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
     training, fps = recipe.training, recipe.generator.fps
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
     held_out = build_rewards(recipe.judges, fps=fps)
-    model = open_to_train(recipe, device=engine.device)
+    model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
     map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
+        _check_groups_whole(recipe, engine)
         map_source = build_map_source(recipe.structuring, model.generator, scorer, str(engine.device))
     trainer = Trainer(
         engine=engine,
@@ -315,6 +328,16 @@ def build(recipe: Recipe, *, engine: Engine | None = None) -> Session:
         {**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, trains=False, **trying
     )
     return Session(recipe, model, engine, trainer, evaluation_scorer, tuple(evaluation_prompts))
+
+
+def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
+    compared = COMPARE_SAMPLES & set(recipe.structuring.sources)
+    if compared and engine.ranks > recipe.prompts.per_iteration:
+        raise UserError(
+            f"structuring.sources names {sorted(compared)[0]}, which compares the samples of a group, but"
+            f" {engine.ranks} processes split {recipe.prompts.per_iteration} groups; take another source, or"
+            f" prompts.per_iteration={engine.ranks}"
+        )
 
 
 def default_device() -> torch.device:

@@ -1,39 +1,45 @@
-"""The only file that knows Accelerate: devices, processes, precision, and what they do to a network and its gradients.
+"""The only file that knows Accelerate: devices, processes, precision, sharding, and what they do to a network.
 
 A sharded network holds a part of every weight on each process. So nobody keeps its parameters from before
 :meth:`Engine.prepare`, and what leaves a process is made whole by :mod:`vipo.sharding`.
+
+FSDP2 gathers a network block by block: every process has to make the same calls of it, also where it has nothing to
+compute. That is what :attr:`Engine.in_step` says.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vipo.errors import UserError
-from vipo.sharding import whole
+from vipo.errors import RunFailed, UserError
+from vipo.options import TIMEOUT, Sharding
+from vipo.sharding import whole, wrapped_blocks
 
 T = TypeVar("T")
 
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate, mpirun
-SHARDING = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron": "ACCELERATE_USE_MEGATRON_LM",
-}
-SHARDED = {
-    DistributedType.FSDP: "FSDP",
-    DistributedType.DEEPSPEED: "DeepSpeed",
-    DistributedType.MEGATRON_LM: "Megatron",
-}
+FSDP = "ACCELERATE_USE_FSDP"
+REFUSED = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron": "ACCELERATE_USE_MEGATRON_LM"}
+REFUSED_KINDS = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.MEGATRON_LM: "Megatron"}
+OFFLOAD = "FSDP_OFFLOAD_PARAMS"
 
 
 class Engine:
@@ -41,18 +47,40 @@ class Engine:
 
     Args:
         precision: of autocast, ``no`` or ``bf16``; trained weights stay float32.
+        sharding: ``fsdp2`` cuts weights, gradients and optimiser state over the processes; so does a launcher that asks
+            for FSDP, whichever version it names. Of one process nothing is cut.
+        timeout: seconds that processes wait for each other before the job ends.
         accelerator: one that exists already, instead of a new one.
 
     Raises:
-        UserError: the launcher started more or fewer processes than the engine knows of, or asks for sharding, or this
-            machine does not compute in that precision: it is refused before anything is written.
+        UserError: the launcher started more or fewer processes than the engine knows of, or asks for sharding that is
+            not FSDP2, or this machine does not compute in that precision: it is refused before anything is written.
     """
 
-    def __init__(self, *, precision: str = "no", accelerator: Accelerator | None = None) -> None:
-        _check_not_sharded(None)  # the plugin of a library that is missing raises on its own
-        self.accelerator = accelerator or _accelerator(precision)
-        _check_not_sharded(self.accelerator.distributed_type)
+    def __init__(
+        self,
+        *,
+        precision: str = "no",
+        sharding: Sharding = "none",
+        timeout: float = TIMEOUT,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        _check_supported(None)  # the plugin of a library that is missing raises on its own
+        self.accelerator = accelerator or _accelerator(precision, sharding, timeout)
+        _check_supported(self.accelerator.distributed_type)
         _check_processes(self)
+        self.timeout = timeout
+        self.in_step = self.accelerator.distributed_type == DistributedType.FSDP
+        self._check_sharded(asked=sharding == "fsdp2" and accelerator is None)
+
+    def _check_sharded(self, *, asked: bool) -> None:
+        if self.in_step and not self.accelerator.is_fsdp2:
+            raise UserError("this Accelerator shards with FSDP1; give its plugin fsdp_version=2")
+        if asked and self.ranks > 1 and not self.in_step:
+            raise UserError(
+                f"training.sharding=fsdp2 cannot be had on {self.device.type}: Accelerate shards on accelerators only;"
+                " take training.sharding=none, one whole copy of the weights per process"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +102,15 @@ class Engine:
         return bool(self.accelerator.is_main_process)
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The network under autocast and, with several processes, joined to its copies; and its optimiser."""
+        """The network under autocast and, with several processes, joined to its copies or cut; and its optimiser.
+
+        Raises:
+            UserError: it is to be cut, and its class does not say where.
+        """
+        if self.in_step:
+            # FSDP2 casts by a policy of its own; autocast, as without it, goes around the forward pass first.
+            network = self.accelerator.prepare_model(network, evaluation_mode=True)
+            _settle_plugin(self.accelerator.state.fsdp_plugin, network)
         network, optimizer = self.accelerator.prepare(network, optimizer)
         return network, optimizer
 
@@ -82,8 +118,11 @@ class Engine:
         self.accelerator.backward(loss)
 
     def syncing(self, network: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced over processes once per optimiser step, with its last batch."""
-        return nullcontext() if last else self.accelerator.no_sync(network)
+        """Gradients are reduced over processes once per optimiser step, with its last batch.
+
+        Sharded ones are with every batch: until then each process would hold all of them.
+        """
+        return nullcontext() if last or self.in_step else self.accelerator.no_sync(network)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
         """Clip the gradient to ``max_norm``; what is returned is its norm before, over all shards."""
@@ -93,6 +132,17 @@ class Engine:
     def gather(self, values: Tensor) -> Tensor:
         """The rows of every process, in the order of their ranks."""
         return values if self.ranks == 1 else self.accelerator.gather(values)
+
+    def everyones(self, said: T) -> list[T]:
+        """What each process says, in the order of their ranks: plain values, which are sent as Python objects."""
+        return [said] if self.ranks == 1 else list(gather_object([said]))
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each number summed over the processes, in float64 and the order of their ranks."""
+        if self.ranks == 1:
+            return list(values)
+        # an accelerator may have no float64: the numbers travel as objects
+        return [float(sum(column)) for column in zip(*self.everyones(list(values)), strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any process; they all get one answer."""
@@ -117,33 +167,125 @@ class Engine:
         decided: T = told[0]
         return decided
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, a process that was waited for in vain, or that has died, is an error in words.
+
+        Raises:
+            RunFailed: that.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.ranks == 1 or isinstance(error, RunFailed) or not _is_of_processes(error):
+                raise
+            raise RunFailed(
+                f"rank {self.rank} lost another process: it died, or did not answer for training.timeout="
+                f"{self.timeout:g} seconds ({_said(error)}); what it said itself comes before this. Mend"
+                " that, or raise training.timeout, and go on with --resume"
+            ) from error
+
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
 
 
-def _accelerator(precision: str) -> Accelerator:
+def _accelerator(precision: str, sharding: Sharding, timeout: float) -> Accelerator:
     """This process's part of the run.
 
-    Accelerate keeps one state per process and refuses a second precision, so a run in another one begins a new state.
-    The group of processes is kept elsewhere and stays; networks prepared before keep the precision they were given.
+    Accelerate keeps one state per process and refuses a second precision or plugin, so a run with another one begins a
+    new state. The group of processes is kept elsewhere and stays; networks prepared before keep what they were given.
     """
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # Accelerate has no public way
+    sharded = sharding == "fsdp2" or _is_on(FSDP)
+    if AcceleratorState._shared_state:
+        state = AcceleratorState()
+        other = (state.distributed_type == DistributedType.FSDP) != sharded and state.num_processes > 1
+        if other or state.mixed_precision != precision:
+            AcceleratorState._reset_state(reset_partial_state=other)  # Accelerate has no public way
+    with _as_found(FSDP):
+        try:
+            # Autocast's cache would hold a copy of every gathered weight to the end of a forward pass.
+            handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+            plugin = _plugin() if sharded else None
+            caching = [AutocastKwargs(cache_enabled=False)] if sharded else []
+            return Accelerator(mixed_precision=precision, fsdp_plugin=plugin, kwargs_handlers=[*handlers, *caching])
+        except ValueError as error:
+            if "precision" not in str(error):
+                raise
+            raise UserError(f"training.precision={precision} cannot be had on this machine: {error}") from error
+
+
+def _plugin() -> FullyShardedDataParallelPlugin:
+    """Version 2, whatever the launcher says: Accelerate takes 1 for one that does not say it.
+
+    Every process loads the weights itself; with ``cpu_ram_efficient_loading`` transformers would leave those of the
+    text encoders empty on all but the first.
+    """
+    if _is_on(OFFLOAD):
+        raise UserError(f"{OFFLOAD}=true keeps shards on the CPU, which vipo does not train with; leave it out")
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "").lower() != "false",
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        activation_checkpointing=False,  # training.gradient_checkpointing is the network's own
+    )
+
+
+def _settle_plugin(plugin: Any, network: nn.Module) -> None:
+    """What depends on the network: where it is cut, and in which precision its weights are gathered.
+
+    They are gathered as they are and autocast casts them, as without sharding. Gathered in bfloat16, norms would be too,
+    and a first ratio on a tiny Wan was off by 0.02: some kernels differ with and without gradient then.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    blocks = wrapped_blocks(network)
+    if not blocks:
+        raise UserError(
+            f"{type(network).__name__} does not say where it can be cut: give its class _no_split_modules, the names of"
+            " its blocks' classes, or take training.sharding=none"
+        )
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _is_on(switch: str) -> bool:
+    return os.environ.get(switch, "").lower() in ("1", "true")
+
+
+@contextmanager
+def _as_found(name: str) -> Iterator[None]:
+    """Leave an environment variable as it was: Accelerate sets it, and would shard the next run by it too."""
+    before = os.environ.get(name)
     try:
-        return Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        raise UserError(f"training.precision={precision} cannot be had on this machine: {error}") from error
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
 
 
-def _check_not_sharded(kind: DistributedType | None) -> None:
-    asked = [name for name, switch in SHARDING.items() if os.environ.get(switch, "").lower() in ("1", "true")]
-    if kind in SHARDED:
-        asked.append(SHARDED[kind])
+def _said(error: RuntimeError) -> str:
+    """Its first sentence, without the place in another library's source that gloo begins with."""
+    return str(error).splitlines()[0].rsplit(".cc:", 1)[-1].partition("] ")[-1].partition(". ")[0] or str(error)[:200]
+
+
+def _is_of_processes(error: RuntimeError) -> bool:
+    """Whether it comes from the messages between processes: gloo raises plain errors, other backends their own."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in text for word in ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL")
+    )
+
+
+def _check_supported(kind: DistributedType | None) -> None:
+    asked = [name for name, switch in REFUSED.items() if _is_on(switch)]
+    if kind in REFUSED_KINDS:
+        asked.append(REFUSED_KINDS[kind])
     if asked:
         raise UserError(
-            f"{asked[0]} shards the weights, which vipo cannot train, checkpoint or export yet; start it without the"
-            " plugin (torchrun, or accelerate launch --multi_gpu), one whole copy of the weights per process"
+            f"{asked[0]} is not what vipo shards with: FSDP2 cuts weights, gradients and optimiser state as ZeRO-3"
+            " does; start it with torchrun and training.sharding=fsdp2"
         )
 
 

@@ -8,8 +8,14 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class CannotWrite(OSError):  # noqa: N818 - as the sentence has it
+    """A file could not be written: a full disk, a folder without permission."""
 
 
 @contextmanager
@@ -18,19 +24,45 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Works for a file or a folder. Whatever goes wrong inside, ``path`` keeps what it was and nothing is left behind.
     Files have the permissions that the umask gives, also where the library that wrote them gave less.
+
+    Raises:
+        CannotWrite: the system did not let it be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    remove(aside)
-    try:
-        yield aside
-        usual_permissions(_files(aside))
-        _flush(aside)
-        if path.is_dir():
-            remove(path)
-        os.replace(aside, path)
-    finally:
+    aside = aside_of(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         remove(aside)
+        try:
+            yield aside
+            usual_permissions(_files(aside))
+            _flush(aside)
+            if path.is_dir():
+                remove(path)
+            os.replace(aside, path)
+        finally:
+            with suppress(OSError):  # the next to write it clears what is left
+                remove(aside)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and why, in one sentence.
+
+    Raises:
+        CannotWrite: an error of the system, also as safetensors tells it.
+    """
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise CannotWrite(f"{str(path)!r} cannot be written: {why}; what was there before is as it was") from error
+
+
+def aside_of(path: Path) -> Path:
+    """Where :func:`written_whole` writes what will be at ``path``."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:

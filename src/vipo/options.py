@@ -25,6 +25,7 @@ RateSchedule = Literal["constant", "cosine", "linear"]
 Normalization = Literal["unit_mean", "minmax"]
 Orientation = Literal["background", "border_distance", "border", "skewness", "energy", "release"]
 Scope = Literal["frame", "clip"]
+Sharding = Literal["none", "fsdp2"]
 SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus"]
 
 CREDIT_MEANINGS: Mapping[str, str] = {
@@ -52,8 +53,12 @@ SOURCE_MEANINGS: Mapping[str, str] = {
 }
 """Where each name of ``structuring.sources`` takes a map from, see :mod:`vipo.structuring.sources`."""
 
+COMPARE_SAMPLES: frozenset[SourceName] = frozenset({"deviation", "disagreement", "consensus"})
+"""Sources of maps that a whole group is needed for."""
+
 NEEDS_MAPS: frozenset[CreditKind] = frozenset({"reward_map", "advantage_map"})
 
+TIMEOUT = 1800.0  # seconds that processes wait for each other, unless a recipe says otherwise
 MAX_STEPS = 1000  # of a solver: the models were trained with so many noise levels
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vipo.errors import UserError
-from vipo.sharding import local, settle, spread_like, whole
+from vipo.sharding import is_sharded, local, settle, spread_like, whole
 from vipo.types import Generator
 
 if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
@@ -192,9 +192,11 @@ class Policy:
 
     @torch.no_grad()
     def gradient_peaks(self) -> dict[str, Tensor]:
-        """The largest absolute value of each gradient, a scalar by the parameter's name; NaN if one is in there."""
+        """The largest absolute value of each gradient, or of this process's part, by name; NaN if one is in there."""
         found = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-        return dict(zip(found, torch._foreach_norm(list(found.values()), math.inf), strict=True)) if found else {}
+        held = {name: gradient for name, gradient in found.items() if gradient.numel()}  # a process may hold no part
+        peaks = dict(zip(held, torch._foreach_norm(list(held.values()), math.inf), strict=True)) if held else {}
+        return {name: peaks.get(name, gradient.new_zeros(())) for name, gradient in found.items()}
 
     def state(self) -> dict[str, Tensor]:
         """The trained weights by name, whole."""
@@ -226,7 +228,7 @@ class Policy:
             folder: None on a process that only helps to put sharded weights together.
         """
         with self.averaged():
-            weights = self._lora_layers() if self.is_lora else self._all_weights()
+            weights = self._lora_layers() if self.is_lora else self._all_weights(keep=folder is not None)
             if folder is None:
                 return
             folder.mkdir(parents=True, exist_ok=True)
@@ -235,9 +237,18 @@ class Policy:
             else:
                 generator.save_pretrained(folder, weights)
 
-    def _all_weights(self) -> dict[str, Tensor]:
+    def _all_weights(self, *, keep: bool) -> dict[str, Tensor]:
+        """Every tensor of the network, whole one after the other; without ``keep`` only to help the process that does.
+
+        What is put together goes to the CPU: the accelerator has room for parts.
+        """
         settle(self.network)
-        return {name: whole(tensor) for name, tensor in self.network.state_dict().items()}
+        found = {}
+        for name, tensor in self.network.state_dict().items():
+            value = whole(tensor)
+            if keep:
+                found[name] = value.cpu() if is_sharded(tensor) else value
+        return found
 
     def _lora_layers(self) -> dict[str, Tensor]:
         """LoRA layers with alpha / rank folded into B, because a loader that is told no alpha takes a scale of 1."""

@@ -10,6 +10,7 @@ sample per group is computed (Flow-GRPO and DanceGRPO compute all of them).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -97,12 +98,19 @@ def _batched_step(
     rows: Batched,
     solver: Solver,
     batch_size: int | None,
+    at_least: int,
 ) -> sde.Transition:
-    """:func:`policy_step` over any number of samples, ``batch_size`` at a time."""
-    parts = [
-        policy_step(generator, latents[at], sigma.expand(len(at)), sigma_next.expand(len(at)), rows.take(at), solver)
-        for at in torch.arange(len(latents)).split(batch_size or len(latents))
-    ]
+    """:func:`policy_step` over any number of samples, ``batch_size`` at a time; in as many calls as ``at_least``
+    samples take."""
+
+    def step(at: Tensor) -> sde.Transition:
+        here = (latents[at], sigma.expand(len(at)), sigma_next.expand(len(at)), rows.take(at))
+        return policy_step(generator, *here, solver)
+
+    size = batch_size or len(latents)
+    parts = [step(at) for at in torch.arange(len(latents)).split(size)]
+    for _ in range(math.ceil(at_least / size) - len(parts) if batch_size else 0):
+        step(torch.zeros(1, dtype=torch.long))
     return sde.Transition(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
 
 
@@ -158,7 +166,9 @@ def sample_groups(
     seed: int,
     iteration: int = 0,
     first_group: int = 0,
+    members: range | None = None,
     batch_size: int | None = None,
+    at_least: int = 0,
     reduce: Reduce = "mean",
     keep_steps: bool = True,
     keep_mean: bool = False,
@@ -169,7 +179,9 @@ def sample_groups(
     Args:
         prompts: one per group.
         first_group: index of the first of them among all ranks' groups; every noise depends on it.
+        members: which samples of each group; None is all of them. The rollout's groups are then of so many.
         batch_size: samples per network call; None means all at once.
+        at_least: make as many network calls as so many samples need; what there is not is computed in vain.
         reduce: over channels, for the recorded log-probabilities.
         keep_steps: record the steps that will be trained; False for a loss that trains on the samples alone.
         keep_mean: record the mean of each step too.
@@ -180,9 +192,9 @@ def sample_groups(
     """
     device = _network_device(generator)
     sigmas = sigmas_of(solver, generator).to(device)
-    groups = range(first_group, first_group + len(prompts))
-    samples = [group * group_size + k for group in groups for k in range(group_size)]
-    group_of = torch.arange(len(prompts)).repeat_interleave(group_size)
+    groups, members = range(first_group, first_group + len(prompts)), members or range(group_size)
+    samples = [group * group_size + k for group in groups for k in members]
+    group_of = torch.arange(len(prompts)).repeat_interleave(len(members))
     stochastic, ode = stochastic_steps(solver, seed, iteration), solver.deterministic()
     shared = shared_steps(solver, stochastic)
     recorder = Recorder(sigmas, trained_steps(solver, seed, iteration, samples), reduce, keep_mean)
@@ -197,7 +209,7 @@ def sample_groups(
             latents, rows = latents[group_of.to(device)], per_sample
         kind = solver if noisy else ode
         with around(i):
-            step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, kind, batch_size)
+            step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, kind, batch_size, at_least)
         passes += len(latents)
         nexts = step.mean
         if noisy:
@@ -206,6 +218,6 @@ def sample_groups(
                 recorder.record(i, latents, nexts, step)
         latents = nexts
         _check_finite(latents, i, solver)
-    whose, first = tuple(prompts[group] for group in group_of.tolist()), first_group * group_size
+    whose, size = tuple(prompts[group] for group in group_of.tolist()), len(members)
     media, recorded = generator.decode(latents), recorder.all(latents)
-    return Rollout(whose, group_size, per_sample, latents, media, recorded, passes, sigmas, first_sample=first)
+    return Rollout(whose, size, per_sample, latents, media, recorded, passes, sigmas, first_sample=samples[0])

@@ -16,13 +16,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from vipo.options import (
+    COMPARE_SAMPLES,
     NEEDS_MAPS,
+    TIMEOUT,
     Count,
     CreditKind,
     MapOptions,
     Objective,
     OptimizerOptions,
     Options,
+    Sharding,
     Solver,
     SourceName,
     Steps,
@@ -203,6 +206,12 @@ class PolicySection(Section):
 class TrainingSection(Section):
     iterations: Count = Field(description="in all")
     precision: Precision = Field("bf16", description="autocast: no or bf16; trained weights stay float32")
+    sharding: Sharding = Field(
+        "none", description="over several processes: none (each has all weights), or fsdp2 (each has a part)"
+    )
+    timeout: float = Field(
+        TIMEOUT, ge=1, le=ONE_DAY, description="seconds that processes wait for one that does not answer, then they end"
+    )
     rollout_batch_size: Count | None = Field(None, description="samples per network call; null means all")
     prompts_at_once: Count | None = Field(
         None, description="sampled together; with fewer, a part is scored while the next is sampled; null means all"
@@ -292,7 +301,7 @@ class Recipe(Section):
 
     def _check_groups(self) -> None:
         """The samples of a group must differ, and where a map compares them, by their steps alone."""
-        between = {"deviation", "disagreement", "consensus"} & set(self.structuring.sources)
+        between = COMPARE_SAMPLES & set(self.structuring.sources)
         if between and self.credit in NEEDS_MAPS and not self.solver.same_noise:
             raise ValueError(
                 f"structuring.sources names {sorted(between)[0]}, which compares the samples of a group, but with"

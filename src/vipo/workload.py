@@ -7,24 +7,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vipo.errors import UserError
 from vipo.options import Solver
 
 
-def groups_per_process(per_iteration: int, processes: int) -> int:
-    """Groups of an iteration that each process samples.
+@dataclass(frozen=True)
+class Share:
+    """What one process samples of an iteration: ``members`` of each of the ``groups``.
+
+    Every process has as many groups and members as any other, so that all make the same network calls.
+    """
+
+    groups: range
+    members: range
+    group_size: int
+
+    @property
+    def samples(self) -> range:
+        """Their numbers among those of all processes; they are consecutive."""
+        first = self.groups.start * self.group_size + self.members.start
+        return range(first, first + len(self.groups) * len(self.members))
+
+    @property
+    def splits_groups(self) -> bool:
+        return len(self.members) < self.group_size
+
+
+def share_of(rank: int, processes: int, *, per_iteration: int, group_size: int) -> Share:
+    """Whole groups for each process, or each group split evenly over processes of its own.
 
     Raises:
         UserError: they cannot be dealt evenly.
     """
-    if per_iteration % processes:
+    each, over = per_iteration // processes, processes // per_iteration  # groups of a process; processes of a group
+    if each * processes == per_iteration:
+        return Share(range(rank * each, (rank + 1) * each), range(group_size), group_size)
+    if over * per_iteration != processes or group_size % over:
         more = math.ceil(per_iteration / processes) * processes
         raise UserError(
-            f"prompts.per_iteration={per_iteration} must be a multiple of {processes} processes, one per GPU; take a"
-            f" number of them that divides it, or prompts.per_iteration={more}"
+            f"prompts.per_iteration={per_iteration} must be a multiple of {processes} processes, one per GPU, or divide"
+            f" them so that prompts.group_size={group_size} splits evenly; take another number of processes, or"
+            f" prompts.per_iteration={more}"
         )
-    return per_iteration // processes
+    group, place = divmod(rank, over)
+    members = group_size // over
+    return Share(range(group, group + 1), range(place * members, (place + 1) * members), group_size)
+
+
+def check_updates(updates: int, *, samples: int, processes: int) -> None:
+    """Raises:
+    UserError: of the ``samples`` that are trained on, a process has fewer than there are optimiser steps.
+    """
+    if processes > 1 and samples // processes < updates:
+        raise UserError(
+            f"optimizer.per_iteration={updates} needs as many samples of an iteration on each process, but {processes}"
+            f" processes share {samples}; take fewer optimiser steps or processes, or more prompts.per_iteration"
+        )
 
 
 def parts(count: int, at_once: int | None) -> list[range]:

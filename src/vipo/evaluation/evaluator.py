@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from vipo.evaluation.ranks import ALONE, Ranks, everyones_parts, share
+from vipo.evaluation.ranks import ALONE, Ranks, everyones_parts, in_vain, share
 from vipo.evaluation.records import Evaluation, Keeper, Models, Part, Scored
 from vipo.generators import attention
 from vipo.options import Solver
@@ -41,6 +41,7 @@ class Sampler:
         steps: of the solver; None takes its own.
         batch_size: samples per network call; None means a whole part.
         around: what to enter around the network's part of each step, see :func:`vipo.rollout.sample_groups`.
+        at_least: make as many network calls as so many samples need, where processes go in step.
     """
 
     generator: Generator
@@ -50,6 +51,7 @@ class Sampler:
     batch_size: int | None = None
     seed: int = EVALUATION_SEED
     around: StepContext = lambda _step: nullcontext()
+    at_least: int = 0
 
     def __call__(self, prompts: Sequence[Prompt], first: int = 0) -> Rollout:
         return sample_groups(
@@ -60,6 +62,7 @@ class Sampler:
             seed=self.seed,
             first_group=first,
             batch_size=self.batch_size,
+            at_least=self.at_least,
             around=self.around,
         )
 
@@ -107,9 +110,19 @@ class Evaluator:
 
     def parts(self, prompts: Sequence[Prompt], keeper: Keeper | None = None) -> Iterator[Part]:
         """This process's parts, each given to ``keeper`` with its media; what that has already is not done again."""
-        for first in share(range(0, len(prompts), self.prompts_at_once), self.ranks):
+        starts = range(0, len(prompts), self.prompts_at_once)
+        mine = share(starts, self.ranks)
+        for first in mine:
             known = keeper.read(first) if keeper else None
             yield known or self._part(prompts[first : first + self.prompts_at_once], first, keeper)
+        for _ in range(in_vain(starts, self.ranks)):
+            self._accompany(prompts[mine[-1] : mine[-1] + self.prompts_at_once], mine[-1])
+
+    def _accompany(self, prompts: Sequence[Prompt], first: int) -> None:
+        """Sample as the others do, for nothing: their network is cut over all processes."""
+        for present in self.models.values():
+            with attention.scope(self.attention), present():
+                self.sampler(prompts, first)
 
     def _part(self, prompts: Sequence[Prompt], first: int, keeper: Keeper | None) -> Part:
         results = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Protocol, runtime_checkable
@@ -25,6 +26,10 @@ class Ranks(Protocol):
     def ranks(self) -> int: ...
 
     @property
+    def in_step(self) -> bool:
+        """Whether every process has to make the same calls of the network."""
+
+    @property
     def device(self) -> torch.device: ...
 
     def gather(self, values: Tensor) -> Tensor:
@@ -34,7 +39,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    rank, ranks, device = 0, 1, torch.device("cpu")
+    rank, ranks, in_step, device = 0, 1, False, torch.device("cpu")
 
     def gather(self, values: Tensor) -> Tensor:
         return values
@@ -51,6 +56,12 @@ def share(starts: Sequence[int], ranks: Ranks) -> Sequence[int]:
     each, more = divmod(len(starts), ranks.ranks)  # so many for each process, and one more for the first ones
     begin = ranks.rank * each + min(ranks.rank, more)
     return starts[begin : begin + each + (ranks.rank < more)] or starts[-1:]
+
+
+def in_vain(starts: Sequence[int], ranks: Ranks) -> int:
+    """How many more parts this process has to sample so that it does as many as the others, if they go in step."""
+    most = math.ceil(len(starts) / ranks.ranks)
+    return most - len(share(starts, ranks)) if ranks.in_step else 0
 
 
 def everyones_parts(parts: Sequence[Part], ranks: Ranks) -> list[Part]:

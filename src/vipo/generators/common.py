@@ -28,6 +28,7 @@ from vipo.generators.text import BlankText, Text, TextReader
 from vipo.generators.text_cache import MEMORY_BYTES, TextCache, cache_of
 from vipo.generators.token_limits import cut_prompts
 from vipo.generators.weights import load_pipeline
+from vipo.sharding import under_own_name
 from vipo.types import Batched, Grid
 
 SIZES = ("height", "width", "frames")  # of the media, in pixels and pixel frames
@@ -124,8 +125,12 @@ class DiffusersGenerator(ABC):
 
     @property
     def text(self) -> Text:
-        """What is asked about prompts at present."""
+        """What is asked about prompts at present; another one may be put in its place."""
         return self._text
+
+    @text.setter
+    def text(self, text: Text) -> None:
+        self._text = text
 
     def encode(self, prompts: Sequence[str]) -> Any:
         return self.text(prompts)
@@ -217,7 +222,8 @@ class DiffusersGenerator(ABC):
         network = self.pipeline.transformer
         network.state_dict = lambda: dict(weights)  # what diffusers asks for; a sharded network would give its shards
         try:
-            self.pipeline.save_pretrained(str(folder))
+            with under_own_name(network):
+                self.pipeline.save_pretrained(str(folder))
         finally:
             del network.state_dict
         usual_permissions(folder.rglob("*.safetensors"))

@@ -27,6 +27,7 @@ from vipo.plan.published import model_config
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.schema import GeneratorSection, Recipe
+from vipo.sharding import wrapped_blocks
 from vipo.training.losses import LOSSES, Loss
 from vipo.types import Batched
 
@@ -70,12 +71,6 @@ class Blueprint:
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks that FSDP wraps one by one."""
         return wrapped_blocks(self.network)
-
-
-def wrapped_blocks(network: nn.Module) -> list[nn.Module]:
-    """Instances of the classes that a diffusers model names as not to be split."""
-    names = set(getattr(network, "_no_split_modules", None) or ())
-    return [module for module in network.modules() if type(module).__name__ in names]
 
 
 def draw(recipe: Recipe) -> Blueprint:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vipo.plan.blueprint import wrapped_blocks
+from vipo.sharding import wrapped_blocks
 
 
 @dataclass(frozen=True)

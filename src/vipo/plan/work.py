@@ -8,7 +8,7 @@ from statistics import fmean
 
 from vipo.schema import Recipe
 from vipo.training.losses import LOSSES
-from vipo.workload import groups_per_process, parts, possible_steps, share_sizes, widths
+from vipo.workload import check_updates, parts, possible_steps, share_of, share_sizes, widths
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,17 @@ def work_of(recipe: Recipe, gpus: int) -> Work:
     Raises:
         UserError: the prompts cannot be dealt to so many processes.
     """
-    groups, group_size = groups_per_process(recipe.prompts.per_iteration, gpus), recipe.prompts.group_size
+    section, steps = recipe.prompts, recipe.optimizer.per_iteration
+    share = share_of(0, gpus, per_iteration=section.per_iteration, group_size=section.group_size)
+    groups, group_size = len(share.groups), len(share.members)
     training, loss = recipe.training, LOSSES[recipe.objective.loss](recipe.objective, recipe.solver)
     together = [len(part) for part in parts(groups, training.prompts_at_once)]
     at_once = training.rollout_batch_size or together[0] * group_size
-    sampling = [_sampling(recipe, stochastic, together) for stochastic in possible_steps(recipe.solver)]
-    kept = groups * (training.keep_per_group or group_size)
-    batches = [_batches(recipe, samples) for samples in share_sizes(kept, recipe.optimizer.per_iteration)]
+    sampling = [_sampling(recipe, stochastic, together, group_size) for stochastic in possible_steps(recipe.solver)]
+    kept_of_all = section.per_iteration * (training.keep_per_group or section.group_size)
+    check_updates(steps, samples=kept_of_all, processes=gpus)
+    kept = math.ceil(kept_of_all / gpus)
+    batches = [_batches(recipe, samples) for samples in share_sizes(kept, steps)]
     return Work(
         samples=groups * group_size,
         groups=groups,
@@ -60,11 +64,9 @@ def work_of(recipe: Recipe, gpus: int) -> Work:
     )
 
 
-def _sampling(recipe: Recipe, stochastic: range, together: list[int]) -> tuple[int, int]:
+def _sampling(recipe: Recipe, stochastic: range, together: list[int], group_size: int) -> tuple[int, int]:
     """Passes and calls of the network for groups of which so many are sampled together."""
-    steps = [
-        width for groups in together for width in widths(recipe.solver, stochastic, groups, recipe.prompts.group_size)
-    ]
+    steps = [width for groups in together for width in widths(recipe.solver, stochastic, groups, group_size)]
     at_once = recipe.training.rollout_batch_size
     return sum(steps), sum(math.ceil(width / (at_once or width)) for width in steps)
 

@@ -18,7 +18,7 @@ import yaml
 
 from vipo.errors import UserError
 from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import complete_lines
+from vipo.files import complete_lines, writing
 from vipo.runs import lock
 from vipo.training.saved import Saved, choose, list_checkpoints
 from vipo.types import TrainStep
@@ -125,7 +125,8 @@ class RunDirectory:
         )
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with (self.root / name).open("a", encoding="utf-8") as file:
+        path = self.root / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
 
 

@@ -58,6 +58,7 @@ def evaluate_run(session: Session) -> tuple[Evaluation, UInt8[Tensor, "N 3 F Y X
             samples_per_prompt,
             recipe.evaluation.steps,
             recipe.training.rollout_batch_size,
+            at_least=at_once * samples_per_prompt if engine.in_step else 0,
         ),
         session.evaluation_scorer,
         at_once,

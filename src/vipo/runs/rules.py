@@ -39,6 +39,8 @@ RULES: Mapping[str, Rule] = {
     "training.checkpoint_every": "free",
     "training.keep_checkpoints": "free",
     "training.maps_every": "free",
+    "training.timeout": "free",
+    "training.sharding": "recorded",
     "training.reward_retries": "free",
     "training.reward_pause_seconds": "free",
     "training.rollout_batch_size": "recorded",

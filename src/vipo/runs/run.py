@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from vipo.assemble import Session, build, keep_text, notices
+from vipo.assemble import Session, build, engine_of, keep_text, notices
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
 from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
 from vipo.rewards import go_by_rate
+from vipo.runs.agreement import check_agreed
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
 from vipo.runs.init import keep_init, with_kept_init
@@ -27,6 +28,7 @@ from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load, save
+from vipo.training.saved import STATE
 from vipo.types import TrainStep
 
 
@@ -73,7 +75,7 @@ class Run:
             raise UserError("--from and --allow-changes are for a run that goes on: add --resume")
         self.recipe, self.directory = recipe, RunDirectory(Path(output))
         self.stop, self.lock = StopRequest(), FolderLock(self.directory.root)
-        self.engine = engine or Engine(precision=recipe.training.precision)
+        self.engine = engine or engine_of(recipe)
 
         def claim() -> Start:
             """Lock the folder and decide how to begin there; nothing in it is changed yet."""
@@ -89,11 +91,12 @@ class Run:
 
         try:
             self.start = self.engine.agreed(claim)
+            self._check_agreed()
             begun = recipe if not self.start.resumed else with_kept_init(recipe, self.directory.root)
             self.session: Session = build(begun, engine=self.engine)
             if (saved := self.start.saved) is not None:  # first: one that does not fit must leave the folder as it is
                 averages = bool(self.session.policy.ema)
-                self.session.trainer.restore(load(saved.path, saved.head, averages=averages))
+                self.session.trainer.restore(load(saved.path, saved.head, averages=averages, engine=self.engine))
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
@@ -108,6 +111,13 @@ class Run:
         except BaseException:
             self.lock.release()
             raise
+
+    def _check_agreed(self) -> None:
+        """Every process must see what the main one began with."""
+        saved, shared = self.start.saved, self.start.resumed or self.engine.in_step
+        inputs = fingerprints(self.recipe) if self.processes > 1 else {}
+        state = None if saved is None else saved.path / STATE
+        check_agreed(self.engine, self.recipe, inputs, self.directory.root, shared=shared, state=state)
 
     @property
     def processes(self) -> int:
@@ -137,15 +147,16 @@ class Run:
         After a stop request the state is saved; ``finished`` says whether the run is complete.
 
         Raises:
-            RunFailed: nothing was learned; the state is saved, and nothing is exported.
+            RunFailed: nothing was learned, and the state is saved; or another process is lost. Nothing is exported.
         """
         try:
             self._check_ours()
-            for event in self._train():
-                yield event
-                self._check_ours()
-            if self.finished:
-                self._export()
+            with self.engine.waiting():
+                for event in self._train():
+                    yield event
+                    self._check_ours()
+                if self.finished:
+                    self._export()
         finally:
             if self.board is not None:
                 self.board.close()
@@ -206,16 +217,14 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint now."""
-        state = self.session.trainer.state()
-        if self.writes:
-            save(
-                state,
-                self.directory.checkpoints,
-                keep=self.recipe.training.keep_checkpoints,
-                processes=self.processes,
-                recipe=self.recipe.model_dump(mode="json"),
-                inputs=self.start.inputs,
-            )
+        save(
+            self.session.trainer.state(),
+            self.directory.checkpoints,
+            engine=self.engine,
+            keep=self.recipe.training.keep_checkpoints,
+            recipe=self.recipe.model_dump(mode="json"),
+            inputs=self.start.inputs,
+        )
 
     def _evaluate_if_due(self) -> Iterator[Evaluated]:
         every = self.recipe.evaluation.every

@@ -1,81 +1,138 @@
 """Complete, atomic training state, in safetensors and JSON, written aside and renamed.
 
 ``checkpoints/step-000010/`` holds ``policy.safetensors``, ``optimizer.safetensors``, ``ema.safetensors`` if an average
-is kept, and ``state.json``, which has the recipe that trained it. Random draws need no state: each is a function of
-(seed, iteration, sample, purpose).
+is kept, and the index ``state.json``, which has the checksum of each of them and the recipe that trained it. Where the
+weights are cut over processes, each writes a file of its own, ``policy-00000-of-00002.safetensors`` and so on; any
+number of processes goes on from them. Random draws need no state: each is a function of its seed, purpose and indices.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vipo.engine import Engine
 from vipo.errors import UserError
-from vipo.files import written_whole
-from vipo.training.saved import FORMAT, STATE, Head, name_of, prune
+from vipo.files import CannotWrite, aside_of, writing, written_whole
+from vipo.training import stored
+from vipo.training.saved import FORMAT, STATE, Head, name_of, prune, read_head
+from vipo.training.stored import Checksums, Stored
 from vipo.training.trainer import TrainState
+
+POLICY, OPTIMIZER, AVERAGE = "policy", "optimizer", "ema"
 
 
 def save(
     state: TrainState,
     folder: Path,
     *,
+    engine: Engine | None = None,
     keep: int | None = None,
-    processes: int = 1,
     recipe: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the state after its last completed iteration; older checkpoints beyond ``keep`` are removed.
 
     ``recipe`` and ``inputs``, fingerprints of what it names, trained it; they are for whoever goes on from there.
+
+    Args:
+        engine: the processes, which all have to ask; None is one.
+
+    Raises:
+        CannotWrite: a process could not; none goes on, and what was there stays.
     """
-    target = folder / name_of(state.iteration)
-    head = Head(state.iteration, state.gradient_norms, state.health, processes, dict(recipe or {}), dict(inputs or {}))
-    files = {"policy": state.weights, "optimizer": state.optimizer, "ema": state.averages}
-    with written_whole(target) as aside:
-        aside.mkdir()
-        for name, tensors in files.items():
-            if tensors or name != "ema":
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
-        (aside / STATE).write_text(json.dumps({"format": FORMAT, **asdict(head)}))
-    prune(folder, keep)
+    target, writes = folder / name_of(state.iteration), engine is None or engine.is_main
+    with written_whole(target) if writes else nullcontext(aside_of(target)) as aside:
+        if engine is None:
+            aside.mkdir()
+        else:
+            engine.agreed(aside.mkdir)
+        files = _write(state, aside, engine)
+        if writes:
+            norms, trained_by = state.gradient_norms, (dict(recipe or {}), dict(inputs or {}))
+            head = Head(state.iteration, norms, state.health, engine.ranks if engine else 1, *trained_by, files)
+            (aside / STATE).write_text(json.dumps({"format": FORMAT, **asdict(head)}))
+    if engine is not None:
+        engine.wait()
+    if writes:
+        prune(folder, keep)
     return target
 
 
-def load(checkpoint: Path, head: Head, *, averages: bool) -> TrainState:
-    """What ``checkpoint`` holds.
+def _write(state: TrainState, folder: Path, engine: Engine | None) -> dict[str, Checksums]:
+    """This process's files; the checksums of all, in the order of the processes."""
+    kinds = {POLICY: state.weights, OPTIMIZER: state.optimizer, AVERAGE: state.averages}
+    kept = {kind: tensors for kind, tensors in kinds.items() if tensors or kind != AVERAGE}
+    if engine is None or engine.ranks == 1:
+        return {kind: stored.write(folder, kind, tensors) for kind, tensors in kept.items()}
+    place = {"rank": engine.rank, "ranks": engine.ranks if engine.in_step else 1}
+    mine: dict[str, Checksums] = {kind: {} for kind in kept}
+    caught: CannotWrite | None = None
+    if engine.in_step or engine.is_main:
+        try:
+            with writing(folder):
+                mine = {kind: stored.write(folder, kind, tensors, **place) for kind, tensors in kept.items()}
+        except CannotWrite as error:
+            caught = error
+    everyones = engine.everyones((mine, None if caught is None else f"rank {engine.rank}: {caught}"))
+    for _, fault in everyones:
+        if fault is not None:
+            raise caught or CannotWrite(fault)
+    return {kind: {name: sum_ for files, _ in everyones for name, sum_ in files[kind].items()} for kind in kept}
+
+
+def load(checkpoint: Path, head: Head, *, averages: bool, engine: Engine | None = None) -> TrainState:
+    """What ``checkpoint`` holds; its tensors are read when they are asked for.
 
     Args:
         head: what it knows beside tensors (:func:`vipo.training.saved.read_head`).
         averages: whether a moving average belongs to it.
+        engine: the processes, which all have to ask and share the reading of checksums; None is one.
 
     Raises:
-        UserError: it is damaged.
+        UserError: a file is damaged or missing.
     """
+    kinds = (POLICY, OPTIMIZER, AVERAGE) if averages else (POLICY, OPTIMIZER)
+    _check(checkpoint, head, kinds, engine)
+    weights, optimizer, *average = (Stored(checkpoint, list(head.files[kind])) for kind in kinds)
     return TrainState(
         iteration=head.iteration,
-        weights=_tensors(checkpoint, "policy"),
-        averages=_tensors(checkpoint, "ema") if averages else {},
-        optimizer=_tensors(checkpoint, "optimizer"),
+        weights=weights,
+        averages=average[0] if average else {},
+        optimizer=optimizer,
         gradient_norms=head.gradient_norms,
         health=head.health,
     )
 
 
 def load_policy(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights that stand for a run: the moving average if one was kept, else the trained weights."""
-    return _tensors(checkpoint, "ema" if (checkpoint / "ema.safetensors").exists() else "policy")
+    """The weights that stand for a run: the moving average if one was kept, else the trained weights.
+
+    Raises:
+        UserError: it is damaged or of another format.
+    """
+    head = read_head(checkpoint)
+    kind = AVERAGE if AVERAGE in head.files else POLICY
+    _check(checkpoint, head, (kind,), None)
+    return dict(Stored(checkpoint, list(head.files[kind])))
 
 
-def _tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    try:
-        return load_file(checkpoint / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: {error}") from error
+def _check(checkpoint: Path, head: Head, kinds: tuple[str, ...], engine: Engine | None) -> None:
+    """Compare the files with their checksums, each in one of the processes."""
+    absent = [kind for kind in kinds if not head.files.get(kind)]
+    if absent:
+        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: its index names no file for {absent[0]!r}")
+    files = [(name, expected) for kind in kinds for name, expected in head.files[kind].items()]
+    if engine is None:
+        faults = [stored.fault(checkpoint, dict(files))]
+    else:
+        faults = engine.everyones(stored.fault(checkpoint, dict(files[engine.rank :: engine.ranks])))
+    for fault in faults:
+        if fault is not None:
+            raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: {fault}; go on from another with --from")

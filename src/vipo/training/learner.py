@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vipo import randomness
 from vipo.engine import Engine
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
-from vipo.sharding import spread_like, whole
+from vipo.sharding import spread_like
 from vipo.training.credit import Credit
 from vipo.training.health import GradientGuard, Health, where_not_finite
 from vipo.training.losses import LOSSES, Cost
@@ -23,6 +24,22 @@ from vipo.types import Batched, Generator, Rollout
 from vipo.workload import shares
 
 Report = tuple[dict[str, float], list[str]]  # metrics, and every guard that fired
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step's rows, as far as they are this process's.
+
+    Args:
+        batches: row indices of each pass; empty where another process has rows and this one has none.
+        total: rows of all processes.
+        spare: a row for a pass that only accompanies the others.
+    """
+
+    rows: Any
+    batches: list[Tensor]
+    total: int
+    spare: Any
 
 
 class Learner:
@@ -66,13 +83,17 @@ class Learner:
         policy.begin()
 
     def learn(self, rollout: Rollout, credit: Credit, kept: Tensor, iteration: int) -> Report:
-        """All optimiser steps of one iteration, on the samples ``kept``."""
+        """All optimiser steps of one iteration; its numbers are those of all processes together.
+
+        Args:
+            credit: of this process's samples.
+            kept: which samples are trained on, by their numbers among those of all processes.
+        """
         rows = self.loss.rows(rollout, seed=self.seed, iteration=iteration)
-        dealt = self._deal(rows, len(rollout.prompts), kept, iteration)
         reports, events, skipped = [], [], 0
         rate = self._set_rate(iteration)
-        for number, share in enumerate(dealt):
-            report, odd = self._accumulate(rollout.conditioning, share, credit)
+        for number, update in enumerate(self._updates(rows, rollout, kept, iteration)):
+            report, odd = self._accumulate(rollout.conditioning, update, credit)
             reason = self.guard.reason_to_skip(report["grad_norm"])
             if reason:
                 skipped += 1
@@ -103,8 +124,26 @@ class Learner:
         moved = before is not None and self.policy.fingerprint() != before
         self.health.applied(moved=self.engine.any(moved) if before is not None else False)
 
-    def _deal(self, rows: Any, samples: int, kept: Tensor, iteration: int) -> list[Any]:
-        """The kept samples' rows, dealt to the optimiser steps by sample, in an order of their own."""
+    def _updates(self, rows: Any, rollout: Rollout, kept: Tensor, iteration: int) -> list[Update]:
+        """The kept samples' rows, dealt to the optimiser steps; all processes make as many passes in each of them."""
+        samples = len(rollout.prompts) * self.engine.ranks
+        dealt = self._deal(rows, samples, kept, iteration, rollout.first_sample)
+        own = [self._batches(share) for share in dealt]
+        everyones = self.engine.everyones([list(batches) for batches in own])
+        totals = self.engine.sums([float(len(share.sample)) for share in dealt])
+        spare, none = rows.take(torch.zeros(1, dtype=torch.long)), torch.empty(0, dtype=torch.long)
+        updates = []
+        for share, batches, total, keys in zip(dealt, own, totals, zip(*everyones, strict=True), strict=True):
+            passes = [batches.get(key, none) for key in sorted(set().union(*keys))]
+            updates.append(Update(share, passes, int(total), spare))
+        return updates
+
+    def _deal(self, rows: Any, samples: int, kept: Tensor, iteration: int, first: int = 0) -> list[Any]:
+        """The rows by optimiser step: which step a sample goes to is drawn, and the same for any number of processes.
+
+        Args:
+            samples: of all processes; the rows' own begin with number ``first``.
+        """
         steps = self.options.per_iteration
         if steps == 1 and len(kept) == samples:
             return [rows]
@@ -113,31 +152,42 @@ class Learner:
         )
         share_of = torch.full((samples,), -1)  # -1: not kept
         share_of[kept[order]] = torch.tensor(shares(len(kept), steps))
-        return [rows.take((share_of[rows.sample] == share).nonzero().squeeze(1)) for share in range(steps)]
+        return [rows.take((share_of[first + rows.sample] == share).nonzero().squeeze(1)) for share in range(steps)]
 
-    def _accumulate(self, conditioning: Batched, share: Any, credit: Credit) -> tuple[dict[str, float], str]:
+    def _accumulate(self, conditioning: Batched, update: Update, credit: Credit) -> tuple[dict[str, float], str]:
         """Accumulate the gradient of one optimiser step and clip it; its numbers, and where it is not finite."""
-        total, batches = len(share.sample), self._batches(share)
         sums: dict[str, Tensor] = {}
         largest = torch.zeros((), device=credit.local.device)
-        for number, index in enumerate(batches):
-            with self.engine.syncing(self.generator.network, last=number == len(batches) - 1):
-                cost = self._cost(conditioning, share.take(index), credit)
-                self.engine.backward(cost.loss * (len(index) / total))
-            largest = torch.maximum(largest, cost.deviation)
+        for number, index in enumerate(update.batches):
+            part = len(index) / update.total
+            with self.engine.syncing(self.generator.network, last=number == len(update.batches) - 1):
+                cost = self._cost(conditioning, update.rows.take(index) if len(index) else update.spare, credit)
+                self.engine.backward(cost.loss * (part * self.engine.ranks))  # processes' gradients are averaged
+            if len(index):
+                largest = torch.maximum(largest, cost.deviation)
             for key, value in cost.numbers.items():
-                sums[key] = sums.get(key, torch.zeros_like(value)) + value * (len(index) / total)
+                sums[key] = sums.get(key, torch.zeros_like(value)) + value * part
         peaks = self.policy.gradient_peaks()  # clipping by a norm that is NaN makes every gradient NaN
         norm = self.engine.clip(self.policy.parameters.values(), self.options.max_grad_norm)
-        values = torch.stack([*sums.values(), largest, norm])
-        report = dict(zip([*sums, "largest_log_ratio", "grad_norm"], values.tolist(), strict=True))
-        return report, "" if math.isfinite(report["grad_norm"]) else where_not_finite(peaks)
+        report = self._joined(list(sums), torch.stack([*sums.values(), largest, norm]).tolist())
+        return report, "" if math.isfinite(report["grad_norm"]) else where_not_finite(self._everyones_peaks(peaks))
 
-    def _batches(self, share: Any) -> list[Tensor]:
-        """Row indices of each pass."""
+    def _joined(self, names: list[str], values: list[float]) -> dict[str, float]:
+        """Sums over all processes, the largest log-ratio of any, and the norm, which is one for all."""
+        table = torch.tensor(self.engine.everyones(values), dtype=torch.float64)  # (ranks, numbers)
+        report = dict(zip(names, table.sum(0).tolist(), strict=False))
+        return {**report, "largest_log_ratio": float(table[:, -2].max()), "grad_norm": float(table[0, -1])}
+
+    def _everyones_peaks(self, peaks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The largest of all processes: a shard's gradient is finite where another's is not."""
+        table = torch.tensor(self.engine.everyones([float(peak) for peak in peaks.values()]))
+        return dict(zip(peaks, table.amax(0), strict=True))
+
+    def _batches(self, share: Any) -> dict[int, Tensor]:
+        """Row indices of each pass of this process; by solver step, or numbered."""
         if self.replay_batch_size:
-            return list(torch.arange(len(share.sample)).split(self.replay_batch_size))
-        return [(share.step == step).nonzero().squeeze(1) for step in share.step.unique().tolist()]
+            return dict(enumerate(torch.arange(len(share.sample)).split(self.replay_batch_size)))
+        return {step: (share.step == step).nonzero().squeeze(1) for step in share.step.unique().tolist()}
 
     def _cost(self, conditioning: Batched, rows: Any, credit: Credit) -> Cost:
         here, reference = conditioning.take(rows.sample), None
@@ -153,16 +203,16 @@ class Learner:
         return Cost(cost.loss + self.objective.kl_weight * kl, numbers, cost.deviation)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's state, whole, under flat names: ``<parameter>|<slot>``."""
+        """AdamW's state, cut as the weights are, under flat names: ``<parameter>|<slot>``."""
         state = self.optimizer.state
         return {
-            f"{name}|{slot}": whole(value.detach())
+            f"{name}|{slot}": value.detach()
             for name, parameter in self.policy.parameters.items()
             for slot, value in state.get(parameter, {}).items()
         }
 
     def restore_optimizer(self, slots: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`optimizer_state` gave."""
+        """Put back what :meth:`optimizer_state` gave, made whole."""
         live = self.policy.parameters
         order, by_parameter = list(live), dict[str, dict[str, Tensor]]()
         for key, value in slots.items():

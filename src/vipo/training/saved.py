@@ -13,7 +13,7 @@ from vipo.errors import UserError
 from vipo.files import remove
 from vipo.training.health import Record
 
-FORMAT = 3
+FORMAT = 4
 STATE = "state.json"  # there last, so what has it is complete
 _NAME = re.compile(r"step-\d{6,}")
 
@@ -28,6 +28,7 @@ class Head:
     processes: int
     recipe: Mapping[str, Any]  # empty if it was saved without one
     inputs: Mapping[str, str]  # fingerprints of what the recipe names, by key
+    files: Mapping[str, Mapping[str, str]]  # kind of tensors -> its files with their SHA-256, in the order of the parts
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,18 @@ def read_head(checkpoint: Path) -> Head:
             processes=int(state["processes"]),
             recipe=dict(state["recipe"]),
             inputs=dict(state["inputs"]),
+            files={kind: _inside(files) for kind, files in state["files"].items()},
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: {error}") from error
+
+
+def _inside(files: Mapping[str, str]) -> dict[str, str]:
+    """Files of the checkpoint's own folder."""
+    for name in files:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no file of its own folder")
+    return {str(name): str(checksum) for name, checksum in files.items()}
 
 
 def prune(folder: Path, keep: int | None) -> None:

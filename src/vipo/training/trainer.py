@@ -29,9 +29,7 @@ from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
 from vipo.training.metrics import map_metrics, reward_metrics
 from vipo.types import Generator, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
-from vipo.workload import groups_per_process, parts
-
-WORST = ("ratio_deviation", "largest_log_ratio")  # over processes the largest counts, not the mean
+from vipo.workload import check_updates, parts, share_of
 
 
 class Stopwatch:
@@ -51,7 +49,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that the next iteration depends on, whole tensors on this process."""
+    """All that the next iteration depends on. Of tensors that are cut over processes this one's parts are here."""
 
     iteration: int
     weights: Mapping[str, Tensor]
@@ -66,7 +64,7 @@ class Trainer:
 
     Args:
         engine: processes and precision; the network is prepared here.
-        prompts: deals one prompt per group; ``prompts.per_iteration`` must divide by the number of processes.
+        prompts: deals one prompt per group; a process has whole groups, or a group is split over several of them.
         scorer: media and prompts to :class:`Scores`.
         map_source: a rollout to allocation maps; required by the credits in ``NEEDS_MAPS``, else unused.
         group_size: samples per prompt.
@@ -107,7 +105,10 @@ class Trainer:
         self.prompts, self.scorer, self.map_source = prompts, scorer, map_source
         self.credit, self.solver, self.objective = credit, solver, objective
         self.group_size, self.seed, self.rollout_batch_size = group_size, seed, rollout_batch_size
-        self.groups_here = groups_per_process(prompts.per_iteration, engine.ranks)
+        dealt = {"per_iteration": prompts.per_iteration, "group_size": group_size}
+        self.share = share_of(engine.rank, engine.ranks, **dealt)
+        kept = prompts.per_iteration * (keep_per_group or group_size)
+        check_updates(optimizer.per_iteration, samples=kept, processes=engine.ranks)
         self.prompts_at_once = prompts_at_once
         self.keep_per_group, self.attention = keep_per_group, attention
         self.health = health or Health()
@@ -144,16 +145,18 @@ class Trainer:
     def _step(self, last: bool) -> TrainStep:
         clock, iteration = Stopwatch(), self.iteration
         rollout, scores = self._sample_and_score(iteration, clock)
-        advantage = combined(self.objective, scores, self.group_size)
+        everyones = self._everyones(scores)  # whatever compares samples sees those of all processes
+        advantage = combined(self.objective, everyones, self.group_size)
         with clock("map"):
-            maps = self._maps(rollout, scores, advantage)
+            maps = self._maps(rollout, scores, advantage[self._here])
         with clock("update"):
-            credit = self._credit(scores, advantage, maps, rollout)
-            learned, events = self.learner.learn(rollout, credit, self._kept(credit), iteration)
+            credit = self._credit(everyones, advantage, maps, rollout)
+            learned, events = self.learner.learn(rollout, credit, self._kept(advantage), iteration)
         self.iteration += 1
-        numbers = {**reward_metrics(scores, credit.advantage, self.group_size), **map_metrics(maps), **learned}
-        metrics = self._across_ranks({**numbers, "model_passes": float(rollout.model_passes)})
-        events += [f"reward {name}: {why}" for name, why in scores.failures.items()]
+        passes = self.engine.sums([float(rollout.model_passes)])[0]
+        numbers = {**reward_metrics(everyones, advantage, self.group_size), **self._mean(map_metrics(maps)), **learned}
+        metrics = {**numbers, "model_passes": passes}
+        events += [f"reward {name}: {why}" for name, why in everyones.failures.items()]
         events += self.health.iteration(metrics)
         failure = self.health.failure(self.iteration, last=last)
         events += [failure] if failure and not self.health.in_streak else []
@@ -161,8 +164,8 @@ class Trainer:
 
     def _sample_and_score(self, iteration: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
         """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
-        first_group = self.engine.rank * self.groups_here
-        dealt = self.prompts.groups(iteration)[first_group : first_group + self.groups_here]
+        groups = self.share.groups
+        dealt = self.prompts.groups(iteration)[groups.start : groups.stop]
         places = parts(len(dealt), self.prompts_at_once)
         rollouts: list[Rollout] = []
         waiting: list[Future[Scores]] = []
@@ -170,7 +173,7 @@ class Trainer:
             for place in places:
                 with clock("rollout"):
                     part = dealt[place.start : place.stop]
-                    rollouts.append(self._sample(part, iteration, first_group + place.start))
+                    rollouts.append(self._sample(part, iteration, groups.start + place.start))
                 if background is not None:
                     waiting.append(background.submit(rollouts[-1].media, rollouts[-1].prompts))
             with clock("reward"):  # of a background one, only what has to be waited for
@@ -188,6 +191,7 @@ class Trainer:
             seed=self.seed,
             iteration=iteration,
             first_group=first_group,
+            members=self.share.members,
             batch_size=self.rollout_batch_size,
             reduce=self.objective.reduce,
             keep_steps=self.learner.loss.keep_steps,
@@ -204,38 +208,57 @@ class Trainer:
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
-    def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
-        steps, grid = step_factor(self.objective, self.solver, rollout.sigmas), rollout.latent_grid
-        return assign(self.credit, self.objective, scores, advantage, maps, grid, self.group_size, steps)
+    @property
+    def _here(self) -> slice:
+        """This process's samples among those of all."""
+        return slice(self.share.samples.start, self.share.samples.stop)
 
-    def _kept(self, credit: Credit) -> Tensor:
-        """Indices of the samples that are trained on."""
-        if self.keep_per_group is None:
-            return torch.arange(len(credit.advantage))
-        return extremes(credit.advantage, self.group_size, self.keep_per_group).nonzero().squeeze(1).cpu()
-
-    def _across_ranks(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _everyones(self, scores: Scores) -> Scores:
+        """The scores of all processes' samples, in the order of their numbers; bit for bit those of one process."""
         if self.engine.ranks == 1:
-            return dict(metrics)
-        values = torch.tensor([list(metrics.values())], device=self.engine.device, dtype=torch.float64)
-        every = self.engine.gather(values)  # (ranks, metrics)
-        merged = dict(zip(metrics, every.nanmean(0).tolist(), strict=True))
-        worst = every.max(0).values.tolist()
-        return {key: worst[i] if key in WORST else value for i, (key, value) in enumerate(merged.items())}
+            return scores
+        device = scores.total.device
+        on_cpu = Scores({name: v.cpu() for name, v in scores.by_name.items()}, dict(scores.weights), scores.failures)
+        found = Scores.join(self.engine.everyones(on_cpu))
+        return Scores({name: v.to(device) for name, v in found.by_name.items()}, scores.weights, found.failures)
+
+    def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
+        """The credit of this process's samples, from the scores and advantages of all."""
+        steps, here = step_factor(self.objective, self.solver, rollout.sigmas), self._here
+        joined = self.credit == "reward_map" and self.share.splits_groups  # normalised in the group, at each position
+        if joined and maps is not None:
+            maps = self.engine.gather(maps)
+        elif not joined:
+            advantage, by_name = advantage[here], {name: values[here] for name, values in scores.by_name.items()}
+            scores = Scores(by_name, scores.weights)
+        given = (scores, advantage, maps, rollout.latent_grid, self.group_size, steps)
+        credit = assign(self.credit, self.objective, *given)
+        return replace(credit, advantage=credit.advantage[here], local=credit.local[here]) if joined else credit
+
+    def _kept(self, advantage: Tensor) -> Tensor:
+        """Numbers of the samples that are trained on, among those of all processes."""
+        if self.keep_per_group is None:
+            return torch.arange(len(advantage))
+        return extremes(advantage, self.group_size, self.keep_per_group).nonzero().squeeze(1).cpu()
+
+    def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Means over the processes, each of which has as many samples as any other."""
+        sums = self.engine.sums(list(numbers.values()))
+        return {name: value / self.engine.ranks for name, value in zip(numbers, sums, strict=True)}
 
     def state(self) -> TrainState:
-        """What a checkpoint holds; with sharded weights every process has to ask."""
+        """What a checkpoint holds, as this process has it: tensors in use, not copies of them."""
         return TrainState(
             self.iteration,
-            self.policy.state(),
-            self.policy.averages(),
+            {name: parameter.detach() for name, parameter in self.policy.parameters.items()},
+            dict(self.policy.ema),
             self.learner.optimizer_state(),
             list(self.learner.guard.norms),
             replace(self.health.record),
         )
 
     def restore(self, state: TrainState) -> None:
-        """Go on from a checkpoint; the next iteration is then bit for bit the same.
+        """Go on from a checkpoint, whose tensors are whole; the next iteration is then bit for bit the same.
 
         Raises:
             UserError: it belongs to another policy.
