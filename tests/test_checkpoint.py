@@ -32,7 +32,7 @@ def trained(model_folder: Path) -> Trainer:
 
 
 def load(where: Path, *, averages: bool) -> TrainState:
-    return checkpoint.load(where, saved.read_head(where), averages=averages)
+    return checkpoint.load(where, saved.verified(where), averages=averages)
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -121,7 +121,8 @@ def test_only_json_and_safetensors_are_written(tmp_path: Path, trained: Trainer)
 
 
 def test_a_run_is_known_by_its_average(tmp_path: Path, trained: Trainer) -> None:
-    weights = checkpoint.load_policy(checkpoint.save(trained.state(), tmp_path))
+    where = checkpoint.save(trained.state(), tmp_path)
+    weights = checkpoint.load_policy(where, saved.verified(where))
     assert all(torch.equal(weights[name], average) for name, average in trained.policy.ema.items())
 
 
@@ -135,6 +136,12 @@ def test_only_the_newest_checkpoints_are_kept(
     assert [saved.read_head(path).iteration for path in saved.list_checkpoints(tmp_path)] == left
 
 
+def flip(file: Path) -> None:
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1
+    file.write_bytes(whole)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a weight file cut short": lambda c: (c / "policy.safetensors").write_bytes(b"\x10\x00"),
     "an optimiser file of zeros": lambda c: (c / "optimizer.safetensors").write_bytes(b"\x00" * 64),
@@ -142,6 +149,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "half a state": lambda c: (c / "state.json").write_text('{"format": 1, "iter'),
     "an empty state": lambda c: (c / "state.json").write_text("{}"),
     "a list for a state": lambda c: (c / "state.json").write_text("[]"),
+    "a bit of the index": lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace("1", "2", 1)),
+    "a bit of the weights": lambda c: flip(c / "policy.safetensors"),
+    "a bit of the optimiser": lambda c: flip(c / "optimizer.safetensors"),
     "another format": lambda c: (c / "state.json").write_text(json.dumps({"format": 99})),
 }
 

@@ -29,7 +29,7 @@ from vipo.recipe import parse_recipe
 from vipo.runs.run import Run, train
 from vipo.sharding import is_sharded, whole
 from vipo.training import checkpoint
-from vipo.training.saved import read_head
+from vipo.training.saved import verified
 from vipo.training.trainer import Trainer
 
 pytestmark = pytest.mark.on_cpu
@@ -189,7 +189,7 @@ def test_a_sharded_network_is_trained_saved_resumed_and_exported_as_a_whole_one(
     assert theirs[0]["grad_norm"] > 1e-4 and theirs[0]["ratio_deviation"] == 0  # it was clipped, on the same weights
 
     where = checkpoint.save(sharded.state(), tmp_path / "checkpoints")
-    saved = checkpoint.load(where, read_head(where), averages=True)
+    saved = checkpoint.load(where, verified(where), averages=True)
     live = {name: whole(p.detach()) for name, p in sharded.policy.parameters.items()}
     assert all(torch.equal(saved.weights[name], live[name]) for name in live)
     assert any((saved.weights[name] - start[name]).abs().max() > 1e-4 for name in live)

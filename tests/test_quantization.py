@@ -95,7 +95,8 @@ def test_two_iterations_on_a_quantised_base(
         assert metrics["ratio_deviation"] == 0  # replay asks the network what the rollout asked it
         assert metrics["grad_norm"] > 0 and metrics["skipped"] == 0
     assert first["kl_reference"] == 0 < second["kl_reference"]  # without its adapters the policy is the base
-    kept = checkpoint.load_policy(tmp_path / "run" / "checkpoints" / "step-000002")
+    where = tmp_path / "run" / "checkpoints" / "step-000002"
+    kept = checkpoint.load_policy(where, verified(where))
     assert kept and all("lora_" in name and value.dtype == torch.float32 for name, value in kept.items())
     assert any(value.abs().max() > 0 for name, value in kept.items() if "lora_B" in name)
 

@@ -16,6 +16,7 @@ from vipo.errors import UserError
 from vipo.recipe import parse_recipe
 from vipo.runs.inputs import fingerprints
 from vipo.runs.run import Run
+from vipo.runs.trained import open_run
 from vipo.training.saved import choose, list_checkpoints, prune
 
 
@@ -190,6 +191,44 @@ def test_a_model_folder_is_known_by_its_files(tmp_path: Path, raw: dict[str, Any
     weights.write_bytes(whole)
     after = fingerprints(recipe)
     assert {key for key in before if before[key] != after[key]} == {"generator.path"}
+
+
+def flip(file: Path) -> None:
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1
+    file.write_bytes(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["iterations"] = 3
+    folder, newest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-000003"
+    run_all(raw, folder)
+    whole = contents(folder)
+    flip(newest / "optimizer.safetensors")
+    (newest.with_name("step-000002") / "policy.safetensors").unlink()
+    run = run_all(raw, folder, resume=True)
+    assert "Going on after iteration 1. " in run.notes[-1] and "A newer one is passed over: checkpoint" in run.notes[-1]
+    first, second = tiny.lines(folder / "metrics.jsonl")[1]["events"]
+    assert "passed over: " in first and "'optimizer.safetensors' is damaged: its SHA-256" in first
+    assert "passed over: " in second and "'policy.safetensors' cannot be read" in second
+    ours = contents(folder)
+    assert all(
+        ours[name] == whole[name] for name in whole if name.startswith(("export/", "checkpoints/step-000003/po"))
+    )
+
+
+def test_without_a_good_checkpoint_nothing_begins_again(tmp_path: Path, raw: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    run_all(raw, folder)
+    for saved in list_checkpoints(folder / "checkpoints"):
+        flip(saved / "policy.safetensors")
+    before = contents(folder)
+    for given in ({}, {"checkpoint": "step-000001"}):
+        with pytest.raises(UserError, match=r"step-00000\d' cannot be read: its file 'policy\.safetensors' is damaged"):
+            Run(parse_recipe(raw), folder, resume=True, **given)
+    with pytest.raises(UserError, match=r"step-000002' cannot be read: its file 'policy\.safetensors' is damaged"):
+        open_run(folder)
+    assert contents(folder) == before
 
 
 LIMITED = """

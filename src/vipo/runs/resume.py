@@ -79,6 +79,7 @@ def resumption(
     if saved is not None and processes != saved.head.processes:
         told.append(f"processes {saved.head.processes} -> {processes}")
     iteration = saved.head.iteration if saved else 0
+    told += [f"a newer checkpoint passed over: {why}" for why in saved.damaged] if saved else []
     if past.logged < iteration:
         told.append(f"a log of only {past.logged} iterations: lines of metrics.jsonl were lost")
     anew = any(change.moves_scores for change in found)
@@ -117,6 +118,7 @@ def _note(past: Past) -> str:
     told = f"Going on after iteration {past.saved.head.iteration}."
     if left > 0:
         told += f" What was logged of {left} later {'iteration' if left == 1 else 'iterations'} is dropped."
+    told += "".join(f" A newer one is passed over: {why}." for why in past.saved.damaged)
     if past.saved.later:
         told += f" Removed, because later: {', '.join(path.name for path in past.saved.later)}."
     return told

@@ -96,7 +96,7 @@ class Run:
             self.session: Session = build(begun, engine=self.engine)
             if (saved := self.start.saved) is not None:  # first: one that does not fit must leave the folder as it is
                 averages = bool(self.session.policy.ema)
-                self.session.trainer.restore(load(saved.path, saved.head, averages=averages, engine=self.engine))
+                self.session.trainer.restore(load(saved.path, saved.head, averages=averages))
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)

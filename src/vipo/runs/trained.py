@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vipo.assemble import Model, default_device, open_model
 from vipo.errors import UserError
@@ -12,7 +13,8 @@ from vipo.recipe import load_recipe
 from vipo.runs.directory import RunDirectory
 from vipo.runs.init import with_kept_init
 from vipo.schema import Recipe
-from vipo.training import checkpoint
+from vipo.training.checkpoint import load_policy
+from vipo.training.saved import verified
 
 
 def open_run(
@@ -27,19 +29,33 @@ def open_run(
         keep_reference: the policy can also be what it was before training, at the cost, for full weights, of a copy.
 
     Raises:
-        UserError: not a run directory, or no checkpoint in it yet.
+        UserError: not a run directory, no checkpoint in it yet, or the latest is damaged.
     """
     directory = RunDirectory(root)
     if not directory.exists():
         raise UserError(f"{str(root)!r} is not a run directory: it has no recipe.yaml")
-    latest = directory.latest_checkpoint()
-    if latest is None:
+    if directory.latest_checkpoint() is None:
         raise UserError(f"{str(root)!r} has no complete checkpoint yet")
     recipe = load_recipe(directory.recipe)
     begun = with_kept_init(_without_average(recipe), root)
     model = open_model(begun, device=device or default_device(), keep_reference=keep_reference)
-    model.policy.begin().load(checkpoint.load_policy(latest))
+    model.policy.begin().load(_weights(directory))
     return recipe, model
+
+
+def _weights(directory: RunDirectory) -> dict[str, Tensor]:
+    """The latest ones; a run that is going on may remove a checkpoint while it is being read.
+
+    Raises:
+        UserError: the latest is damaged.
+    """
+    while (latest := directory.latest_checkpoint()) is not None:
+        try:
+            return load_policy(latest, verified(latest))
+        except UserError:
+            if latest.exists():
+                raise
+    raise UserError(f"{str(directory.root)!r} has no complete checkpoint any more")
 
 
 def _without_average(recipe: Recipe) -> Recipe:

@@ -8,10 +8,8 @@ number of processes goes on from them. Random draws need no state: each is a fun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.files import CannotWrite, aside_of, writing, written_whole
 from vipo.training import stored
-from vipo.training.saved import FORMAT, STATE, Head, name_of, prune, read_head
+from vipo.training.saved import STATE, Head, described, name_of, prune
 from vipo.training.stored import Checksums, Stored
 from vipo.training.trainer import TrainState
 
@@ -57,7 +55,7 @@ def save(
         if writes:
             norms, trained_by = state.gradient_norms, (dict(recipe or {}), dict(inputs or {}))
             head = Head(state.iteration, norms, state.health, engine.ranks if engine else 1, *trained_by, files)
-            (aside / STATE).write_text(json.dumps({"format": FORMAT, **asdict(head)}))
+            (aside / STATE).write_text(described(head))
     if engine is not None:
         engine.wait()
     if writes:
@@ -87,19 +85,20 @@ def _write(state: TrainState, folder: Path, engine: Engine | None) -> dict[str, 
     return {kind: {name: sum_ for files, _ in everyones for name, sum_ in files[kind].items()} for kind in kept}
 
 
-def load(checkpoint: Path, head: Head, *, averages: bool, engine: Engine | None = None) -> TrainState:
+def load(checkpoint: Path, head: Head, *, averages: bool) -> TrainState:
     """What ``checkpoint`` holds; its tensors are read when they are asked for.
 
     Args:
-        head: what it knows beside tensors (:func:`vipo.training.saved.read_head`).
+        head: what it knows beside tensors (:func:`vipo.training.saved.verified`).
         averages: whether a moving average belongs to it.
-        engine: the processes, which all have to ask and share the reading of checksums; None is one.
 
     Raises:
-        UserError: a file is damaged or missing.
+        UserError: a file is missing or is none.
     """
     kinds = (POLICY, OPTIMIZER, AVERAGE) if averages else (POLICY, OPTIMIZER)
-    _check(checkpoint, head, kinds, engine)
+    absent = [kind for kind in kinds if not head.files.get(kind)]
+    if absent:
+        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: its index names no file for {absent[0]!r}")
     weights, optimizer, *average = (Stored(checkpoint, list(head.files[kind])) for kind in kinds)
     return TrainState(
         iteration=head.iteration,
@@ -111,28 +110,10 @@ def load(checkpoint: Path, head: Head, *, averages: bool, engine: Engine | None 
     )
 
 
-def load_policy(checkpoint: Path) -> dict[str, Tensor]:
+def load_policy(checkpoint: Path, head: Head) -> dict[str, Tensor]:
     """The weights that stand for a run: the moving average if one was kept, else the trained weights.
 
     Raises:
-        UserError: it is damaged or of another format.
+        UserError: a file is missing or is none.
     """
-    head = read_head(checkpoint)
-    kind = AVERAGE if AVERAGE in head.files else POLICY
-    _check(checkpoint, head, (kind,), None)
-    return dict(Stored(checkpoint, list(head.files[kind])))
-
-
-def _check(checkpoint: Path, head: Head, kinds: tuple[str, ...], engine: Engine | None) -> None:
-    """Compare the files with their checksums, each in one of the processes."""
-    absent = [kind for kind in kinds if not head.files.get(kind)]
-    if absent:
-        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: its index names no file for {absent[0]!r}")
-    files = [(name, expected) for kind in kinds for name, expected in head.files[kind].items()]
-    if engine is None:
-        faults = [stored.fault(checkpoint, dict(files))]
-    else:
-        faults = engine.everyones(stored.fault(checkpoint, dict(files[engine.rank :: engine.ranks])))
-    for fault in faults:
-        if fault is not None:
-            raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: {fault}; go on from another with --from")
+    return dict(Stored(checkpoint, list(head.files[AVERAGE if AVERAGE in head.files else POLICY])))

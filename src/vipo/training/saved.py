@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vipo.errors import UserError
 from vipo.files import remove
 from vipo.training.health import Record
+from vipo.training.stored import fault
 
 FORMAT = 4
+CHECKSUM = "sha256"
 STATE = "state.json"  # there last, so what has it is complete
 _NAME = re.compile(r"step-\d{6,}")
 
@@ -38,6 +41,7 @@ class Saved:
     path: Path
     head: Head
     later: tuple[Path, ...] = ()
+    damaged: tuple[str, ...] = ()  # newer ones that were passed over, and why
 
 
 def name_of(iteration: int) -> str:
@@ -54,17 +58,46 @@ def choose(folder: Path, name: str | None = None) -> Saved | None:
     """What to go on from; None: there is no checkpoint yet.
 
     Args:
-        name: a folder's name under ``folder`` or a path to one; None takes the latest.
+        name: a folder's name under ``folder`` or a path to one; None takes the latest that is not damaged.
 
     Raises:
-        UserError: there is no such checkpoint, or it cannot be read.
+        UserError: there is no such checkpoint, it is damaged, or all are.
     """
-    there = list_checkpoints(folder)
-    path = _named(folder, name, there) if name is not None else there[-1] if there else None
-    if path is None:
-        return None
-    head = read_head(path)
-    return Saved(path, head, tuple(other for other in reversed(there) if _iteration(other) > head.iteration))
+    there, damaged = list_checkpoints(folder), list[str]()
+    for path in reversed(there) if name is None else [_named(folder, name, there)]:
+        try:
+            head = verified(path)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        later = tuple(other for other in reversed(there) if _iteration(other) > head.iteration)
+        return Saved(path, head, later, tuple(damaged))
+    if damaged:
+        raise UserError(damaged[0])
+    return None
+
+
+def verified(checkpoint: Path) -> Head:
+    """What a checkpoint knows beside tensors, once every file is found to be what was written.
+
+    Raises:
+        UserError: it is damaged or of another format.
+    """
+    head = read_head(checkpoint)
+    why = fault(checkpoint, {name: expected for files in head.files.values() for name, expected in files.items()})
+    if why is not None:
+        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read: {why}")
+    return head
+
+
+def described(head: Head) -> str:
+    """The index as text, with a checksum of itself."""
+    document = {"format": FORMAT, **asdict(head)}
+    return json.dumps({**document, CHECKSUM: _checksum(document)})
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def read_head(checkpoint: Path) -> Head:
@@ -77,6 +110,8 @@ def read_head(checkpoint: Path) -> Head:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {str(checkpoint)!r} has format {state['format']}; this version reads {FORMAT}")
+        if state.pop(CHECKSUM) != _checksum(state):
+            raise ValueError(f"{STATE!r} is damaged: its SHA-256 is not the one on record")
         return Head(
             iteration=int(state["iteration"]),
             gradient_norms=[float(norm) for norm in state["gradient_norms"]],
