@@ -1,8 +1,8 @@
 """The account of one process (one accelerator): which bytes lie there in which phase, and how long an iteration takes.
 
 An iteration goes through phases: sample, decode, score, map, update, step. What is resident is there in all of them;
-the worst phase decides whether a recipe fits. Seconds are floating-point operations over peak rate times utilisation, but
-no fewer than the host needs to call the operators.
+the worst phase decides whether a recipe fits. Seconds are floating-point operations over peak rate times utilisation,
+but no fewer than the host needs to call the operators.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Machine:
     utilisation: float = 0.31
     sharded: bool = False
     link: float = 450e9
-    operator: float = 0.0
+    operator: float = 5.0e-6
 
     def seconds(self, flops: float) -> float:
         return flops / (self.tflops * 1e12 * self.utilisation)

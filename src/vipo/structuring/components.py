@@ -22,9 +22,7 @@ NEGLIGIBLE = 1e-6  # a share of the variance below this is rounding noise, not a
 BLANK = 1e-10  # variance of the cells over their mean square, below which a picture has no structure
 
 LARGE, BLOCK, DEPTH = 128, 8, 6  # side of a matrix too large to solve in full; columns and products of the iteration
-SETTLED = (
-    4e-6  # angle (radians) by which an iterated axis may be off; a map's error is smaller, see docs/orientation.md
-)
+SETTLED = 1e-5  # bound of an axis' angle (radians) before the last half step, which takes most of it away
 AT_ONCE = {"cpu": 2**21}  # numbers solved together: on a CPU what stays in its caches
 ELSEWHERE = 2**26  # the same on an accelerator
 
@@ -64,7 +62,7 @@ def principal_components(features: Float[Tensor, "B D *grid"], components: int =
     _check_shape(features, components)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         cells = features.flatten(2)
-        large = min(cells.shape[1:]) > LARGE and components <= BLOCK // 2
+        large = min(cells.shape[1:]) > LARGE and components <= BLOCK - 2
         solved = _in_parts(_iterated, cells, components) if large else _in_full(cells, components)
         bad, moving = torch.stack([solved.bad, ~solved.settled]).cpu()
         _check_finite(bad)
@@ -160,7 +158,8 @@ def _iterated(cells: Float[Tensor, "B D n"], components: int) -> Solved:
     values = images.square().sum(2)
     residual = (products - vectors.mT * values[..., None]).norm(dim=2)
     settled = _settled(residual, values, searched, total) | blank
-    projections = images if narrow else products / values.clamp_min(torch.finfo(precise).tiny).sqrt()[..., None]
+    lengths = values.rsqrt().where(values > NEGLIGIBLE * total[:, None], values.new_zeros(()))
+    projections = images if narrow else products * lengths[..., None]
     return Solved(projections, square.sqrt(), total, blank, settled, bad)
 
 
@@ -184,6 +183,6 @@ def _settled(
     """
     distance = (values[:, :, None] - searched[:, None]).abs()
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    allowed = max(SETTLED, torch.finfo(values.dtype).eps ** 0.5)  # float32 has no 4e-6 to give
+    allowed = max(SETTLED, torch.finfo(values.dtype).eps ** 0.5)  # float32 has no 1e-5 to give
     near = residual <= allowed * distance.amin(2)
     return (near | (values <= NEGLIGIBLE * total[:, None])).all(1)
