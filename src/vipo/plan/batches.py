@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from vipo.plan.account import Machine, Plan, plan
 from vipo.plan.ledger import Ledger
+from vipo.plan.work import work_of
 from vipo.schema import Recipe
+from vipo.workload import share_sizes
 
 HEADROOM = 0.1  # of the memory, for CUDA's context, the allocator's gaps and the workspaces of kernels
 
@@ -30,28 +33,33 @@ class Batches:
 
 
 def propose(recipe: Recipe, machine: Machine, ledger: Ledger | None = None) -> Batches:
-    """The largest divisors of a group with which sampling and updates leave ``HEADROOM`` of the memory free.
+    """The largest sizes up to a group with which sampling and updates leave ``HEADROOM`` of the memory free.
 
-    Divisors, so that every batch of a group is full. 1 where not even that fits; the plan says so.
+    They divide a group, and the rows of every update, so that each batch is full. 1 where not even that fits; the plan
+    says so.
     """
     ledger = ledger or Ledger()
-    rollout = _largest(recipe, machine, ledger, "rollout_batch_size", "sample")
-    replay = _largest(recipe, machine, ledger, "replay_batch_size", "update")
+    work, group = work_of(recipe, machine.gpus), recipe.prompts.group_size
+    kept = work.groups * (recipe.training.keep_per_group or group)
+    updates = [size * work.trained // kept for size in share_sizes(kept, recipe.optimizer.per_iteration)]
+    rollout = _largest(recipe, machine, ledger, ("rollout_batch_size", "sample"), _divisors(group, group))
+    replay = _largest(recipe, machine, ledger, ("replay_batch_size", "update"), _divisors(math.gcd(*updates), group))
     both = _with(recipe, rollout_batch_size=rollout, replay_batch_size=replay)
     return Batches(rollout, replay, plan(both, machine, ledger))
 
 
-def _largest(recipe: Recipe, machine: Machine, ledger: Ledger, key: str, phase: str) -> int:
+def _divisors(number: int, most: int) -> list[int]:
+    """The largest first, without 1."""
+    return [size for size in range(most, 1, -1) if number % size == 0]
+
+
+def _largest(recipe: Recipe, machine: Machine, ledger: Ledger, where: tuple[str, str], sizes: list[int]) -> int:
+    """Of a key of ``training``, with which its phase has room; the other size is 1, which is quickest to measure."""
+    key, phase = where
     allowed = (1 - HEADROOM) * machine.memory
-    # The other size is 1 meanwhile: it has no part in this phase, and is quickest to measure.
     alone = _with(recipe, rollout_batch_size=1, replay_batch_size=1)
-    size = recipe.prompts.group_size
-    fitting = (
-        batch
-        for batch in range(size, 1, -1)
-        if size % batch == 0 and plan(_with(alone, **{key: batch}), machine, ledger).total(phase) <= allowed
-    )
-    return next(fitting, 1)
+    tried = (size for size in sizes if plan(_with(alone, **{key: size}), machine, ledger).total(phase) <= allowed)
+    return next(tried, 1)
 
 
 def _with(recipe: Recipe, **training: int) -> Recipe:

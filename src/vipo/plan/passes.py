@@ -22,7 +22,7 @@ from vipo.types import Batched, Prompt, Rollout, Transitions
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one pass: ``bytes`` alive at worst beside weights, gradients and inputs; ``flops`` of it; ``operators`` called."""
+    """Of one pass: ``bytes`` alive at worst beside weights, gradients and inputs, ``flops``, ``operators`` called."""
 
     bytes: int
     flops: int
