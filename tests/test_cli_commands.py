@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
 import tiny
 import vipo as package
 from terminal import Said, Vipo, assert_refused, imported
-from vipo.cli import app
+from vipo.cli import app, commands
 from vipo.cli.catalogue import CATALOGUES
 
 COMMANDS = [
@@ -61,3 +64,17 @@ def test_a_process_of_its_own_refuses_in_the_same_words() -> None:
     process = tiny.command_line("train", "nowhere.yaml")
     out, err = process.communicate(timeout=60)
     assert_refused(Said(process.returncode, out, err), "'nowhere.yaml' does not exist")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch grows segments on Linux only")
+@pytest.mark.parametrize("key", [None, *commands.ALLOCATOR_KEYS])
+def test_the_allocator_grows_segments_unless_it_is_set_up(monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+    for known in commands.ALLOCATOR_KEYS:
+        monkeypatch.delenv(known, raising=False)
+    if key:
+        monkeypatch.setenv(key, "max_split_size_mb:64")
+    monkeypatch.setattr(sys, "argv", ["vipo", "--version"])
+    with pytest.raises(SystemExit):
+        commands.main()
+    found = {known: os.environ.get(known) for known in commands.ALLOCATOR_KEYS if known in os.environ}
+    assert found == ({key: "max_split_size_mb:64"} if key else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

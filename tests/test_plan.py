@@ -17,8 +17,9 @@ import tiny
 from vipo.errors import UserError
 from vipo.generators.flux import FluxText
 from vipo.options import Solver, Window
-from vipo.plan import Ledger, Machine, advise, plan
+from vipo.plan import Ledger, Machine, Plan, advise, plan, propose
 from vipo.plan.account import Accountant
+from vipo.plan.batches import HEADROOM
 from vipo.plan.judging import judges_of
 from vipo.plan.meter import Meter
 from vipo.plan.published import table
@@ -191,7 +192,7 @@ def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: L
 
 def test_free_changes_come_before_costly_ones(recipe_of: Any, ledger: Ledger) -> None:
     recipe = recipe_of(prompts__group_size=8)
-    found = advise(recipe, Machine(memory=plan(recipe, Machine(), ledger).peak - 1), ledger)
+    found = advise(recipe, Machine(memory=plan(recipe, Machine(), ledger).peak - 1, operator=0), ledger)
     assert len(found.changes) == 1 and "checkpointing" not in str(found.changes[0])
     assert found.plan.fits and found.seconds == pytest.approx(0, abs=1e-9)
 
@@ -214,6 +215,33 @@ def test_a_plan_prints_names_that_look_like_markup_as_they_are(recipe_of: Any, l
     console.print(plan_view(plan(recipe, Machine(), ledger), advise(recipe, Machine(), ledger)))
     said = console.export_text()
     assert "[bold]:heart: fits" in said and "not counted: reward [/x].py:[red]" in said
+
+
+def test_proposed_batches_are_the_largest_divisors_that_leave_room(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of(prompts__group_size=6)
+
+    def sizes(memory: float) -> tuple[int, int]:
+        found = propose(recipe, Machine(memory=int(memory)), ledger)
+        assert found.as_json()["plan"]["fits"] == found.plan.fits
+        return found.rollout, found.replay
+
+    def needs(rollout: int, replay: int) -> Plan:
+        training = recipe.training.model_copy(update={"rollout_batch_size": rollout, "replay_batch_size": replay})
+        return plan(recipe.model_copy(update={"training": training}), Machine(), ledger)
+
+    assert sizes(80e9) == (6, 6) and sizes(1000) == (1, 1)
+    update = needs(1, 3).total("update") / (1 - HEADROOM)
+    assert sizes(update + 10)[1] == 3 and sizes(update - 10)[1] == 2
+    sample = needs(2, 1).total("sample") / (1 - HEADROOM)
+    assert sizes(sample + 10)[0] == 2 and sizes(sample - 10)[0] == 1
+
+
+def test_a_pass_lasts_as_long_as_its_operators_are_called(recipe_of: Any, ledger: Ledger) -> None:
+    recipe = recipe_of()
+    quick, slow = Machine(operator=0), Machine(operator=1.0)
+    cost = ledger.cost(recipe, "replaying", 1)
+    assert cost.operators > 100 and slow.lasts(cost) == cost.operators
+    assert quick.lasts(cost) == quick.seconds(cost.flops)
 
 
 def test_what_cannot_fit_is_said(recipe_of: Any, ledger: Ledger) -> None:

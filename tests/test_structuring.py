@@ -159,6 +159,42 @@ def test_only_pictures_whose_iteration_has_not_settled_are_solved_in_full(
     assert not found.projections[4].any() and not found.energy[4].any()
 
 
+@pytest.mark.parametrize("shape", FLAT)
+def test_a_large_picture_does_not_depend_on_its_batch(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    features = torch.cat([white(*shape, batch=3, steepness=1.0), white(*shape, batch=1)]).float()
+    together = allocation_map(features, GRID)
+    alone = torch.cat([allocation_map(row[None], GRID) for row in features])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    monkeypatch.setitem(axes.AT_ONCE, "cpu", 2 * features[0].numel())
+    torch.testing.assert_close(together, allocation_map(features, GRID), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 9, 60])
+@pytest.mark.parametrize("shape", FLAT)
+def test_the_iteration_ends_where_the_features_have_no_more_directions(rank: int, shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    weights = 0.7 ** torch.arange(rank)
+    left, right = (
+        torch.randn(2, shape[0], rank, generator=generator),
+        torch.randn(rank, *shape[1:], generator=generator),
+    )
+    features = torch.einsum("bdr,rhw->bdhw", left * weights, right) + 1
+    found, expected = principal_components(features), reference(features)
+    assert bool(axes._iterated(features.flatten(2), 3).settled.all())
+    torch.testing.assert_close(found.projections.abs(), expected.projections.abs(), atol=1e-3, rtol=1e-4)
+    assert not found.explained[:, rank:].any() and not found.projections[:, rank:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_large_features_that_are_not_finite_are_refused(bad: float) -> None:
+    features = white(300, 17, 16, batch=3, steepness=1.0).float()
+    features[1, 3, 2, 2] = bad
+    with pytest.raises(ValueError, match=r"\[1\].*not finite"):
+        allocation_map(features, GRID)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(3))

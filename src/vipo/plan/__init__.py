@@ -7,6 +7,7 @@ storage (:mod:`vipo.plan.blueprint`), so a 14-billion model is planned on a lapt
 
 from vipo.plan.account import Machine, Plan, plan
 from vipo.plan.advice import Advice, advise
+from vipo.plan.batches import Batches, propose
 from vipo.plan.ledger import Ledger
 
-__all__ = ["Advice", "Ledger", "Machine", "Plan", "advise", "plan"]
+__all__ = ["Advice", "Batches", "Ledger", "Machine", "Plan", "advise", "plan", "propose"]

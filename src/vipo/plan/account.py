@@ -2,7 +2,7 @@
 
 An iteration goes through phases: sample, decode, score, map, update, step; before the first, prompts may be read. What
 is resident is there in all of them; the worst phase decides whether a recipe fits. Seconds are floating-point
-operations over peak rate times utilisation.
+operations over peak rate times utilisation, but no fewer than the host needs to call the operators.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Machine:
         gpus: accelerators, one process each.
         memory: bytes of each.
         tflops: 1e12 operations per second of each at best; 989 is an H100 SXM, bfloat16 without sparsity.
-        utilisation: the share of that which is reached.
+        utilisation: the share of that which is reached; docs/plan.md says where the default is from.
+        operator: seconds in which the host calls one operator; a pass does not end before its last one is called.
         sharded: weights, gradients and optimiser state are spread over the accelerators (FSDP2), else each has all.
         link: bytes per second between accelerators; 450e9 is NVLink 4, one direction.
     """
@@ -44,12 +45,17 @@ class Machine:
     gpus: int = 1
     memory: int = 80 * 10**9
     tflops: float = 989.0
-    utilisation: float = 0.35
+    utilisation: float = 0.31
     sharded: bool = False
     link: float = 450e9
+    operator: float = 5.0e-6
 
     def seconds(self, flops: float) -> float:
         return flops / (self.tflops * 1e12 * self.utilisation)
+
+    def lasts(self, one: Cost) -> float:
+        """Seconds of a pass."""
+        return max(self.seconds(one.flops), one.operators * self.operator)
 
 
 @dataclass(frozen=True)
@@ -254,15 +260,16 @@ class Accountant:
 
     def seconds(self) -> dict[str, float]:
         machine, work = self.machine, self.work
-        one = {
-            "sample": self.cost("sampling", work.sampled_at_once).flops / work.sampled_at_once * work.passes,
-            "decode": self.cost("decoding", self.decoded_at_once).flops / self.decoded_at_once * work.samples,
-            "update": self.cost("replaying", work.replayed_at_once).flops / work.replayed_at_once * work.trained,
-            "score": sum(judge.flops * work.samples for judge in self.judges if judge.trains),
+        sampling = machine.lasts(self.cost("sampling", work.sampled_at_once)) / work.sampled_at_once
+        replaying = machine.lasts(self.cost("replaying", work.replayed_at_once)) / work.replayed_at_once
+        decoding = machine.lasts(self.cost("decoding", self.decoded_at_once)) / self.decoded_at_once
+        return {
+            "sample": sampling * work.passes,
+            "decode": decoding * work.samples,
+            "update": (replaying + (sampling if self.recipe.objective.kl_weight else 0)) * work.trained,
+            "score": machine.seconds(sum(judge.flops * work.samples for judge in self.judges if judge.trains)),
+            "communicate": self.communication(),
         }
-        if self.recipe.objective.kl_weight:
-            one["update"] += self.cost("sampling", work.sampled_at_once).flops / work.sampled_at_once * work.trained
-        return {**{name: machine.seconds(flops) for name, flops in one.items()}, "communicate": self.communication()}
 
     def communication(self) -> float:
         """Seconds for messages between accelerators, if nothing is computed meanwhile."""

@@ -1,4 +1,5 @@
-"""How many bytes are alive at worst, and how many floating-point operations are done, while some code runs.
+"""How many bytes are alive at worst, and how many floating-point operations are done by how many operators,
+while some code runs.
 
 Every operator that PyTorch dispatches is seen: storages that it creates count from then on until they are freed. What
 was there before (weights, inputs) does not count. Nothing depends on values, so tensors without storage will do.
@@ -33,13 +34,14 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.operators = 0
         self._seen = {id(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is READ and isinstance(args[0], FakeTensor) and args[0].dtype is torch.bool:
             return False  # a guard asks whether any value is wrong: there are no values
         result = func(*args, **(kwargs or {}))
+        self.operators += 1
         self.flops += _flops(func, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

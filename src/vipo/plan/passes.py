@@ -22,10 +22,11 @@ from vipo.types import Batched, Prompt, Rollout, Transitions
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one pass: ``bytes`` alive at worst beside weights, gradients and inputs; ``flops`` of it."""
+    """Of one pass: ``bytes`` alive at worst beside weights, gradients and inputs, ``flops``, ``operators`` called."""
 
     bytes: int
     flops: int
+    operators: int = 0
 
 
 def sampling(drawn: Blueprint, batch: int, *, like_cuda: bool = True) -> Cost:
@@ -100,7 +101,7 @@ def run(network: nn.Module, forward: Callable[[], Any], *, like_cuda: bool = Tru
 def _measure(work: Callable[[], Any], held: list[Tensor], like_cuda: bool) -> Cost:
     with cuda_casts() if like_cuda else nullcontext(), Meter(held) as meter:
         work()
-    return Cost(meter.peak, meter.flops)
+    return Cost(meter.peak, meter.flops, meter.operators)
 
 
 def _latents(drawn: Blueprint, batch: int) -> Tensor:

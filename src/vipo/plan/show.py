@@ -11,6 +11,7 @@ from rich.text import Text
 from vipo.errors import UserError
 from vipo.plan.account import Plan
 from vipo.plan.advice import Advice
+from vipo.plan.batches import HEADROOM, Batches
 
 
 def memory_size(text: str) -> int:
@@ -35,11 +36,21 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e3:.1f} kB"
 
 
-def plan_view(found: Plan, advice: Advice) -> RenderableType:
+def plan_view(found: Plan, advice: Advice, batches: Batches | None = None) -> RenderableType:
     """Tables of memory and time, and what follows from them."""
-    return Group(
-        _resident(found), _phases(found), _time(found), *(Text(f"  {line}") for line in sentences(found, advice))
-    )
+    lines = [*sentences(found, advice), *(_batches(found, batches) if batches else [])]
+    return Group(_resident(found), _phases(found), _time(found), *(Text(f"  {line}") for line in lines))
+
+
+def _batches(found: Plan, proposed: Batches) -> list[str]:
+    keys = f"training.rollout_batch_size={proposed.rollout} training.replay_batch_size={proposed.replay}"
+    there = gigabytes(proposed.plan.peak)
+    if not proposed.plan.fits:
+        return [f"No batch sizes fit; with the smallest, {keys}, it needs {there}."]
+    return [
+        f"Batch sizes that leave {HEADROOM:.0%} free where they work: {keys}; then it needs {there}"
+        f" and about {proposed.plan.iteration_seconds:.3g} s an iteration instead of {found.iteration_seconds:.3g}."
+    ]
 
 
 def _resident(found: Plan) -> Table:

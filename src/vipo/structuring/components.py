@@ -1,11 +1,13 @@
 """The principal components of features, exact to rounding whatever their spectrum.
 
-Centred, X (n cells, D) is sum_j z_j v_j^T. The axes are eigenvectors of the smaller of X X^T (n, n) and X^T X (D, D):
-solved in full where that is small; by a subspace iteration where it is large, and in full where its residual says so.
+Centred, X (D features, n cells) is sum_j v_j z_j^T. The axes are eigenvectors of the smaller of X X^T (D, D) and
+X^T X (n, n): solved in full where that is small; where it is large, by a block Krylov iteration that never forms it
+(Musco and Musco, arXiv 1504.05477), and in full where a picture's residual says that the iteration has not arrived.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,12 +16,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vipo.options import MapOptions
+from vipo.structuring.krylov import leading_vectors
 
 NEGLIGIBLE = 1e-6  # a share of the variance below this is rounding noise, not a component
 BLANK = 1e-10  # variance of the cells over their mean square, below which a picture has no structure
 
-LARGE, BLOCK, POWERS = 256, 24, 16  # side of a matrix too large to solve in full; width and length of the iteration
-SETTLED = 1e-6  # angle (radians) by which an iterated axis may be off: about ten times the error of the map
+LARGE, BLOCK, DEPTH = 128, 8, 6  # side of a matrix too large to solve in full; columns and products of the iteration
+SETTLED = 1e-5  # bound of an axis' angle (radians) before the last half step, which takes most of it away
+AT_ONCE = {"cpu": 2**21}  # numbers solved together: on a CPU what stays in its caches
+ELSEWHERE = 2**26  # the same on an accelerator
 
 
 class Components(NamedTuple):
@@ -33,108 +38,151 @@ class Components(NamedTuple):
     energy: Float[Tensor, "B *grid"]
 
 
+class Solved(NamedTuple):
+    """What a solver found of each picture; ``bad`` where features are not finite, ``settled`` where it is exact."""
+
+    projections: Float[Tensor, "B K n"]
+    energy: Float[Tensor, "B n"]
+    total: Float[Tensor, " B"]
+    blank: Bool[Tensor, " B"]
+    settled: Bool[Tensor, " B"]
+    bad: Bool[Tensor, " B"]
+
+
 def principal_components(features: Float[Tensor, "B D *grid"], components: int = MapOptions.components) -> Components:
     """PCA of the cells of each picture, or of each clip when the grid is (F, h, w).
 
-    Components beyond the rank of the features, and all components of a blank picture, are exactly zero.
+    Components beyond the rank of the features, and all components of a blank picture, are exactly zero. The host waits
+    for the device once, to hear which pictures are bad or need solving in full; beside that only where an
+    eigensolver of the device's library does.
 
     Raises:
         ValueError: features that are not (B, D, ..., h, w) or not finite, or components < 1.
     """
-    _check_features(features, components)
+    _check_shape(features, components)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        tokens = features.to(_precise(features.device)).flatten(2).transpose(1, 2)
-        scale = tokens.square().mean((1, 2))
-        centred = tokens - tokens.mean(1, keepdim=True)
-        total = centred.square().sum((1, 2))
-        blank = total <= BLANK * scale * centred[0].numel()
-        centred.masked_fill_(blank[:, None, None], 0)  # what is left there is rounding, and has no axes to look for
-        projections = _project(centred, components)
-        explained = projections.square().sum(1) / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
-        kept = (explained > NEGLIGIBLE) & ~blank[:, None]
-        explained = explained.where(kept, explained.new_zeros(()))
-        projections = projections.where(kept[:, None], projections.new_zeros(()))
-        grid = features.shape[2:]
-        energy = centred.norm(dim=2).unflatten(1, grid)
-        return Components(projections.transpose(1, 2).unflatten(2, grid), explained, energy)
+        cells = features.flatten(2)
+        large = min(cells.shape[1:]) > LARGE and components <= BLOCK - 2
+        solved = _in_parts(_iterated, cells, components) if large else _in_full(cells, components)
+        bad, moving = torch.stack([solved.bad, ~solved.settled]).cpu()
+        _check_finite(bad)
+        if bool(moving.any()):
+            at = moving.nonzero().flatten().to(cells.device)
+            exact = _in_parts(_in_full, cells[at], components)
+            solved = Solved(*(all_.index_copy(0, at, new) for all_, new in zip(solved, exact, strict=True)))
+        return _finished(solved, features.shape[2:])
 
 
-def _check_features(features: Tensor, components: int) -> None:
+def _finished(solved: Solved, grid: torch.Size) -> Components:
+    projections, blank = solved.projections, solved.blank
+    tiny = torch.finfo(solved.total.dtype).tiny
+    explained = projections.square().sum(2) / solved.total.clamp_min(tiny)[:, None]
+    kept = (explained > NEGLIGIBLE) & ~blank[:, None]
+    zero = explained.new_zeros(())
+    projections = projections.where(kept[..., None], zero)
+    energy = solved.energy.where(~blank[:, None], zero)
+    return Components(projections.unflatten(2, grid), explained.where(kept, zero), energy.unflatten(1, grid))
+
+
+def _check_shape(features: Tensor, components: int) -> None:
     if features.ndim < 4 or 0 in features.shape[1:]:
         raise ValueError(f"features {tuple(features.shape)} must be (B, D, h, w), or (B, D, F, h, w) for clips")
     if components < 1:
         raise ValueError(f"components={components}: a map needs at least 1 principal component")
-    if not bool(features.isfinite().all()):
-        bad = (~features.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"features of picture {bad} in the batch are not finite; mask those samples out instead")
+
+
+def _check_finite(bad: Bool[Tensor, " B"]) -> None:
+    if bool(bad.any()):
+        which = bad.nonzero().flatten().tolist()
+        raise ValueError(f"features of picture {which} in the batch are not finite; mask those samples out instead")
 
 
 def _precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _project(centred: Float[Tensor, "B n D"], components: int) -> Float[Tensor, "B n K"]:
-    """Projections on the leading axes, from the smaller of the Gram (n, n) and the covariance (D, D) matrix."""
+def _in_parts(solver: Callable[[Tensor, int], Solved], cells: Float[Tensor, "B D n"], components: int) -> Solved:
+    """So many pictures at once as the device works on best."""
+    at_once = AT_ONCE.get(cells.device.type, ELSEWHERE) // cells[0].numel()
+    parts = [solver(part, components) for part in cells.split(max(1, at_once))]
+    return Solved(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+
+
+def _in_full(cells: Float[Tensor, "B D n"], components: int) -> Solved:
+    """By all eigenvectors of the smaller of the covariance (D, D) and the Gram (n, n) matrix."""
+    tokens = cells.to(_precise(cells.device)).transpose(1, 2)
+    mean = tokens.mean(1, keepdim=True)
+    bad = ~mean.isfinite().flatten(1).all(1)
+    scale = tokens.square().mean((1, 2))
+    centred = tokens - mean
+    total = centred.square().sum((1, 2))
+    blank = total <= BLANK * scale * centred[0].numel()
+    centred.masked_fill_((blank | bad)[:, None, None], 0)  # what is left there has no axes to look for
+    projections = F.pad(_project(centred, components), (0, max(0, components - min(centred.shape[1:]))))
+    return Solved(projections.mT, centred.norm(dim=2), total, blank, torch.ones_like(blank), bad)
+
+
+def _project(centred: Float[Tensor, "B n D"], components: int) -> Float[Tensor, "B n k"]:
     n, width = centred.shape[1:]
     if width <= n:
-        vectors = _leading_vectors(centred.mT @ centred, _start(centred), components)
-        projections = centred @ vectors
-    else:
-        gram = centred @ centred.mT
-        vectors = _leading_vectors(gram, centred @ _start(centred), components)
-        projections = vectors * (vectors * (gram @ vectors)).sum(1, keepdim=True).clamp_min(0).sqrt()
-    return F.pad(projections, (0, components - projections.shape[-1]))
+        return centred @ _all_vectors(centred.mT @ centred, components)
+    gram = centred @ centred.mT
+    vectors = _all_vectors(gram, components)
+    return vectors * (vectors * (gram @ vectors)).sum(1, keepdim=True).clamp_min(0).sqrt()
 
 
-def _start(centred: Float[Tensor, "B n D"]) -> Float[Tensor, "D block"]:
-    """Where a subspace iteration starts: fixed directions among the features, so that token order does not matter."""
-    directions = torch.randn(centred.shape[2], BLOCK, generator=torch.Generator().manual_seed(0))
-    return directions.to(centred)
-
-
-def _leading_vectors(
-    matrix: Float[Tensor, "B m m"], start: Float[Tensor, "*B m block"], components: int
-) -> Float[Tensor, "B m K"]:
-    """Eigenvectors of the largest eigenvalues, largest first; of a large matrix by subspace iteration.
-
-    The iteration multiplies what is not among the leading K by (lambda_{BLOCK+1} / lambda_K)^POWERS: nothing is left
-    for the steep spectra of backbones. Pictures whose spectrum is too flat for that are solved in full.
-    """
-    if matrix.shape[1] <= LARGE or components > BLOCK // 2:
-        return _all_vectors(matrix, components)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(POWERS // 2):
-        basis = torch.linalg.qr(matrix @ (matrix @ basis)).Q
-    image = matrix @ basis
-    small = torch.linalg.eigh(basis.mT @ image)
-    values, rotation = small.eigenvalues.flip(-1), small.eigenvectors.flip(-1)[..., :components]
-    vectors = basis @ rotation
-    moving = ~_settled(matrix, vectors, image @ rotation, values)
-    if bool(moving.any()):
-        vectors[moving] = _all_vectors(matrix[moving], components)
-    return vectors
-
-
-def _all_vectors(matrix: Float[Tensor, "B m m"], components: int) -> Float[Tensor, "B m K"]:
+def _all_vectors(matrix: Float[Tensor, "B m m"], components: int) -> Float[Tensor, "B m k"]:
     return torch.linalg.eigh(matrix).eigenvectors.flip(-1)[..., :components]
 
 
+def _iterated(cells: Float[Tensor, "B D n"], components: int) -> Solved:
+    """By iteration in single precision, finished and checked by one product there and back in double.
+
+    That product is half a step of the iteration more: it takes most of the rounding out of the projections.
+    """
+    precise, wide = _precise(cells.device), cells if cells.dtype == torch.float64 else cells.float()
+    mean = wide.mean(2, keepdim=True)
+    bad = ~mean.isfinite().flatten(1).all(1)
+    centred = (wide - mean).float()
+    square = centred.square().sum(1).to(precise)
+    total = square.sum(1)
+    # The mean square of the features themselves is that of what is left and that of the mean.
+    scale = total + mean.to(precise).square().sum((1, 2)) * cells.shape[2]
+    blank = total <= BLANK * scale
+    narrow = cells.shape[1] <= cells.shape[2]
+    matrix = centred if narrow else centred.mT
+    vectors, searched = leading_vectors(matrix, _start(matrix, narrow), DEPTH, components, precise)
+    exact = matrix.to(precise)
+    images = vectors.mT @ exact
+    products = (exact @ images.mT).mT
+    values = images.square().sum(2)
+    residual = (products - vectors.mT * values[..., None]).norm(dim=2)
+    settled = _settled(residual, values, searched, total) | blank
+    lengths = values.rsqrt().where(values > NEGLIGIBLE * total[:, None], values.new_zeros(()))
+    projections = images if narrow else products * lengths[..., None]
+    return Solved(projections, square.sqrt(), total, blank, settled, bad)
+
+
+def _start(matrix: Float[Tensor, "B m l"], narrow: bool) -> Float[Tensor, "B m block"]:
+    """Where the iteration starts: fixed directions among the features, so that the order of cells does not matter."""
+    width = matrix.shape[1 if narrow else 2]
+    directions = torch.randn(width, BLOCK, generator=torch.Generator().manual_seed(0)).to(matrix)
+    return directions.expand(len(matrix), -1, -1) if narrow else matrix @ directions
+
+
 def _settled(
-    matrix: Float[Tensor, "B m m"],
-    vectors: Float[Tensor, "B m K"],
-    image: Float[Tensor, "B m K"],
-    values: Float[Tensor, "B block"],
+    residual: Float[Tensor, "B K"],
+    values: Float[Tensor, "B K"],
+    searched: Float[Tensor, "B d"],
+    total: Float[Tensor, " B"],
 ) -> Bool[Tensor, " B"]:
     """Whether each axis that counts is within ``SETTLED`` of the eigenvector: |A v - theta v| / gap bounds its angle.
 
-    The gap is the distance of theta from the nearest other one (Davis and Kahan, sin theta theorem). ``image`` is A v,
-    ``values`` all theta of the iteration's block, largest first. A share below ``NEGLIGIBLE`` does not count.
+    The gap is the distance of theta from the nearest other one (Davis and Kahan, sin theta theorem). ``searched`` are
+    all theta in the searched space, largest first. A share below ``NEGLIGIBLE`` does not count.
     """
-    count = vectors.shape[2]
-    residual = (image - vectors * values[:, None, :count]).norm(dim=1)
-    distance = (values[:, :count, None] - values[:, None]).abs()
+    distance = (values[:, :, None] - searched[:, None]).abs()
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    trace = matrix.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-    allowed = max(SETTLED, torch.finfo(values.dtype).eps ** 0.5)  # float32 has no 1e-6 to give
+    allowed = max(SETTLED, torch.finfo(values.dtype).eps ** 0.5)  # float32 has no 1e-5 to give
     near = residual <= allowed * distance.amin(2)
-    return (near | (values[:, :count] <= NEGLIGIBLE * trace)).all(1)
+    return (near | (values <= NEGLIGIBLE * total[:, None])).all(1)
