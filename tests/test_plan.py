@@ -169,13 +169,24 @@ def test_a_full_fine_tune_is_held_four_times_and_once_more_for_reference(recipe_
 def test_sharding_divides_what_belongs_to_the_network(recipe_of: Any, ledger: Ledger) -> None:
     recipe = recipe_of(policy__kind="full", prompts__per_iteration=8)
     whole = plan(recipe, Machine(gpus=8), ledger)
-    parts = plan(recipe, Machine(gpus=8, sharded=True), ledger)
+    cut = recipe_of(policy__kind="full", prompts__per_iteration=8, training__sharding="fsdp2")
+    parts = plan(cut, Machine(gpus=8), ledger)
     for name in ("trained weights", "AdamW state"):
         assert parts.resident[name] == pytest.approx(whole.resident[name] / 8, abs=1)
     assert parts.resident["autoencoder"] == whole.resident["autoencoder"]
     assert whole.resident["gradient buckets"] == whole.resident["trained weights"]
     assert "gradient buckets" not in parts.resident
     assert parts.seconds["communicate"] > whole.seconds["communicate"]
+    apart = plan(cut, Machine(gpus=4, nodes=2), ledger)
+    assert apart.resident == parts.resident and apart.phases == parts.phases
+    assert apart.seconds["communicate"] == pytest.approx(9 * parts.seconds["communicate"])  # 450 GB/s against 50
+    alone = plan(cut, Machine(), ledger)
+    assert not alone.sharded and alone.launch == f"vipo train {cut.name}"
+    assert whole.launch == f"torchrun --nproc_per_node 8 -m vipo train {cut.name}"
+    assert apart.launch == (
+        "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 4 -m vipo train"
+        f" {cut.name} training.sharding=fsdp2"
+    )
 
 
 def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,30 +11,47 @@ from vipo.cli.arguments import Json, Overrides, Recipe
 from vipo.cli.consoles import show
 
 
+class Engine(StrEnum):
+    """How weights lie on several accelerators."""
+
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+
+
+SHARDING = {Engine.DDP: "none", Engine.FSDP2: "fsdp2"}
+
+
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one process each.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators of each machine, one process each.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     memory: Annotated[str, typer.Option(help="Of each, like 80GB.")] = "80GB",
     utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate reached.")] = 0.31,
     tflops: Annotated[float, typer.Option(min=0.001, help="Peak rate of each; 989 is an H100 SXM in bf16.")] = 989.0,
-    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP: spread the network over the GPUs.")] = False,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="ddp: all weights on each; fsdp2: a part on each. Default: the recipe's training.sharding."),
+    ] = None,
     batches: Annotated[bool, typer.Option("--batches", help="Propose batch sizes for the memory there is.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe will need, in memory and time, and what to change if it does not fit.
 
     Example: `vipo plan quickstart --gpus 1 --memory 8GB`
+
+    Example: `vipo plan flux1-dev-vipo-hpsv2 --gpus 8 --nodes 2 --engine fsdp2 prompts.per_iteration=16`
     """
     from vipo.recipe import load_recipe
 
-    parsed = load_recipe(recipe, overrides or [])  # before the heavy imports, so that a slip is told at once
+    sharding = [f"training.sharding={SHARDING[engine]}"] if engine else []
+    parsed = load_recipe(recipe, [*(overrides or []), *sharding])  # before the heavy imports
 
     from vipo import plan as planning
     from vipo.plan.show import memory_size, plan_view
 
     ledger = planning.Ledger()
-    machine = planning.Machine(gpus, memory_size(memory), tflops, utilisation, sharded)
+    machine = planning.Machine(gpus, memory_size(memory), tflops, utilisation, nodes=nodes)
     found, advice = planning.plan(parsed, machine, ledger), planning.advise(parsed, machine, ledger)
     proposal = planning.propose(parsed, machine, ledger) if batches else None
     facts = {**found.as_json(), "advice": advice.as_json()}

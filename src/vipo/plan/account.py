@@ -33,22 +33,33 @@ class Machine:
     """What a recipe is to run on.
 
     Args:
-        gpus: accelerators, one process each.
+        gpus: accelerators of each node, one process each.
         memory: bytes of each.
         tflops: 1e12 operations per second of each at best; 989 is an H100 SXM, bfloat16 without sparsity.
         utilisation: the share of that which is reached; docs/plan.md says where the default is from.
         operator: seconds in which the host calls one operator; a pass does not end before its last one is called.
-        sharded: weights, gradients and optimiser state are spread over the accelerators (FSDP2), else each has all.
-        link: bytes per second between accelerators; 450e9 is NVLink 4, one direction.
+        link: bytes per second between accelerators of a node; 450e9 is NVLink 4, one direction.
+        nodes: machines.
+        between: bytes per second from each accelerator to another node; 50e9 is InfiniBand NDR, 400 Gbit/s each.
     """
 
     gpus: int = 1
     memory: int = 80 * 10**9
     tflops: float = 989.0
     utilisation: float = 0.31
-    sharded: bool = False
     link: float = 450e9
     operator: float = 5.0e-6
+    nodes: int = 1
+    between: float = 50e9
+
+    @property
+    def processes(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def slowest_link(self) -> float:
+        """Bytes per second of the link that messages of all processes wait for."""
+        return self.link if self.nodes == 1 else min(self.link, self.between)
 
     def seconds(self, flops: float) -> float:
         return flops / (self.tflops * 1e12 * self.utilisation)
@@ -64,6 +75,7 @@ class Plan:
 
     recipe: str
     machine: Machine
+    sharded: bool  # weights, gradients and optimiser state are cut over the processes (FSDP2), else each has all
     resident: Items
     phases: Mapping[str, Items]  # what each phase adds to that
     seconds: Mapping[str, float]  # of an iteration, by what is done
@@ -94,11 +106,23 @@ class Plan:
     def hours(self) -> float:
         return self.iteration_seconds * self.iterations / 3600
 
+    @property
+    def launch(self) -> str:
+        """How to start it; on several nodes the same on each, with an address that all of them reach."""
+        machine, sharding = self.machine, " training.sharding=fsdp2" if self.sharded else ""
+        if machine.processes == 1:
+            return f"vipo train {self.recipe}"
+        several = f"--nnodes {machine.nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 "
+        nodes = several if machine.nodes > 1 else ""
+        return f"torchrun {nodes}--nproc_per_node {machine.gpus} -m vipo train {self.recipe}{sharding}"
+
     def as_json(self) -> dict[str, Any]:
         """All figures, for programs."""
         return {
             "recipe": self.recipe,
             "machine": {field.name: getattr(self.machine, field.name) for field in fields(Machine)},
+            "sharded": self.sharded,
+            "launch": self.launch,
             "resident_bytes": dict(self.resident),
             "phase_bytes": {name: dict(items) for name, items in self.phases.items()},
             "peak_bytes": self.peak,
@@ -125,16 +149,18 @@ class Accountant:
 
     def __init__(self, recipe: Recipe, machine: Machine, ledger: Ledger) -> None:
         self.recipe, self.machine, self.ledger = recipe, machine, ledger
-        self.work = work_of(recipe, machine.gpus)
+        self.work = work_of(recipe, machine.processes)
         self.drawn = ledger.drawn(recipe)[1]
         self.judges, self.uncounted = judges_of(recipe)
-        self.over = machine.gpus if machine.sharded else 1  # processes that share the network
+        self.sharded = machine.processes > 1 and recipe.training.sharding == "fsdp2"
+        self.over = machine.processes if self.sharded else 1  # processes that share the network
 
     def plan(self) -> Plan:
         notes = [f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
         return Plan(
             recipe=self.recipe.name,
             machine=self.machine,
+            sharded=self.sharded,
             resident=_present(self.resident()),
             phases={name: _present(items) for name, items in self.phases().items()},
             seconds={name: value for name, value in self.seconds().items() if value},
@@ -167,7 +193,7 @@ class Accountant:
     def resident(self) -> dict[str, int]:
         policy, pipeline = self.drawn.policy, self.drawn.generator.pipeline
         frozen = [tensor for tensor in self.drawn.network.parameters() if not tensor.requires_grad]
-        several = self.machine.gpus > 1 and not self.machine.sharded
+        several = self.machine.processes > 1 and not self.sharded
         return {
             "frozen weights": self.shared(_bytes(frozen)),
             "trained weights": self.shared(self.trained_bytes),
@@ -206,7 +232,7 @@ class Accountant:
         return 3 * section.frames * section.height * section.width * FLOAT
 
     def cost(self, what: str, batch: int) -> Cost:
-        return self.ledger.cost(self.recipe, what, batch, sharded=self.machine.sharded and what != "decoding")
+        return self.ledger.cost(self.recipe, what, batch, sharded=self.sharded and what != "decoding")
 
     @cached_property
     def decoded_at_once(self) -> int:
@@ -249,7 +275,7 @@ class Accountant:
 
     def gathered(self, kinds: int) -> dict[str, int]:
         """What FSDP has whole: everything outside the blocks, this block and the next; twice with gradients."""
-        if not self.machine.sharded:
+        if not self.sharded:
             return {}
         sizes = [sum(p.numel() * self._size(p) for p in block.parameters()) for block in self.drawn.blocks]
         outside = sum(p.numel() * self._size(p) for p in self.drawn.network.parameters()) - sum(sizes)
@@ -273,14 +299,14 @@ class Accountant:
 
     def communication(self) -> float:
         """Seconds for messages between accelerators, if nothing is computed meanwhile."""
-        others = (self.machine.gpus - 1) / self.machine.gpus
-        if not self.machine.sharded:
-            return 2 * others * self.trained_bytes * self.recipe.optimizer.per_iteration / self.machine.link
+        others = 1 - 1 / self.machine.processes
+        if not self.sharded:
+            return 2 * others * self.trained_bytes * self.recipe.optimizer.per_iteration / self.machine.slowest_link
         whole = sum(p.numel() * self._size(p) for p in self.drawn.network.parameters())
         gradients = self.trained_bytes // FLOAT * self.compute_size
         replays = self.work.replays
         gathers = self.work.calls + (3 if self.recipe.objective.kl_weight else 2) * replays
-        return others * (whole * gathers + gradients * replays) / self.machine.link
+        return others * (whole * gathers + gradients * replays) / self.machine.slowest_link
 
 
 def _judging(judges: Iterable[Judge]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vipo.generators import options
@@ -17,42 +17,37 @@ from vipo.schema import Recipe
 
 ALL = ("read", "sample", "decode", "score", "map", "update", "step")  # phases of an iteration
 Path = tuple[str, ...]  # of a key in a recipe
+SHARDING: Path = ("training", "sharding")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing to change: a key of the recipe, or the machine's sharding.
+    """One key of the recipe to change.
 
     Args:
         path, value: the key and what it becomes.
-        sharded: what ``Machine.sharded`` becomes; None leaves it.
         helps: phases that may need less then.
         warning: what it changes beside memory and time.
     """
 
-    path: Path = ()
-    value: Any = None
-    sharded: bool | None = None
+    path: Path
+    value: Any
     helps: tuple[str, ...] = ALL
     warning: str = ""
 
     def __str__(self) -> str:
         spelled = str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
         text = f"{'.'.join(self.path)}={spelled}"
-        if self.sharded is not None:
-            text = "--sharded (FSDP)" if self.sharded else "no --sharded"
         return f"{text} ({self.warning})" if self.warning else text
 
-    def apply(self, recipe: Recipe, machine: Machine) -> tuple[Recipe, Machine]:
-        if self.sharded is not None:
-            return recipe, replace(machine, sharded=self.sharded)
+    def apply(self, recipe: Recipe) -> Recipe:
         raw = recipe.model_dump(mode="json")
         *parents, leaf = self.path
         node = raw
         for parent in parents:
             node = node[parent]
         node[leaf] = self.value
-        return parse_recipe(raw, source=recipe.name), machine
+        return parse_recipe(raw, source=recipe.name)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def advise(recipe: Recipe, machine: Machine, ledger: Ledger | None = None) -> Ad
 def _faster(recipe: Recipe, machine: Machine, ledger: Ledger, base: Plan) -> list[Change]:
     """What can be turned off, the largest saving first."""
     chosen: list[Change] = []
-    savers = [Change(sharded=False)] if machine.sharded else []
+    savers = [Change(SHARDING, "none")] if recipe.training.sharding == "fsdp2" else []
     if recipe.training.gradient_checkpointing:
         savers.insert(0, Change(("training", "gradient_checkpointing"), False))
     for change in savers:
@@ -117,7 +112,7 @@ def _advice(recipe: Recipe, machine: Machine, changes: Sequence[Change], ledger:
 
 def _planned(recipe: Recipe, machine: Machine, changes: Sequence[Change], ledger: Ledger) -> Plan:
     for change in changes:
-        recipe, machine = change.apply(recipe, machine)
+        recipe = change.apply(recipe)
     return plan(recipe, machine, ledger)
 
 
@@ -131,15 +126,15 @@ def _candidates(recipe: Recipe, machine: Machine, ledger: Ledger) -> list[Change
 def account_seconds(recipe: Recipe, machine: Machine, change: Change, ledger: Ledger) -> float:
     """What a costly change adds to an iteration: messages for sharding, a second forward for checkpointing."""
     now = Accountant(recipe, machine, ledger)
-    if change.sharded is not None:
-        return Accountant(*change.apply(recipe, machine), ledger).communication() - now.communication()
+    if change.path == SHARDING:
+        return Accountant(change.apply(recipe), machine, ledger).communication() - now.communication()
     again = now.cost("sampling", now.work.sampled_at_once).flops / now.work.sampled_at_once
     return machine.seconds(again * now.work.trained)
 
 
 def _free(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     """Changes that cost no operations: each does the same in smaller parts, or puts aside what is not in use."""
-    work, section = work_of(recipe, machine.gpus), recipe.generator
+    work, section = work_of(recipe, machine.processes), recipe.generator
     if not getattr(section, "offload_text", True):
         yield Change(("generator", "offload_text"), True)
     for home in ("judges", "rewards"):
@@ -162,12 +157,13 @@ def _free(recipe: Recipe, machine: Machine) -> Iterator[Change]:
 def _costly(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     if not recipe.training.gradient_checkpointing:
         yield Change(("training", "gradient_checkpointing"), True, helps=("update",))
-    if machine.gpus > 1 and not machine.sharded:
-        yield Change(sharded=True)
+    whole = recipe.generator.quantization == "none" and recipe.optimizer.kind == "adamw"  # others cannot be cut
+    if machine.processes > 1 and recipe.training.sharding == "none" and whole:
+        yield Change(SHARDING, "fsdp2")
 
 
 def _other_training(recipe: Recipe) -> Iterator[Change]:
-    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none":
+    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none" and recipe.training.sharding == "none":
         yield Change(("generator", "quantization"), "nf4", warning="a LoRA on a base in 4 bits")
     if recipe.policy.kind == "full":
         yield Change(("policy", "kind"), "lora", warning="trains a LoRA instead of every weight")

@@ -39,7 +39,7 @@ def propose(recipe: Recipe, machine: Machine, ledger: Ledger | None = None) -> B
     says so.
     """
     ledger = ledger or Ledger()
-    work, group = work_of(recipe, machine.gpus), recipe.prompts.group_size
+    work, group = work_of(recipe, machine.processes), recipe.prompts.group_size
     kept = work.groups * (recipe.training.keep_per_group or group)
     updates = [size * work.trained // kept for size in share_sizes(kept, recipe.optimizer.per_iteration)]
     rollout = _largest(recipe, machine, ledger, ("rollout_batch_size", "sample"), _divisors(group, group))

@@ -81,12 +81,13 @@ def _time(found: Plan) -> Table:
 def sentences(found: Plan, advice: Advice) -> list[str]:
     """What fits, what to change, how long it takes."""
     machine, verdict = found.machine, "fits" if found.fits else "does not fit"
-    where = f"{'sharded over' if machine.sharded else 'on each of'} {machine.gpus} GPU(s), in phase {found.worst!r}"
+    where = f"{'sharded over' if found.sharded else 'on each of'} {machine.processes} GPU(s), in phase {found.worst!r}"
     rate = f"{machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s"
     lines = [
         f"{found.recipe} {verdict}: {gigabytes(found.peak)} of {gigabytes(machine.memory)} {where}.",
         f"About {found.iteration_seconds:.3g} s an iteration at {rate},"
         f" {found.hours:.3g} h for {found.iterations} iterations, without evaluations.",
+        f"Start it with: {found.launch}",
         *(_advice(found, advice)),
         *found.notes,
     ]
