@@ -1,4 +1,5 @@
-"""A reward server under strangers and under clients that mean no good: what it takes is bounded, and it goes on serving.
+"""A reward server under strangers and under clients that mean no good: what it takes is bounded, and it goes on
+serving.
 
 The server is a process of its own, ``vipo serve-reward``, so that its memory, threads and processor time can be read.
 """

@@ -24,6 +24,7 @@ Aggregation = Literal["variance", "average", "first"]
 Normalization = Literal["unit_mean", "minmax"]
 Orientation = Literal["background", "border_distance", "border", "skewness", "energy", "release"]
 Scope = Literal["frame", "clip"]
+OnTimeout = Literal["stop", "mask"]
 SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus"]
 
 CREDIT_MEANINGS: Mapping[str, str] = {

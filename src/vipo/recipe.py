@@ -17,8 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from vipo.errors import UserError
 from vipo.files import is_unicode
-from vipo.registry import nearest
+from vipo.registry import near
 from vipo.schema import Judges, JudgeSection, Recipe, Section, keys_of, nested_section, shown
+from vipo.secrets import in_the_open
 
 S = TypeVar("S")
 
@@ -51,6 +52,8 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
 def parse_section(section: type[S], raw: Mapping[str, Any], *, source: str) -> S:
     """Check one section alone, for values that do not come from a recipe; ``source`` begins the message."""
     for problem in _unsound(raw, ""):
+        raise UserError(f"{source}: {problem}")
+    for problem in in_the_open(raw):
         raise UserError(f"{source}: {problem}")
     try:
         return TypeAdapter(section).validate_python(raw)
@@ -167,8 +170,9 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(problem["loc"][:-1])
-        near = nearest(str(problem["loc"][-1]), known)
-        return f"unknown key {where!r}; the nearest known one is {near[0]!r}" if near else f"unknown key {where!r}"
+        found = near(str(problem["loc"][-1]), known, 1)
+        instead = f"the nearest known one is {found[0]!r}" if found else f"known there: {', '.join(known) or 'none'}"
+        return f"unknown key {shown(where)}; {instead}"
     if problem["type"] == "missing":
         return f"{where} is required"
     message = str(problem["msg"]).removeprefix("Value error, ")

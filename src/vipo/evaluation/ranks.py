@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.evaluation.records import Part
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -51,6 +54,24 @@ def share(starts: Sequence[int], ranks: Ranks) -> Sequence[int]:
     each, more = divmod(len(starts), ranks.ranks)  # so many for each process, and one more for the first ones
     begin = ranks.rank * each + min(ranks.rank, more)
     return starts[begin : begin + each + (ranks.rank < more)] or starts[-1:]
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What ``work`` returns; where it fails in one process it fails in all, which would else wait for that one.
+
+    Raises:
+        UserError: that of ``work``, or that there was one in another process.
+    """
+    if ranks.ranks == 1:
+        return work()
+    failed: UserError | None = None
+    try:
+        done = work()
+    except UserError as error:
+        failed = error
+    if not ranks.gather(torch.tensor([float(failed is not None)], device=ranks.device)).any():
+        return done
+    raise failed or UserError("a reward failed in another process, which says why; this one ends with it")
 
 
 def everyones_parts(parts: Sequence[Part], ranks: Ranks) -> list[Part]:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from vipo.errors import UserError
 from vipo.rewards.answer import RewardUnavailable
 from vipo.rewards.timed import TimedSocket
+from vipo.secrets import redacted, remember
 
 OK, SERVER_ERROR = 200, 500
 MAY_PASS = (408, 429)  # too slow, too many: the two statuses below 500 that say: later
@@ -209,6 +210,7 @@ def read_token(variable: str | None) -> str | None:
             f"token_env={variable!r} must name an environment variable that holds the token, plain text on one line;"
             f" set it with: export {variable}=..."
         )
+    remember(token)
     return token
 
 
@@ -219,7 +221,7 @@ def _checked_url(url: str) -> str:
     except ValueError:  # a port that is no number, brackets that do not close, an impossible host
         usable = False
     if not usable or parts.query or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
-        raise UserError(f"{url!r} is not a server's address; give http://HOST:PORT or https://HOST/PATH")
+        raise UserError(f"{redacted(url)!r} is not a server's address; give http://HOST:PORT or https://HOST/PATH")
     if parts.username or parts.password:
         raise UserError("an address with a password in it ends up in logs; put the token in a variable, see token_env")
     return url.rstrip("/")
@@ -239,7 +241,7 @@ def _read(response: HTTPResponse) -> bytes:
 
 def _said(content: bytes) -> str:
     """The server's own words: the ``error`` of its JSON, or the beginning of whatever else it sent."""
-    text = content[: 4 * QUOTED_CHARACTERS].decode(errors="replace")
+    text = content.decode(errors="replace")
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError):
@@ -247,5 +249,5 @@ def _said(content: bytes) -> str:
     if isinstance(parsed, Mapping) and "error" in parsed:
         error = parsed["error"]
         text = str(error.get("message", error) if isinstance(error, Mapping) else error)
-    shown = " ".join(text.split())[:QUOTED_CHARACTERS]
+    shown = " ".join(redacted(text).split())[:QUOTED_CHARACTERS]
     return shown or "without a word"

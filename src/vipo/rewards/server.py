@@ -180,7 +180,7 @@ class RewardServer(ThreadingHTTPServer):
                     self._make_room()
             raise
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002 - the standard library's name
+    def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for one more connection, if need be in the place of one that shows no token."""
         with self._changed:
             if len(self._open) >= CONNECTIONS:

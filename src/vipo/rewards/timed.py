@@ -1,4 +1,5 @@
-"""A socket whose every wait counts against one moment: a peer that sends a byte now and then is not waited for for ever.
+"""A socket whose every wait counts against one moment: a peer that sends a byte now and then is not waited for
+for ever.
 
 A time-out of the standard library holds for each packet alone.
 """

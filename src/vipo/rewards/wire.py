@@ -28,6 +28,7 @@ from torch import Tensor
 from vipo.errors import UserError
 from vipo.media.reading import MOST_PIXELS, opened, pixels_of
 from vipo.rewards.answer import Answer
+from vipo.secrets import redacted
 from vipo.types import Prompt
 
 VERSION = 1
@@ -146,7 +147,7 @@ def decode_answer(raw: Any, count: int) -> Answer:
     values = torch.tensor([_score(by_id[name]) for name in expected])
     unscored = values.isnan().nonzero().flatten().tolist()
     causes = {place: str(by_id[str(place)].get("error") or NO_REASON) for place in unscored}
-    return Answer(values, {place: cause[:QUOTED_CHARACTERS] for place, cause in causes.items()})
+    return Answer(values, {place: redacted(cause)[:QUOTED_CHARACTERS] for place, cause in causes.items()})
 
 
 def _score(entry: Mapping[str, Any]) -> float:
