@@ -10,7 +10,7 @@ TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart claims claims-quick check test wheel clean
+.PHONY: help install install-dev quickstart claims claims-quick check test faults wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ check: $(VENV)/.installed-dev ## Lint, types, import contracts
 
 test: $(VENV)/.installed-dev ## All tests
 	OMP_NUM_THREADS=1 $(TUNING) $(BIN)/pytest --numprocesses $(WORKERS)
+
+faults: $(VENV)/.installed-dev ## The long form of the tests of bad input: thousands of cases (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --run-long -m long
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

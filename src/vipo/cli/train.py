@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vipo.cli.arguments import Overrides, Recipe
+from vipo.cli.arguments import AllowCode, Overrides, Recipe
 from vipo.cli.consoles import console
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def train(
         list[str] | None,
         typer.Option(help="With --resume: a key or section that may differ now; may be given several times."),
     ] = None,
+    allow_code: AllowCode = False,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
 ) -> None:
     """Train a recipe.
@@ -42,7 +43,9 @@ def train(
     """
     from vipo.recipe import load_recipe
 
-    parsed = load_recipe(recipe, overrides or [])  # before the heavy imports, so that a slip is told at once
+    parsed = load_recipe(
+        recipe, overrides or [], allow_code=allow_code
+    )  # before the heavy imports, so that a slip is told at once
 
     from vipo.cli.progress import follow
     from vipo.runs.run import Run
@@ -53,6 +56,7 @@ def train(
     follow(run, console)
     if not run.finished:
         said = ["--output", str(folder), "--resume", *([] if report else ["--no-report"])]
+        said += ["--allow-code"] if allow_code else []
         said += [word for key in allow_changes or () for word in ("--allow-changes", key)]
         _tell_how_to_go_on(run, ["train", recipe, *(overrides or []), *said])
         raise typer.Exit(STOPPED)

@@ -1,7 +1,8 @@
 """Load a pipeline whose every weight comes from its files, and whose files hold nothing else.
 
 diffusers and transformers only warn about keys that are missing, and leave those weights random. Here the networks are
-loaded one by one, with the report of what was found, and handed to the pipeline, which loads the rest.
+loaded one by one, with the report of what was found, and handed to the pipeline, which loads the rest. Weights are
+safetensors, never pickles, and no code that comes with a model is run; there is no option for either.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype
     for part in networks:
         refuse_quantised(path, part, read_config(path, part))
     try:
-        folder = path if Path(path).is_dir() else wanted.download(path)
+        folder = path if Path(path).is_dir() else wanted.download(path, use_safetensors=True)
         with quiet(), quiet("diffusers", logging.CRITICAL):
             loaded = {
                 part: _load_network(Path(folder, part), network, dtypes.get(part, dtypes["default"]))
                 for part, network in networks.items()
             }
-            return wanted.from_pretrained(path, **loaded)
+            return wanted.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **loaded)
     except UserError:
         raise  # it is a ValueError too, and says more
     except BROKEN as error:
@@ -85,7 +86,9 @@ def _load_network(place: Path, network: Any, dtype: torch.dtype) -> nn.Module:
     of_transformers = network.__module__.startswith("transformers.")
     options = {"ignore_mismatched_sizes": True} if of_transformers else {}  # it reports them, and diffusers names them
     loaded: nn.Module
-    loaded, report = network.from_pretrained(str(place), dtype=dtype, output_loading_info=True, **options)
+    loaded, report = network.from_pretrained(
+        str(place), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
     wrong_size = [f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in report["mismatched_keys"]]
     strange = [name for name in report["unexpected_keys"] if not name.startswith(HEADS)]
     problems = {"lacks": report["missing_keys"], "has beside them": strange, "has in another size": wrong_size}

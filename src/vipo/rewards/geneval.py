@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.registry import did_you_mean
 from vipo.rewards.clip_family import CLASSES, CLIP_VIT_L, Matcher, embed_frames
 from vipo.rewards.geneval_checks import COLOURS, Claims, Detection, Mode, read_claims, verdict
 from vipo.rewards.pretrained import load_model, placed
