@@ -49,7 +49,7 @@ def test_a_recipe_that_names_code_needs_a_word_of_the_user(
     if key == "extends":
         recipe = tiny.write_recipe(tmp_path / "child.yaml", {"extends": "recipe.yaml", "name": "child"})
     said = vipo("train", recipe, "training.iterations=1", "--output", tmp_path / "run")
-    assert said.code == 2 and "--allow-code" in said.errors and "mine.py:mine" in said.errors, said
+    assert said.code == 2 and "--allow-code" in said.err and "mine.py:mine" in said.err, said
     assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
     assert load_recipe(recipe)  # in Python it is the caller's own code
     with pytest.raises(UserError, match="--allow-code"):
@@ -66,7 +66,7 @@ def test_what_the_command_line_names_is_the_users_own_word(
     assert said.code == 0 and (tmp_path / "ran").exists(), said
     (tmp_path / "ran").unlink()
     said = vipo("evaluate", run)  # the run may be somebody else's
-    assert said.code == 2 and "--allow-code" in said.errors and not (tmp_path / "ran").exists()
+    assert said.code == 2 and "--allow-code" in said.err and not (tmp_path / "ran").exists()
     assert vipo("evaluate", run, "--allow-code").code == 0
     assert vipo("evaluate", run, "--rewards", own).code == 0
 

@@ -75,8 +75,8 @@ def check_code(named: Collection[str], source: str, *, allowed: bool) -> None:
     if named and not allowed:
         first = min(named)
         raise UserError(
-            f"{source} names Python code, {shown(first)}, which would run here with all your rights; read that file,"
-            f" then add --allow-code, or name it yourself on the command line, such as {shown(first)}"
+            f"{source} names Python code, {first!r}, which would run here with all your rights; read that file, then"
+            f" add --allow-code, or name it yourself on the command line (rewards={{{first}: 1.0}}, --rewards {first})"
         )
 
 

@@ -170,9 +170,7 @@ def _entry(row: object, index: int, path: Path) -> tuple[str, dict[str, Any]]:
     if key is None:
         raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(TEXT_KEYS)}")
     if "\0" in row[key]:
-        raise UserError(
-            f"entry {index + 1} of {str(path)!r} holds a NUL; it is not text, or not UTF-8: save it as that"
-        )
+        raise UserError(f"entry {index + 1} of {str(path)!r} holds a NUL: it is no text, or not UTF-8; save it so")
     if len(row[key]) > LONGEST_PROMPT:
         raise UserError(
             f"entry {index + 1} of {str(path)!r} has {len(row[key])} characters, more than the {LONGEST_PROMPT} of a"
