@@ -232,7 +232,7 @@ def test_values_that_were_seen(override: str, says: str) -> None:
         ("a.json", b"[" * 10**5, "cannot be read"),
         ("a.jsonl", b'{"a":' * 10**5, "cannot be read"),
         ("a.txt", b"a\0b\n", "holds a NUL"),
-        ("a.txt", "a cat\n".encode("utf-16"), "is not UTF-8"),
+        ("a.txt", "a cat\n".encode("utf-16"), "cannot be read as UTF-8"),
         ("a.txt", "a cat\n".encode("utf-16-le"), "holds a NUL"),
         ("a.txt", b"x" * 10**6, "1000000 characters, more than the 65536"),
         ("a.csv", b"prompt,b\na,b,c,d\n", "row 1 has more cells"),

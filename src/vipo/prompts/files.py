@@ -110,7 +110,9 @@ def _read_rows(path: Path) -> list[Any]:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {str(path)!r} is not UTF-8: {error}; save it in that encoding") from error
+        raise UserError(
+            f"prompt file {str(path)!r} cannot be read as UTF-8: {error}; save it in that encoding"
+        ) from error
     except (OSError, ValueError, RecursionError, csv.Error) as error:  # ValueError: not JSON, not Parquet
         raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
 
@@ -184,7 +186,7 @@ def _entry(row: object, index: int, path: Path) -> tuple[str, dict[str, Any]]:
 
 def _column(row: Mapping[str, Any]) -> str | None:
     """Which key holds the prompt."""
-    named = {str(key).lower(): key for key in reversed(row) if isinstance(row[key], str) and row[key].strip()}
+    named = {str(key).lower(): key for key in reversed(list(row)) if isinstance(row[key], str) and row[key].strip()}
     return next((named[wanted] for wanted in TEXT_KEYS if wanted in named), None)
 
 

@@ -207,7 +207,7 @@ def _check_pixels(count: int, max_pixels: int) -> None:
         raise TooLargeError(f"it has {count} pixels, more than the {max_pixels} of a request")
 
 
-def _read_png(data: bytes, max_pixels: int) -> Float[Tensor, "3 1 Y X"]:
+def _read_png(data: bytes, max_pixels: int = MOST_PIXELS) -> Float[Tensor, "3 1 Y X"]:
     with opened(io.BytesIO(data), formats=["PNG"]) as picture:
         _check_pixels(picture.width * picture.height, max_pixels)
         if picture.mode != "RGB" or picture.has_transparency_data or getattr(picture, "n_frames", 1) > 1:
