@@ -10,7 +10,7 @@ TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart claims claims-quick check test gpu-check wheel clean
+.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ GPU_OUT := runs/gpu-check
 
 gpu-check: ## What this GPU does and whether a ratio became worse: nine minutes, 80 GB, nothing is downloaded
 	PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(GPU_PYTHON) -W ignore benchmarks/gpu/check.py --out $(GPU_OUT)
+
+faults: $(VENV)/.installed-dev ## The long form of the tests of bad input: thousands of cases (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --run-long -m long
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

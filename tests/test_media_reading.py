@@ -308,6 +308,10 @@ def test_a_video_is_read_frame_by_frame_or_refused(tmp_path: Path, monkeypatch: 
         assert torch.equal(
             (read_media(tmp_path / "clip.MP4") * 255).round(), torch.rot90(clip(3)[0] * 255, turns, (2, 3)).round()
         )
+    open_with([frames[0]] * (reading.MOST_FRAMES + 1))
+    with pytest.raises(UserError, match="more than the 1024 frames"):
+        read_media(tmp_path / "clip.MP4")
+    monkeypatch.setattr(reading, "MOST_FRAMES", 10**6)
     open_with([frames[0]] * (reading.MOST_PIXELS // frames[0][..., 0].size + 1))
     with pytest.raises(UserError, match=r"64 x 32 pixels in each of its first 32769 frames, but .* or cut it"):
         read_media(tmp_path / "clip.MP4")

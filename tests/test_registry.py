@@ -61,7 +61,7 @@ def test_what_is_offered_is_taken_by_whom_it_fits_and_gives_way() -> None:
 @pytest.mark.parametrize(
     "name, options, sentence",
     [
-        ("lam", {}, "there is no light 'lam'; choose from lamp, plain. Did you mean 'lamp' or 'plain'?"),
+        ("lam", {}, "there is no light 'lam'; choose from lamp, plain. Did you mean 'lamp'?"),
         ("xyz", {}, "there is no light 'xyz'; choose from lamp, plain."),
         (
             "lamp",

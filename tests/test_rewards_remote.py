@@ -167,7 +167,7 @@ def test_what_is_worth_a_retry(status: int, tries: int) -> None:
 
 def test_a_slow_server_is_given_up_and_so_is_one_that_trickles() -> None:
     for reply in (Reply(after_seconds=1.0), Reply({"scores": ["x" * 99]}, trickle_seconds=0.05)):
-        too_slow = pytest.raises(RewardUnavailable, match=r"TimeoutError: (timed out|the answer took too long)")
+        too_slow = pytest.raises(RewardUnavailable, match=r"TimeoutError: (timed out|it took too long)")
         with scripted(lambda *_, reply=reply: reply) as server, too_slow:
             Remote(url=server.url, timeout_seconds=0.2, retries=1, **QUICK)(_pictures(), PROMPTS)
         assert len(server.bodies) == 2

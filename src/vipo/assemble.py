@@ -24,6 +24,7 @@ from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, named_prompts
 from vipo.prompts.sampler import PromptSampler
+from vipo.rewards.scoring import Patience
 from vipo.rewards.suite import RewardSuite
 from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
 from vipo.structuring import sources
@@ -314,6 +315,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
     training, fps = recipe.training, recipe.generator.fps
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
+    trying["patience"] = Patience(training.reward_timeout, training.on_reward_timeout)
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
     held_out = build_rewards(recipe.judges, fps=fps)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)

@@ -10,8 +10,12 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
+
+LONGEST_YAML, MOST_YAML_VALUES = 10**6, 10**5  # characters; values, with every alias written out
 
 
 class CannotWrite(OSError):  # noqa: N818 - as the sentence has it
@@ -123,6 +127,41 @@ def lines(text: str) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file, with or without a byte order mark; a lone carriage return stays in its line."""
     return lines(path.read_bytes().decode("utf-8-sig"))
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML document of plain values, of a size that a person writes.
+
+    Raises:
+        ValueError: it is longer, or its aliases stand for more values than may be; or it holds itself.
+        yaml.YAMLError, RecursionError: it is no YAML, or nested too deeply.
+    """
+    if len(text) > LONGEST_YAML:
+        raise ValueError(f"it has {len(text)} characters, more than the {LONGEST_YAML} that are read")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values it stands for, each alias written out; one that is being counted is 0 in ``counted``."""
+    if id(node) in counted:
+        if not counted[id(node)]:
+            raise ValueError("an alias in it stands for what it is a part of")
+        return counted[id(node)]
+    counted[id(node)] = 0
+    inside = node.value if isinstance(node, yaml.CollectionNode) else []
+    parts = [part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,))]
+    counted[id(node)] = 1 + sum(_count_nodes(part, counted) for part in parts)
+    if counted[id(node)] > MOST_YAML_VALUES:
+        raise ValueError(f"with its aliases it has more than {MOST_YAML_VALUES} values")
+    return counted[id(node)]
 
 
 def settle_header(file: Path) -> None:

@@ -63,6 +63,13 @@ def spread(rewards: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
     """
     if group_size == 1:
         return torch.zeros((), device=rewards.device)
+    found = _spread(rewards, group_size)
+    # Squares of scores of 1e20 or 1e-30 are infinite or 0 in float32; others are left as they were first published.
+    exact = _spread(rewards.double(), group_size)
+    return found.where(found.isfinite() & (found > 0), exact.to(found.dtype))
+
+
+def _spread(rewards: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
     grouped = rewards.unflatten(0, (-1, group_size))
     scored = grouped.isfinite()
     count = scored.sum(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +16,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vipo.errors import UserError
-from vipo.files import is_unicode
-from vipo.registry import nearest
+from vipo.files import is_unicode, read_yaml
+from vipo.registry import near
+from vipo.rewards.user_file import is_user_file
 from vipo.schema import Judges, JudgeSection, Recipe, Section, keys_of, nested_section, shown
+from vipo.secrets import in_the_open
 
 S = TypeVar("S")
+JUDGING = ("rewards", "judges")  # sections that name rewards
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -30,17 +33,51 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = True) -> Recipe:
     """Read a recipe file (or the name of a shipped one) and apply ``key=value`` overrides.
 
+    Args:
+        allow_code: whether a reward that the file names may be Python code, ``file.py:function``. What an override
+            names may be in any case: whoever gives it has read it.
+
     Raises:
-        UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), or a value
-            does not fit.
+        UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value does
+            not fit, or the file names code and that is not allowed.
     """
     raw = _read(_locate(path))
+    given: dict[str, Any] = {}
     for override in overrides:
         apply_override(raw, override)
-    return parse_recipe(raw, source=str(path))
+        apply_override(given, override)
+    recipe = parse_recipe(raw, source=str(path))
+    named, own = (code_of(part.get(key) for key in JUDGING) for part in (raw, given))
+    check_code(named - own, str(path), allowed=allow_code)
+    return recipe
+
+
+def code_of(sections: Iterable[Any]) -> set[str]:
+    """The ``file.py:function`` that mappings of rewards or judges name, or lists of them."""
+    found: set[str] = set()
+    for section in sections:
+        for name in section if isinstance(section, Mapping | list | tuple) else ():
+            entry = section[name] if isinstance(section, Mapping) else None
+            reward = entry.get("reward") if isinstance(entry, Mapping) else getattr(entry, "reward", None)
+            found.add(str(reward or name))
+    return {name for name in found if is_user_file(name)}
+
+
+def check_code(named: Collection[str], source: str, *, allowed: bool) -> None:
+    """Refuse code that the user has not named and not allowed.
+
+    Raises:
+        UserError: there is some.
+    """
+    if named and not allowed:
+        first = min(named)
+        raise UserError(
+            f"{source} names Python code, {first!r}, which would run here with all your rights; read that file, then"
+            f" add --allow-code, or name it yourself on the command line (rewards={{{first}: 1.0}}, --rewards {first})"
+        )
 
 
 def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -51,6 +88,8 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
 def parse_section(section: type[S], raw: Mapping[str, Any], *, source: str) -> S:
     """Check one section alone, for values that do not come from a recipe; ``source`` begins the message."""
     for problem in _unsound(raw, ""):
+        raise UserError(f"{source}: {problem}")
+    for problem in in_the_open(raw):
         raise UserError(f"{source}: {problem}")
     try:
         return TypeAdapter(section).validate_python(raw)
@@ -91,7 +130,7 @@ def read_judges(path: str | Path) -> dict[str, JudgeSection]:
 
 def _parsed(path: Path, what: str) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, no such date
         raise UserError(f"{what} {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -152,7 +191,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         node[parent] = dict(child) if isinstance(child, dict) else {}
         node = node[parent]
     try:
-        node[leaf] = _number(yaml.safe_load(text))
+        node[leaf] = _number(read_yaml(text))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"override {shown(override)}: {shown(text)} is not a YAML value") from error
 
@@ -167,8 +206,9 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(problem["loc"][:-1])
-        near = nearest(str(problem["loc"][-1]), known)
-        return f"unknown key {where!r}; the nearest known one is {near[0]!r}" if near else f"unknown key {where!r}"
+        found = near(str(problem["loc"][-1]), known, 1)
+        instead = f"the nearest known one is {found[0]!r}" if found else f"known there: {', '.join(known) or 'none'}"
+        return f"unknown key {shown(where)}; {instead}"
     if problem["type"] == "missing":
         return f"{where} is required"
     message = str(problem["msg"]).removeprefix("Value error, ")

@@ -15,9 +15,10 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from vipo.errors import UserError
+from vipo.secrets import redacted, shown_options
 
 NAMED = 2  # names that an error suggests, at most
-ALIKE = 0.4  # of 1: names less alike are not suggested
+ALIKE = 0.6  # of 1: names less alike are not suggested
 CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -110,7 +111,9 @@ def build(
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{kind} {name!r} refused its options {options}: {error}") from error
+        raise UserError(
+            f"{kind} {name!r} refused its options {shown_options(options)}: {redacted(str(error))}"
+        ) from error
 
 
 def check_options(user: str, given: Iterable[str], taken: Collection[str]) -> None:
@@ -125,10 +128,15 @@ def check_options(user: str, given: Iterable[str], taken: Collection[str]) -> No
             raise UserError(f"{user} takes no option {key!r}; {accepted}.{did_you_mean(key, taken)}")
 
 
+def near(name: str, known: Iterable[str], count: int = NAMED) -> list[str]:
+    """At most ``count`` names that are much like ``name``, the best first."""
+    return difflib.get_close_matches(name, known, n=count, cutoff=ALIKE)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'a' or 'b'?``; empty where nothing is much like it."""
-    near = difflib.get_close_matches(name, known, n=NAMED, cutoff=ALIKE)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    found = near(name, known)
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:

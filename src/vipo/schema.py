@@ -23,6 +23,7 @@ from vipo.options import (
     CreditKind,
     MapOptions,
     Objective,
+    OnTimeout,
     OptimizerOptions,
     Options,
     Quantization,
@@ -32,6 +33,7 @@ from vipo.options import (
     Steps,
     said,
 )
+from vipo.secrets import redacted
 
 SHOWN_CHARACTERS = 60  # of a wrong value, in an error
 LONGEST_NAME = 200  # bytes of a run's name; file systems allow 255, and a temporary name is longer
@@ -236,6 +238,12 @@ class TrainingSection(Section):
     max_failed_share: float = Field(0.5, ge=0, lt=1, description="a reward failing on more samples stops the run")
     reward_retries: int = Field(2, ge=0, lt=2**31, description="further tries of a reward that cannot be reached")
     reward_pause_seconds: float = Field(15.0, ge=0, le=ONE_DAY, description="before each of them")
+    reward_timeout: float | None = Field(
+        None, ge=0.001, le=ONE_DAY, description="seconds that a call of a reward may take; null means any time"
+    )
+    on_reward_timeout: OnTimeout = Field(
+        "stop", description="of a call that takes longer: stop the run, or mask its samples"
+    )
 
 
 class EvaluationSection(Section):
@@ -268,6 +276,11 @@ class Recipe(Section):
     def _consistent(self) -> Self:
         if not self.rewards:
             raise ValueError("rewards is empty: name at least one, see `vipo list rewards`")
+        if both := sorted(set(self.rewards) & set(self.judges)):
+            raise ValueError(
+                f"judges names {shown(both[0])}, which is trained on and evaluated in any case; take it out, or give"
+                f" the judge a name of its own, e.g. judges={{held_out: {{reward: {both[0]}, options: {{...}}}}}}"
+            )
         self._check_likelihood()
         self._check_groups()
         at_once = self.generator.options.get("decode_batch_size", 1)
@@ -355,7 +368,7 @@ class Recipe(Section):
 
 def shown(value: Any) -> str:
     """A wrong value in an error, shortened."""
-    text = repr(value)
+    text = redacted(repr(value))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`vipo list recipes`).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Rewards that a file names may be its own Python code, file.py:function."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
 Prompts = Annotated[

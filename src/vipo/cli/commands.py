@@ -14,9 +14,12 @@ import typer
 from vipo.cli import evaluate, export, fetch, listing, maps, plan, report, rewards, sample, train
 from vipo.cli.consoles import errors
 from vipo.errors import RunFailed, UserError
+from vipo.secrets import redacted
+from vipo.threads import left_behind
 
 # Diffusers and PEFT import torchao and bitsandbytes wherever these are installed, whatever the command.
 LOUD = ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes")
+INTERRUPTED = 130  # exit code after a second Ctrl-C, as shells have it
 FAILED = 3  # exit code of a run in which nothing was learned
 
 app = typer.Typer(
@@ -90,7 +93,23 @@ def _grow_segments() -> None:
 
 
 def main() -> None:
-    """Entry point. What the user can mend becomes one sentence and exit code 2, a run that learned nothing one and 3.
+    """Entry point; ends the process also where a reward's call was left behind."""
+    code: int | str | None = 0
+    try:
+        _call()
+    except SystemExit as stopped:
+        code = stopped.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if left_behind():  # Python would wait for their libraries, or crash inside them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
+
+
+def _call() -> None:
+    """One command. What the user can mend becomes one sentence and exit code 2, a run that learned nothing one and 3.
 
     Anything else shows its trace.
     """
@@ -103,5 +122,5 @@ def main() -> None:
     except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
-        errors.print(f"vipo: {error}", style="red", soft_wrap=True)
+        errors.print(f"vipo: {redacted(str(error))}", style="red", soft_wrap=True)
         sys.exit(FAILED if isinstance(error, RunFailed) else 2)

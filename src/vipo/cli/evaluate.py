@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vipo.cli.arguments import (
+    AllowCode,
     Batch,
     Dtype,
     Frames,
@@ -52,6 +53,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for scores and sheets, see docs/evaluate.md.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in --output.")] = False,
     pictures: Annotated[bool, typer.Option("--pictures", help="Keep every picture in --output too.")] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Score a policy beside its base model on fixed prompts and noise, with 95 % bootstrap intervals.
@@ -72,6 +74,7 @@ def evaluate(
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames, "fps": fps}
     model = open_target(target, **media, dtype=dtype, lora=lora, device=engine.device)
     model, asked, texts = _what_to_score(model, rewards, given)
+    _check_code(target, model, asked, rewards or "", allowed=allow_code)
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "batch_size": batch_size}
     where: dict[str, Any] = {"output": output, "resume": resume, "pictures": pictures}
     with counting(len(texts)) if engine.is_main else nullcontext(lambda _done: None) as done:
@@ -81,6 +84,15 @@ def evaluate(
         rows = summary(evaluation)
         show(rows, evaluation_table(rows), as_json=as_json)
         warn(evaluation.failures)
+
+
+def _check_code(target: str, model: targets.Target, asked: list[str], given: str, *, allowed: bool) -> None:
+    """A run, or a file of judges, may be somebody else's; what stands in --rewards is the user's own word."""
+    from vipo.recipe import check_code, code_of
+
+    sections = [{name: model.rewards[name]} for name in asked if name in model.rewards]
+    source = given if given.endswith((".yaml", ".yml")) else target
+    check_code(code_of(sections) - set(given.split(",")), source, allowed=allowed)
 
 
 def _what_to_score(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vipo.cli.arguments import Overrides, Recipe
+from vipo.cli.arguments import AllowCode, Overrides, Recipe
 from vipo.cli.consoles import console
 
 STOPPED = 130  # exit code of a run that was asked to stop, as shells have it
@@ -26,6 +26,7 @@ def train(
         list[str] | None,
         typer.Option(help="With --resume: a key or section that may differ now; may be given several times."),
     ] = None,
+    allow_code: AllowCode = False,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
 ) -> None:
     """Train a recipe.
@@ -36,7 +37,9 @@ def train(
     """
     from vipo.recipe import load_recipe
 
-    parsed = load_recipe(recipe, overrides or [])  # before the heavy imports, so that a slip is told at once
+    parsed = load_recipe(
+        recipe, overrides or [], allow_code=allow_code
+    )  # before the heavy imports, so that a slip is told at once
 
     from vipo.cli.going_on import stopped
     from vipo.cli.progress import follow
@@ -48,6 +51,7 @@ def train(
     follow(run, console)
     if not run.finished:
         said = ["--output", str(folder), "--resume", *([] if report else ["--no-report"])]
+        said += ["--allow-code"] if allow_code else []
         said += [word for key in allow_changes or () for word in ("--allow-changes", key)]
         console.print(
             stopped(run, ["train", recipe, *(overrides or []), *said]), markup=False, highlight=False, soft_wrap=True

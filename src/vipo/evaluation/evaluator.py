@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from vipo.evaluation.ranks import ALONE, Ranks, everyones_parts, in_vain, share
+from vipo.evaluation.ranks import ALONE, Ranks, everyones_parts, in_vain, share, together
 from vipo.evaluation.records import Evaluation, Keeper, Models, Part, Scored
 from vipo.generators import attention
 from vipo.options import Solver
@@ -101,12 +101,17 @@ class Evaluator:
         progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """The whole list. ``progress`` is told about how many prompts all processes have done."""
-        parts = []
-        for part in self.parts(prompts, keeper):
-            parts.append(part)
-            if progress:
-                progress(min(len(parts) * self.prompts_at_once * self.ranks.ranks, len(prompts)))
-        return Evaluation.join(everyones_parts(parts, self.ranks), prompts, self.sampler.samples_per_prompt)
+
+        def all_of_mine() -> list[Part]:
+            parts = []
+            for part in self.parts(prompts, keeper):
+                parts.append(part)
+                if progress:
+                    progress(min(len(parts) * self.prompts_at_once * self.ranks.ranks, len(prompts)))
+            return parts
+
+        parts = everyones_parts(together(self.ranks, all_of_mine), self.ranks)
+        return Evaluation.join(parts, prompts, self.sampler.samples_per_prompt)
 
     def parts(self, prompts: Sequence[Prompt], keeper: Keeper | None = None) -> Iterator[Part]:
         """This process's parts, each given to ``keeper`` with its media; what that has already is not done again."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vipo.errors import UserError
 from vipo.evaluation.records import Part
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -62,6 +65,24 @@ def in_vain(starts: Sequence[int], ranks: Ranks) -> int:
     """How many more parts this process has to sample so that it does as many as the others, if they go in step."""
     most = math.ceil(len(starts) / ranks.ranks)
     return most - len(share(starts, ranks)) if ranks.in_step else 0
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What ``work`` returns; where it fails in one process it fails in all, which would else wait for that one.
+
+    Raises:
+        UserError: that of ``work``, or that there was one in another process.
+    """
+    if ranks.ranks == 1:
+        return work()
+    failed: UserError | None = None
+    try:
+        done = work()
+    except UserError as error:
+        failed = error
+    if not ranks.gather(torch.tensor([float(failed is not None)], device=ranks.device)).any():
+        return done
+    raise failed or UserError("a reward failed in another process, which says why; this one ends with it")
 
 
 def everyones_parts(parts: Sequence[Part], ranks: Ranks) -> list[Part]:

@@ -1,7 +1,8 @@
 """Load a pipeline whose every weight comes from its files, and whose files hold nothing else.
 
 diffusers and transformers only warn about keys that are missing, and leave those weights random. Here the networks are
-loaded one by one, with the report of what was found, and handed to the pipeline, which loads the rest.
+loaded one by one, with the report of what was found, and handed to the pipeline, which loads the rest. Weights are
+safetensors, never pickles, and no code that comes with a model is run; there is no option for either.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype
     for part in networks:
         refuse_quantised(path, part, read_config(path, part))
     try:
-        folder = path if Path(path).is_dir() else wanted.download(path)
+        folder = path if Path(path).is_dir() else wanted.download(path, use_safetensors=True)
         with quiet(), quiet("diffusers", logging.CRITICAL):
             loaded = {
                 part: _load_network(
@@ -76,7 +77,7 @@ def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype
                 )
                 for part, network in networks.items()
             }
-            return wanted.from_pretrained(path, **loaded)
+            return wanted.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **loaded)
     except UserError:
         raise  # it is a ValueError too, and says more
     except BROKEN as error:
@@ -103,7 +104,8 @@ def _load_network(place: Path, network: Any, dtype: torch.dtype, fewer: Fewer) -
     _check_indexes(place)
     of_transformers = network.__module__.startswith("transformers.")
     options = {"ignore_mismatched_sizes": True} if of_transformers else {}  # it reports them, and diffusers names them
-    read = partial(network.from_pretrained, str(place), dtype=dtype, output_loading_info=True, **options)
+    strictly = {"use_safetensors": True, "output_loading_info": True}
+    read = partial(network.from_pretrained, str(place), dtype=dtype, **strictly, **options)
     loaded: nn.Module
     if fewer.kind == "none":
         loaded, report = read()

@@ -108,7 +108,7 @@ def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
         info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         (height, width), columns, count = info["tile"], info["columns"], len(info["prompts"])
         width, columns = width * info.get("frames", 1), columns // info.get("frames", 1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"contact sheet {str(path)!r} cannot be read: {error}") from error
     sheet = open_sheet(path)
     if sheet.size != (columns * width, math.ceil(count / columns) * height):

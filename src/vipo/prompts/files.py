@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TEXT_KEYS = ("prompt", "text", "caption", "prompts")  # columns that may hold the prompt, in this order, in any case
 EMBEDDED = "embedded:"  # before the name of a file or model that ships with the package
 SHIPPED = "set:"  # before the name of a benchmark's prompts that come with the package
+LONGEST_PROMPT = 2**16  # characters; models read some hundred words
 SPACE = " \t\r\n"  # taken off a prompt's ends; rarer white space may be meant and stays
 _SETS = Path(__file__).parent / "sets"
 
@@ -55,8 +56,15 @@ def prompt_file(name: str) -> Path:
 def names_prompts(entry: str) -> bool:
     """Whether a word is meant as a prompt file or a folder of them, not as a prompt."""
     plain, asked = split(entry)
-    is_file = Path(plain if asked else entry).suffix in _READERS or os.path.isdir(entry)
+    is_file = Path(plain if asked else entry).suffix.lower() in _READERS or _is_folder(entry)
     return is_file or entry.startswith((SHIPPED, EMBEDDED, HUB))
+
+
+def _is_folder(entry: str) -> bool:
+    try:
+        return os.path.isdir(entry)
+    except ValueError:  # a name with NUL in it
+        return False
 
 
 def named_prompts(name: str) -> list[Prompt]:
@@ -132,7 +140,10 @@ def _selected(rows: Iterable[Any], path: Path, select: Selection) -> Iterator[tu
 def _read_styles(folder: Path) -> list[Any]:
     files = sorted(folder.glob("*.json"))
     if not files:
-        raise UserError(f"folder {str(folder)!r} has no .json file of prompts; name a prompt file, or such a folder")
+        raise UserError(
+            f"folder {str(folder)!r} has no .json file of prompts; name a prompt file, or such a folder; if"
+            " it is meant as a prompt, write it into a .txt file"
+        )
     pairs = [(file.stem, row) for file in files for row in _read_rows(file)]
     return [{**row, "style": style} if isinstance(row, Mapping) else row for style, row in pairs]
 
@@ -140,13 +151,18 @@ def _read_styles(folder: Path) -> list[Any]:
 def _read_rows(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"prompt file {str(path)!r} does not exist")
-    if path.suffix not in _READERS:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
         raise UserError(f"prompt file {str(path)!r} must end in one of {', '.join(_READERS)}")
     try:
-        yield from _READERS[path.suffix](path)
+        yield from reader(path)
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, not JSON, not Parquet
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"prompt file {str(path)!r} cannot be read as UTF-8: {error}; save it in that encoding"
+        ) from error
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # ValueError: not JSON, not Parquet
         raise UserError(f"prompt file {str(path)!r} cannot be read: {error}") from error
 
 
@@ -169,11 +185,18 @@ def _read_csv(path: Path) -> Iterable[Mapping[str, Any]]:
     """In double quotes a cell may hold newlines; outside them a lone carriage return is refused, not taken for one."""
     with path.open(newline="\n", encoding="utf-8-sig") as file:
         try:
-            yield from csv.DictReader(file)
+            yield from (_fitting(row, number) for number, row in enumerate(csv.DictReader(file), start=1))
         except csv.Error as error:
             if "new-line" not in str(error):
                 raise
             raise ValueError("a carriage return stands alone outside double quotes; put its cell into them") from error
+
+
+def _fitting(row: dict[Any, Any], number: int) -> Mapping[str, Any]:
+    """A row without cells beyond the columns that have a name; only empty ones may be there."""
+    if any(cell.strip() for cell in row.pop(None, None) or ()):
+        raise ValueError(f"row {number} has more cells than there are columns; put a cell with commas into quotes")
+    return row
 
 
 def _read_tsv(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -202,14 +225,28 @@ def _entry(row: object, index: int, path: Path, column: str | None = None) -> tu
         raise UserError(f"entry {index + 1} of {str(path)!r} is not an object with a {' or '.join(TEXT_KEYS)} key")
     if column is not None:
         cell(row, column, repr(str(path)))
-    wanted_keys = TEXT_KEYS if column is None else (column.lower(),)
-    named = {str(key).lower(): key for key in reversed(row) if isinstance(row[key], str) and row[key].strip()}
-    key = next((named[wanted] for wanted in wanted_keys if wanted in named), None)
+    wanted = TEXT_KEYS if column is None else (column.lower(),)
+    alone = column is None and len(row) == 1 and isinstance(row.get("prompt"), str) and row["prompt"].strip()
+    key = "prompt" if alone else _column(row, wanted)
     if key is None:
-        raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(wanted_keys)}")
+        raise UserError(f"entry {index + 1} of {str(path)!r} has no text under {' or '.join(wanted)}")
+    if "\0" in row[key]:
+        raise UserError(f"entry {index + 1} of {str(path)!r} holds a NUL: it is no text, or not UTF-8; save it so")
+    if len(row[key]) > LONGEST_PROMPT:
+        raise UserError(
+            f"entry {index + 1} of {str(path)!r} has {len(row[key])} characters, more than the {LONGEST_PROMPT} of a"
+            " prompt; is it a prompt file, one a line?"
+        )
     if not is_unicode(row[key]):
         raise UserError(f"entry {index + 1} of {str(path)!r} holds half of a character: {row[key]!r}; write it again")
-    return row[key].strip(SPACE), {k: v for k, v in row.items() if k != key}
+    metadata = {k: v for k, v in row.items() if k != key} if len(row) > 1 else {}
+    return row[key].strip(SPACE), metadata
+
+
+def _column(row: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
+    """Which key holds the prompt."""
+    named = {str(key).lower(): key for key in reversed(list(row)) if isinstance(row[key], str) and row[key].strip()}
+    return next((named[word] for word in wanted if word in named), None)
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {

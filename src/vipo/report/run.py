@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.files import complete_lines
+from vipo.files import complete_lines, read_yaml
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -151,8 +151,8 @@ def _recipe_text(folder: Path) -> str:
 
 def _parse_recipe(folder: Path, text: str) -> Mapping[str, Any]:
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        recipe = read_yaml(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"the recipe.yaml of {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe.yaml of {str(folder)!r} must be a mapping of keys to values")

@@ -13,7 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vipo import registry
+from vipo.errors import UserError
 from vipo.rewards.user_file import is_user_file, load_user_reward, user_function
+from vipo.secrets import in_the_open
 
 if TYPE_CHECKING:
     from vipo.types import Reward
@@ -243,6 +245,8 @@ def build(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **opt
     Raises:
         UserError: no reward of that name, an option it does not have, or a file that does not give a reward.
     """
+    for problem in in_the_open(options):
+        raise UserError(f"reward {name!r}: option {problem}")
     if is_user_file(name):
         return load_user_reward(name, offered, **options)
     reward: Reward = registry.build("reward", REWARDS, name, options, offered=offered, otherwise=OTHERWISE)

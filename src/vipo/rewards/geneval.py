@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.registry import nearest
+from vipo.registry import did_you_mean
 from vipo.rewards.clip_family import CLASSES, CLIP_VIT_L, Matcher, embed_frames
 from vipo.rewards.geneval_checks import COLOURS, Claims, Detection, Mode, read_claims, verdict
 from vipo.rewards.pretrained import load_model, placed
@@ -110,10 +110,9 @@ class Detector:
         """Refuse classes that the network does not know."""
         for name in sorted(names):
             if COCO_NAMES.get(name, name) not in self.labels:
-                near = nearest(name, self.labels, 3)
                 raise UserError(
-                    f"{NAME}: the detector knows {len(self.labels)} classes, and {name!r} is none of them; the nearest"
-                    f" are {', '.join(near)}. Name COCO's classes in the prompts' metadata"
+                    f"{NAME}: the detector knows {len(self.labels)} classes, and {name!r} is none of them; name"
+                    f" COCO's classes in the prompts' metadata.{did_you_mean(name, self.labels)}"
                 )
 
     @torch.no_grad()

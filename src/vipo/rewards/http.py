@@ -17,15 +17,17 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from vipo.errors import UserError
 from vipo.rewards.answer import RewardUnavailable
+from vipo.rewards.timed import TimedSocket
+from vipo.secrets import redacted, remember
 
 OK, SERVER_ERROR = 200, 500
 MAY_PASS = (408, 429)  # too slow, too many: the two statuses below 500 that say: later
-MAX_ANSWER_BYTES = 64 * 2**20
+MAX_ANSWER_BYTES = 4 * 2**20  # thousands of scores, or a long chat; JSON takes twenty times its text at most
 CHUNK_BYTES = 2**16
 QUOTED_CHARACTERS = 200  # of what a server said, in an error
 
@@ -92,7 +94,7 @@ class JsonClient:
 
     Args:
         url: ``http://HOST:PORT`` or ``https://...``, with a path before the server's own if it has one.
-        timeout_seconds: for an answer, once connected.
+        timeout_seconds: for a whole answer, once a request is sent, and before that for sending it.
         connect_seconds: for the connection.
         retries: further tries of one request.
         first_pause_seconds: before the first retry; it doubles.
@@ -178,12 +180,20 @@ class JsonClient:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         connection.connect()
-        connection.sock.settimeout(self.timeout_seconds)
+        with connection.sock as plain:
+            timed = TimedSocket(plain, self.timeout_seconds)
+            connection.sock = cast(Any, timed)
+            return self._ask(connection, timed, urlsplit(self.url).path + path, body, headers)
+
+    def _ask(
+        self, connection: HTTPConnection, timed: TimedSocket, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
         # A server that refuses may hang up before it has read everything; what it said can still be read.
         with suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", urlsplit(self.url).path + path, body, headers)
+            connection.request("POST", path, body, headers)
+        timed.allow(self.timeout_seconds)
         response = connection.getresponse()
-        return response.status, _read(response, time.monotonic() + self.timeout_seconds)
+        return response.status, _read(response)
 
 
 def read_token(variable: str | None) -> str | None:
@@ -200,6 +210,7 @@ def read_token(variable: str | None) -> str | None:
             f"token_env={variable!r} must name an environment variable that holds the token, plain text on one line;"
             f" set it with: export {variable}=..."
         )
+    remember(token)
     return token
 
 
@@ -210,19 +221,17 @@ def _checked_url(url: str) -> str:
     except ValueError:  # a port that is no number, brackets that do not close, an impossible host
         usable = False
     if not usable or parts.query or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
-        raise UserError(f"{url!r} is not a server's address; give http://HOST:PORT or https://HOST/PATH")
+        raise UserError(f"{redacted(url)!r} is not a server's address; give http://HOST:PORT or https://HOST/PATH")
     if parts.username or parts.password:
         raise UserError("an address with a password in it ends up in logs; put the token in a variable, see token_env")
     return url.rstrip("/")
 
 
-def _read(response: HTTPResponse, deadline: float) -> bytes:
-    """The whole body; the socket's time-out is per packet, so one that trickles in needs a deadline too."""
+def _read(response: HTTPResponse) -> bytes:
+    """The whole body."""
     content = bytearray()
     while chunk := response.read1(CHUNK_BYTES):
         content += chunk
-        if time.monotonic() > deadline:
-            raise TimeoutError("the answer took too long")
         if len(content) > MAX_ANSWER_BYTES:
             raise UserError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes. Is this the reward's address?")
     if response.length:
@@ -232,7 +241,7 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
 
 def _said(content: bytes) -> str:
     """The server's own words: the ``error`` of its JSON, or the beginning of whatever else it sent."""
-    text = content[: 4 * QUOTED_CHARACTERS].decode(errors="replace")
+    text = content.decode(errors="replace")
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError):
@@ -240,5 +249,5 @@ def _said(content: bytes) -> str:
     if isinstance(parsed, Mapping) and "error" in parsed:
         error = parsed["error"]
         text = str(error.get("message", error) if isinstance(error, Mapping) else error)
-    shown = " ".join(text.split())[:QUOTED_CHARACTERS]
+    shown = " ".join(redacted(text).split())[:QUOTED_CHARACTERS]
     return shown or "without a word"

@@ -21,6 +21,7 @@ from torch import Tensor
 from vipo.rewards import wire
 from vipo.rewards.answer import Answer, RewardUnavailable
 from vipo.rewards.http import JsonClient, RefusedError
+from vipo.secrets import redacted
 from vipo.types import Prompt
 
 PLACEHOLDER = "{prompt}"
@@ -112,11 +113,11 @@ class OpenAiJudge:
             return _unscored("the answer is no chat completion with text")
         found = self.pattern.findall(reply)
         if not found:
-            return _unscored(f"the reply has no score: {' '.join(reply.split())[-QUOTED_CHARACTERS:]!r}")
+            return _unscored(f"the reply has no score: {' '.join(redacted(reply).split())[-QUOTED_CHARACTERS:]!r}")
         try:
             value = float(found[-1])
         except ValueError:
-            return _unscored(f"{found[-1][:QUOTED_CHARACTERS]!r} is no number")
+            return _unscored(f"{redacted(found[-1])[:QUOTED_CHARACTERS]!r} is no number")
         if not self.low <= value <= self.high:
             return _unscored(f"{value:g} is outside {self.low:g} to {self.high:g}")
         return Answer(torch.tensor([value]))

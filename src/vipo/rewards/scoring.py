@@ -4,16 +4,20 @@ One policy for every failure. A score is never invented: what a reward could not
 ``Scores.failures``. A reward that cannot be reached (``RewardUnavailable``) is asked again after a pause, only about
 the samples it has not seen; those it never sees are NaN too. A reward with a fault (any other exception, a wrong shape)
 stops the run at once, and so does, in training, one that scored nothing. How many samples may go without is the
-caller's to say.
+caller's to say, and so is whether a call may take any time, and what becomes of one that takes longer.
+
+A reward that is not vipo's own gets a copy of the media and the prompts: what it writes there nobody else sees.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -23,11 +27,36 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.options import OnTimeout
 from vipo.rewards.answer import Answer, Explaining, RewardUnavailable
+from vipo.secrets import redacted
+from vipo.threads import started
 from vipo.types import Prompt, Reward, Scores
 
+MOST_STUCK = 3  # calls of one reward that were not waited for and have not ended
 NAMED_SAMPLES = 8  # how many sample numbers, and
 NAMED_CAUSES = 3  # how many causes a failure spells out
+
+
+class TookTooLong(Exception):  # noqa: N818 - what it says of a call
+    """A call of a reward has not ended in its time."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a call of a reward may take.
+
+    Args:
+        seconds: None is any time, and the call is made on the caller's own thread.
+        on_timeout: of a call that takes longer, ``stop`` raises, and with ``mask`` its samples have no score. The call
+            cannot be ended and is left behind; after ``MOST_STUCK`` of them ``mask`` raises too.
+    """
+
+    seconds: float | None = None
+    on_timeout: OnTimeout = "stop"
+
+
+ENDLESS = Patience()
 
 
 def score(
@@ -40,6 +69,8 @@ def score(
     pause_seconds: float = 15.0,
     trains: bool = True,
     must_reach: bool = False,
+    max_failed_share: float = 1.0,
+    patience: Patience = ENDLESS,
 ) -> Scores:
     """Every reward on every sample, float32, without gradients.
 
@@ -49,15 +80,22 @@ def score(
         trains: the samples are groups to learn from. If not, they are a part of an evaluation, which may be without
             any score, and a failure is its cause alone: whoever knows the whole says where.
         must_reach: a reward that stays out of reach stops the work instead of leaving holes.
+        max_failed_share: of the samples; a reward that leaves more without a score stops the work.
+        patience: how long each call may take. What is masked because it took longer may be every sample.
 
     Raises:
         UserError: rewards and weights do not have the same names, a reward raised, it returned the wrong shape, it
-            cannot be reached though it must, or it scored no sample to train on.
+            cannot be reached though it must, it scored no sample to train on or too few, or a call took too long.
     """
     _check(rewards, weights, media, prompts)
     by_name, failures = {}, {}
     for name, reward in rewards.items():
-        answer = _ask_patiently(name, reward, media, prompts, retries, pause_seconds)
+        try:
+            answer = _ask_patiently(name, reward, media, prompts, retries, pause_seconds, patience.seconds)
+        except TookTooLong as error:
+            failures[name] = _late(name, reward, str(error), patience)
+            by_name[name] = media.new_full((len(prompts),), torch.nan, dtype=torch.float32)
+            continue
         if must_reach and answer.unreached:
             cause = answer.causes.get(answer.unreached[0], "it does not say why")
             raise UserError(f"reward {name!r} cannot be reached ({cause}); bring it back and evaluate again")
@@ -65,44 +103,119 @@ def score(
         by_name[name] = answer.scores.masked_fill(missing, torch.nan)
         if missing.any():
             failures[name] = _failure(name, missing, answer.causes) if trains else _causes(answer.causes)
+        _check_share(name, missing, max_failed_share, failures.get(name, ""))
     return Scores(by_name, dict(weights), failures)
 
 
-def ask(name: str, reward: Reward, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Answer:
+def _late(name: str, reward: Reward, cause: str, patience: Patience) -> str:
+    """What to report of a call that is not waited for, or the end."""
+    if patience.on_timeout == "stop":
+        raise UserError(
+            f"reward {name!r} {cause}; raise training.reward_timeout, or let its samples go without a score with"
+            " training.on_reward_timeout=mask"
+        )
+    if len(_stuck.get(id(reward), ())) >= MOST_STUCK:
+        raise UserError(f"reward {name!r} {cause}, and {MOST_STUCK} calls of it have not ended: it hangs; mend it")
+    return f"{cause} (training.reward_timeout); the samples are left out of their groups"
+
+
+def _check_share(name: str, missing: Tensor, most: float, why: str) -> None:
+    failed = float(missing.float().mean())
+    if failed > most:
+        raise UserError(
+            f"reward {name!r} left {failed:.0%} of the samples unscored, more than"
+            f" training.max_failed_share={most:g}: {why}"
+        )
+
+
+def ask(
+    name: str,
+    reward: Reward,
+    media: Float[Tensor, "N 3 F Y X"],
+    prompts: Sequence[Prompt],
+    *,
+    seconds: float | None = None,
+) -> Answer:
     """One reward, once, without gradients; if it cannot be reached, that is the answer.
+
+    Args:
+        seconds: that the call may take; None is any time.
 
     Raises:
         UserError: the reward raised anything but ``RewardUnavailable``, or did not return N real numbers.
+        TookTooLong: it has not ended in its time.
     """
-    try:
+    asked = reward.explain if isinstance(reward, Explaining) else reward
+    given = (media, prompts) if _is_own(reward) else (media.clone(), copy.deepcopy(tuple(prompts)))
+
+    def call() -> Any:
         with torch.no_grad():
-            said = (reward.explain if isinstance(reward, Explaining) else reward)(media, prompts)
+            return asked(*given)
+
+    try:
+        said = call() if seconds is None else _in_time(reward, call, seconds)
     except RewardUnavailable as error:
-        said = Answer.unreachable(len(prompts), str(error))
+        said = Answer.unreachable(len(prompts), _text(error))
+    except TookTooLong:
+        raise
     except UserError as error:
-        raise UserError(f"reward {name!r}: {error}") from error
-    except Exception as error:
-        raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    values = _checked(name, said.scores if isinstance(said, Answer) else said, len(prompts)).to(media.device)
-    return replace(said, scores=values) if isinstance(said, Answer) else Answer(values)
+        raise UserError(redacted(f"reward {name!r}: {error}")) from error
+    except (Exception, SystemExit) as error:  # sys.exit(0) in a reward would end the run as if all were well
+        raise UserError(f"reward {name!r} raised {type(error).__name__}: {_text(error)}") from error
+    values = _checked(name, said.scores if isinstance(said, Answer) else said, len(prompts), media.device)
+    if not isinstance(said, Answer):
+        return Answer(values)
+    return replace(said, scores=values, causes={row: redacted(str(cause)) for row, cause in said.causes.items()})
+
+
+def _is_own(reward: Reward) -> bool:
+    """Whether it is part of vipo, of which tests say that it leaves alone what it is given."""
+    return type(reward).__module__.split(".")[0] == "vipo"
+
+
+def _text(error: BaseException) -> str:
+    """What an exception says; even that may fail."""
+    try:
+        return redacted(str(error))
+    except Exception:  # noqa: BLE001 - whatever a user's exception does when it is asked what it is
+        return "it does not say what"
+
+
+_stuck: dict[int, list[Future[Any]]] = {}  # calls that were left behind, by reward: each of them keeps its reward alive
+
+
+def _in_time(reward: Reward, call: Callable[[], Any], seconds: float) -> Any:
+    future = started(call, "vipo-reward-call")
+    wait([future], seconds)
+    stuck = [other for other in _stuck.pop(id(reward), ()) if not other.done()]
+    if not future.done():
+        stuck.append(future)
+    if stuck:
+        _stuck[id(reward)] = stuck
+    if not future.done():
+        raise TookTooLong(f"has not answered in {seconds:g} seconds")
+    return future.result()
 
 
 def _ask_patiently(
-    name: str, reward: Reward, media: Tensor, prompts: Sequence[Prompt], retries: int, pause_seconds: float
+    name: str,
+    reward: Reward,
+    media: Tensor,
+    prompts: Sequence[Prompt],
+    retries: int,
+    pause_seconds: float,
+    seconds: float | None,
 ) -> Answer:
     """Ask, and while some samples were not reached, wait and ask about those again."""
-    answer = ask(name, reward, media, prompts)
+    answer = ask(name, reward, media, prompts, seconds=seconds)
     for _ in range(retries):
-        if not answer.unreached:
+        rows = list(answer.unreached)
+        if not rows:
             break
         time.sleep(pause_seconds)
-        answer = _ask_again(name, reward, media, prompts, answer)
+        again = ask(name, reward, media[rows], [prompts[row] for row in rows], seconds=seconds)
+        answer = answer.updated(rows, again)
     return answer
-
-
-def _ask_again(name: str, reward: Reward, media: Tensor, prompts: Sequence[Prompt], answer: Answer) -> Answer:
-    rows = answer.unreached
-    return answer.updated(rows, ask(name, reward, media[list(rows)], [prompts[row] for row in rows]))
 
 
 def _check(
@@ -116,23 +229,31 @@ def _check(
         raise ValueError(f"media {tuple(media.shape)} must be (N, 3, F, Y, X) with N = {len(prompts)} prompts")
 
 
-def _checked(name: str, values: Any, count: int) -> Float[Tensor, " N"]:
+def _checked(name: str, values: Any, count: int, device: torch.device) -> Float[Tensor, " N"]:
     """What a reward returned as float32; a list, tuple or array of numbers will do, and None in it is no score."""
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
-    if isinstance(values, list | tuple):
-        values = torch.tensor([_number(name, place, value) for place, value in enumerate(values)], dtype=torch.float64)
-    if not isinstance(values, Tensor):
+    try:
+        if isinstance(values, np.ndarray):
+            values = values.tolist()
+        if isinstance(values, list | tuple):
+            values = torch.tensor(
+                [_number(name, place, value) for place, value in enumerate(values)], dtype=torch.float64
+            )
+        if not isinstance(values, Tensor):
+            raise UserError(
+                f"reward {name!r} returned {type(values).__name__}; it must return one number per sample,"
+                f" as a tensor, an array or a list of {count}"
+            )
+        if values.shape != (count,) or values.is_complex():
+            raise UserError(
+                f"reward {name!r} returned {tuple(values.shape)} of {values.dtype};"
+                f" it must return one real number per sample, shape ({count},)"
+            )
+        return values.detach().float().to(device)
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # of a tensor without storage, sparse, quantised
         raise UserError(
-            f"reward {name!r} returned {type(values).__name__}; it must return one number per sample,"
-            f" as a tensor, an array or a list of {count}"
-        )
-    if values.shape != (count,) or values.is_complex():
-        raise UserError(
-            f"reward {name!r} returned {tuple(values.shape)} of {values.dtype};"
-            f" it must return one real number per sample, shape ({count},)"
-        )
-    return values.detach().float()
+            f"reward {name!r} returned {type(values).__name__} that cannot be read as numbers: {_text(error)}; return"
+            f" a plain tensor, an array or a list of {count}"
+        ) from error
 
 
 def _number(name: str, place: int, value: Any) -> float:

@@ -2,10 +2,15 @@
 
 Requests are read side by side and scored one after the other. Without a token only this machine is listened to. A
 request that cannot be served gets a status and ``{"error": one sentence}``: 4xx if sending it again would not help.
+
+Whatever is sent, what it takes is bounded: ``CONNECTIONS`` threads, of which those that have not shown the token give
+way to others; ``HEAD_SECONDS`` and ``HEAD_BYTES`` for what comes before a body; ``BODIES`` bodies in memory, of which a
+slow one gives way to others; pixels as many as the longest body could hold in 8 bits, counted before any is decoded.
 """
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
 import json
@@ -29,14 +34,23 @@ from vipo.rewards import build, wire
 from vipo.rewards.answer import Answer
 from vipo.rewards.http import read_token
 from vipo.rewards.scoring import ask
+from vipo.rewards.timed import TimedSocket
 from vipo.types import Reward
 
 MEGABYTE = 10**6
+CONNECTIONS = 64  # at once, a thread each
+GRACE_SECONDS = 1.0  # a connection that shows no token for so long gives way to one that waits
+HEAD_SECONDS, HEAD_BYTES = 10.0, 2**18  # for the lines before a body
 BODIES = 4  # requests held in memory at once; others wait unread
 WAIT_SECONDS = 30.0  # for one of these places, before the client is told to come back
+BODY_SECONDS, STALL_SECONDS = 600.0, 60.0  # for a body, and for each packet of it
+SLOW_BYTES = 10**6  # a second: a body that comes slower gives way to one that waits
+LOOK_SECONDS = 0.5  # between looks whether another waits
 FINISH_SECONDS = 10.0  # requests under way at the end get so long
 DISCARD_SECONDS = 10.0
 CHUNK_BYTES = 2**20
+REFUSAL_SECONDS = 0.1  # for telling one too many
+SPENT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PORT = 8421
 
 log = logging.getLogger(__name__)
@@ -48,6 +62,18 @@ class HttpError(Exception):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.status = status
+
+
+class _Connection:
+    """One that was accepted: since when, and whether it has shown that it may ask."""
+
+    def __init__(self, taken: socket.socket) -> None:
+        self.socket, self.since, self.admitted = taken, time.monotonic(), False
+
+    def close(self) -> None:
+        """Let whoever waits for it go on: there is nothing more to read."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -63,6 +89,8 @@ class RewardServer(ThreadingHTTPServer):
     Raises:
         UserError: no token and not a loopback host, or the address cannot be bound.
     """
+
+    request_queue_size = 128  # connections that wait to be accepted
 
     def __init__(
         self,
@@ -82,9 +110,10 @@ class RewardServer(ThreadingHTTPServer):
             raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port or --host") from error
         self.reward, self.name, self.token, self.max_bytes, self.device = reward, name, token, max_bytes, device
         self.started = time.monotonic()
-        self._model = threading.Lock()
-        self._bodies = threading.BoundedSemaphore(BODIES)
-        self._connections, self._changed = 0, threading.Condition()
+        self._model, self._decoding = threading.Lock(), threading.Lock()
+        self._bodies, self.waiting = threading.BoundedSemaphore(BODIES), 0
+        self._open: dict[int, _Connection] = {}
+        self._changed = threading.Condition()
 
     @property
     def url(self) -> str:
@@ -92,14 +121,32 @@ class RewardServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://{host if isinstance(host, str) else host.decode()}:{port}"
 
-    def answer(self, request: wire.Request) -> Answer:
-        """Score a request when its turn comes."""
-        with self._model:
+    @property
+    def max_pixels(self) -> int:
+        """Of one request, over all frames: as many as ``max_bytes`` hold in 8 bits and base64."""
+        return self.max_bytes // 4
+
+    def answer(self, body: bytes) -> Mapping[str, Any]:
+        """Decode and score a request when its turn comes: one is decoded while one is scored, and no third."""
+        with self._decoding:
             try:
-                answer = ask(self.name, self.reward, request.media.to(self.device), request.prompts)
-            except UserError as error:
-                log.exception("the reward failed")
-                raise HttpError(422, str(error)) from error
+                request = wire.decode_request(body, self.max_pixels)
+            except wire.TooLargeError as error:
+                raise HttpError(413, f"{error}; lower batch_size, or serve with a higher --max-megabytes") from error
+            except wire.WireError as error:
+                raise HttpError(400, str(error)) from error
+            self._model.acquire()
+        try:
+            return wire.encode_answer(request.ids, self._scored(request))
+        finally:
+            self._model.release()
+
+    def _scored(self, request: wire.Request) -> Answer:
+        try:
+            answer = ask(self.name, self.reward, request.media.to(self.device), request.prompts)
+        except UserError as error:
+            log.exception("the reward failed")
+            raise HttpError(422, str(error)) from error
         if len(answer.unreached) == len(request.ids):
             raise HttpError(503, answer.causes[0])
         return answer
@@ -107,31 +154,85 @@ class RewardServer(ThreadingHTTPServer):
     @contextmanager
     def place(self) -> Iterator[None]:
         """Room for one body in memory."""
-        if not self._bodies.acquire(timeout=WAIT_SECONDS):
+        self._count_waiting(1)
+        try:
+            found = self._bodies.acquire(timeout=WAIT_SECONDS)
+        finally:
+            self._count_waiting(-1)
+        if not found:
             raise HttpError(503, "too many requests wait already; try again later")
         try:
             yield
         finally:
             self._bodies.release()
 
+    def _count_waiting(self, more: int) -> None:
+        with self._changed:
+            self.waiting += more
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept. Without a descriptor to spare it is tried again, but not at once and not with the same strangers."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in SPENT:
+                with self._changed:
+                    self._make_room()
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more connection, if need be in the place of one that shows no token."""
+        with self._changed:
+            if len(self._open) >= CONNECTIONS:
+                self._make_room()
+            found = len(self._open) < CONNECTIONS
+        if not found:
+            with suppress(OSError):
+                request.settimeout(REFUSAL_SECONDS)
+                request.sendall(_FULL)
+        return found
+
+    def _make_room(self) -> None:
+        """Wait until a connection ends, if need be by ending the oldest that has shown no token; not for long."""
+        oldest = next((taken for taken in self._open.values() if not taken.admitted), None)
+        patient = oldest is None or time.monotonic() - oldest.since < GRACE_SECONDS
+        if patient and self._changed.wait(GRACE_SECONDS):
+            return
+        if oldest is not None:
+            oldest.close()
+            self._changed.wait(GRACE_SECONDS)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Count a connection until its answer is out."""
         with self._changed:
-            self._connections += 1
-        super().process_request(request, client_address)
+            self._open[id(request)] = _Connection(request)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._forget(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._changed:
-                self._connections -= 1
-                self._changed.notify_all()
+            self._forget(request)
+
+    def _forget(self, request: Any) -> None:
+        with self._changed:
+            self._open.pop(id(request), None)
+            self._changed.notify_all()
+
+    def admit(self, request: Any) -> None:
+        """The connection has shown the token, or needs none: it gives way to no other."""
+        with self._changed:
+            if id(request) in self._open:
+                self._open[id(request)].admitted = True
 
     def finish(self) -> None:
         """Close once every request that was accepted has its answer, or after a while without."""
         with self._changed:
-            self._changed.wait_for(lambda: self._connections == 0, FINISH_SECONDS)
+            self._changed.wait_for(lambda: not self._open, FINISH_SECONDS)
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -140,9 +241,20 @@ class RewardServer(ThreadingHTTPServer):
         log.log(logging.DEBUG if known else logging.ERROR, "request from %s failed", client_address, exc_info=True)
 
 
+_FULL = (
+    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    b'{"error": "too many connections are open; try again later"}'
+)
+
+
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 60.0  # seconds for each packet of a request
     unread = 0  # bytes of the body
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.timed = TimedSocket(self.connection, HEAD_SECONDS, HEAD_BYTES)
+        self.rfile = self.timed.makefile()
 
     def do_GET(self) -> None:
         self._reply(self._look_up)
@@ -179,16 +291,13 @@ class _Handler(BaseHTTPRequestHandler):
                 " --max-megabytes",
             )
         with self._home.place():
-            try:
-                request = wire.decode_request(self._body())
-            except wire.WireError as error:
-                raise HttpError(400, str(error)) from error
-            return wire.encode_answer(request.ids, self._home.answer(request))
+            return self._home.answer(self._body())
 
     def _check_token(self) -> None:
         expected, shown = self._home.token, self.headers.get("Authorization", "")
         if expected is not None and not hmac.compare_digest(f"Bearer {expected}".encode(), shown.encode()):
             raise HttpError(401, "the bearer token is missing or wrong; set token_env as on the server")
+        self._home.admit(self.connection)
 
     def _length(self) -> int:
         length = self.headers.get("Content-Length", "")
@@ -197,16 +306,35 @@ class _Handler(BaseHTTPRequestHandler):
         return int(length)
 
     def _body(self) -> bytes:
-        length, self.unread = self.unread, 0
-        try:
-            content = self.rfile.read(length)
-        except TimeoutError as error:
-            raise HttpError(408, f"the body stopped for {self.timeout:g} seconds") from error
-        if len(content) < length:
-            raise HttpError(400, f"the body broke off after {len(content)} of {length} bytes")
-        return content
+        length, content = self.unread, bytearray()
+        began, heard = time.monotonic(), time.monotonic()
+        while len(content) < length:
+            self.timed.allow(LOOK_SECONDS)
+            now = time.monotonic()
+            try:
+                chunk = self.rfile.read1(min(length - len(content), CHUNK_BYTES))
+            except TimeoutError:
+                self._check_pace(len(content), now - began, now - heard)
+                continue
+            if not chunk:
+                self.unread = 0
+                raise HttpError(400, f"the body broke off after {len(content)} of {length} bytes")
+            content += chunk
+            heard, self.unread = time.monotonic(), length - len(content)
+            self._check_pace(len(content), heard - began, 0.0)
+        return bytes(content)
+
+    def _check_pace(self, count: int, seconds: float, silent: float) -> None:
+        """Seconds since the first byte, and since the last."""
+        if silent > STALL_SECONDS:
+            raise HttpError(408, f"the body stopped for {STALL_SECONDS:g} seconds")
+        if seconds > BODY_SECONDS:
+            raise HttpError(408, f"the body took more than {BODY_SECONDS:g} seconds")
+        if self._home.waiting and seconds > 2 * GRACE_SECONDS and count < seconds * SLOW_BYTES:
+            raise HttpError(408, f"the body came slower than {SLOW_BYTES} bytes a second, and others wait")
 
     def _reply(self, action: Callable[[], Mapping[str, Any]]) -> None:
+        self.timed.room = None  # the lines before the body are read
         try:
             status, body = 200, action()
         except HttpError as error:
@@ -225,16 +353,15 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 401:
             self.send_header("WWW-Authenticate", "Bearer")
         self.end_headers()
+        self.connection.settimeout(STALL_SECONDS)
         self.wfile.write(content)
 
     def _discard(self) -> None:
         """Read on after a refusal: a client that is still sending would lose the answer if we hung up."""
-        deadline = time.monotonic() + DISCARD_SECONDS
-        while self.unread > 0 and time.monotonic() < deadline:
-            chunk = self.rfile.read1(min(self.unread, CHUNK_BYTES))
-            if not chunk:
-                break
-            self.unread -= len(chunk)
+        self.timed.allow(DISCARD_SECONDS)
+        with suppress(TimeoutError):
+            while self.unread > 0 and (chunk := self.rfile.read1(min(self.unread, CHUNK_BYTES))):
+                self.unread -= len(chunk)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The standard library's own refusals, in our form; it says 501 for a method that we do not have."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.errors import UserError
-from vipo.rewards.scoring import score
+from vipo.rewards.scoring import ENDLESS, Patience, score
 from vipo.types import Prompt, Reward, Scores
 
 
@@ -19,8 +18,8 @@ class RewardSuite:
 
     Args:
         max_failed_share: of the samples of one call; a reward that fails on more stops the run.
-        retries, pause_seconds, trains, must_reach: those of :func:`vipo.rewards.scoring.score`. Without ``trains`` it
-            scores parts of an evaluation, in which samples without a score are NaN, however many.
+        retries, pause_seconds, trains, must_reach, patience: those of :func:`vipo.rewards.scoring.score`. Without
+            ``trains`` it scores parts of an evaluation, in which samples without a score are NaN, however many.
     """
 
     rewards: Mapping[str, Reward]
@@ -30,9 +29,10 @@ class RewardSuite:
     pause_seconds: float = 15.0
     trains: bool = True
     must_reach: bool = False
+    patience: Patience = ENDLESS
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Scores:
-        scores = score(
+        return score(
             self.rewards,
             self.weights,
             media,
@@ -41,12 +41,6 @@ class RewardSuite:
             pause_seconds=self.pause_seconds,
             trains=self.trains,
             must_reach=self.must_reach,
+            max_failed_share=self.max_failed_share,
+            patience=self.patience,
         )
-        for name, values in scores.by_name.items():
-            failed = float(values.isnan().float().mean())
-            if failed > self.max_failed_share:
-                raise UserError(
-                    f"reward {name!r} left {failed:.0%} of the samples unscored, more than"
-                    f" training.max_failed_share={self.max_failed_share:g}: {scores.failures[name]}"
-                )
-        return scores

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vipo.errors import UserError
 from vipo.registry import parameters
+from vipo.secrets import redacted, shown_options
 
 if TYPE_CHECKING:
     from vipo.types import Reward
@@ -63,7 +64,7 @@ def _import(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends with sys.exit would end the run as if all were well
         raise UserError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
     return module
 
@@ -72,8 +73,12 @@ def _configured(factory: Any, name: str, options: dict[str, Any]) -> Any:
     """``factory(**options)``, for a class or a function that makes a reward."""
     try:
         reward = factory(**options)
+    except SystemExit as error:
+        raise UserError(f"{name} called sys.exit({error.code!r}) while it was made; raise an exception") from error
     except TypeError as error:
-        raise UserError(f"{name} does not take the options {options}: {error}") from error
+        raise UserError(f"{name} does not take the options {shown_options(options)}: {redacted(str(error))}") from error
     if not callable(reward):
-        raise UserError(f"{name} called with {options} gave a {type(reward).__name__}, not a reward: {EXAMPLE}")
+        raise UserError(
+            f"{name} called with {shown_options(options)} gave a {type(reward).__name__}, not a reward: {EXAMPLE}"
+        )
     return reward

@@ -26,12 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.media.reading import opened, pixels_of
+from vipo.media.reading import MOST_PIXELS, opened, pixels_of
 from vipo.rewards.answer import Answer
+from vipo.secrets import redacted
 from vipo.types import Prompt
 
 VERSION = 1
 QUOTED_CHARACTERS = 200  # of a parser's complaint
+MOST_VALUES = 10**6  # of JSON in a request: its text is bounded, and an empty list takes twenty times its text
 LARGEST = float(np.finfo(np.float32).max)
 NO_REASON = "the server gave no score and no reason"
 Encoding = Literal["exact", "8bit"]  # the first is float32, 16 bytes a pixel in base64
@@ -41,6 +43,10 @@ FLOAT_BYTES = 4 * 4 / 3  # of one number on the wire, in base64
 
 class WireError(ValueError):
     """A message that does not follow the protocol."""
+
+
+class TooLargeError(WireError):
+    """A message that would take more memory than it may."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,12 @@ def fitting(media: Float[Tensor, "N 3 F Y X"], most: int, megabytes: float) -> i
     return max(1, min(most, int(megabytes * 1e6 / (FLOAT_BYTES * math.prod(media.shape[1:])))))
 
 
-def decode_request(content: bytes) -> Request:
-    """Read and check the body of POST /score."""
+def decode_request(content: bytes, max_pixels: int = MOST_PIXELS) -> Request:
+    """Read and check the body of POST /score.
+
+    Args:
+        max_pixels: of all media together, over all frames; they are counted before any is decoded.
+    """
     raw = _parsed(content)
     if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
         raise WireError(f'the body must be an object with "version": {VERSION}')
@@ -92,11 +102,25 @@ def decode_request(content: bytes) -> Request:
     ids = tuple(_text(item, place, "id") for place, item in enumerate(items))
     if len(set(ids)) < len(ids):
         raise WireError("every item needs an id of its own, and some are the same")
-    media = [_decode(item.get("media"), place) for place, item in enumerate(items)]
-    shapes = {tuple(sample.shape) for sample in media}
-    if len(shapes) > 1:
-        raise WireError(f"all media of a request must have one shape, not {sorted(shapes)}; send them apart")
-    return Request(ids, torch.stack(media), tuple(_prompt(item, place) for place, item in enumerate(items)))
+    prompts = tuple(_prompt(item, place) for place, item in enumerate(items))
+    return Request(ids, _decoded([item.pop("media", None) for item in items], max_pixels), prompts)
+
+
+def _decoded(items: list[Any], max_pixels: int) -> Float[Tensor, "N 3 F Y X"]:
+    """All media in one tensor, which is there once: each is decoded into its place."""
+    first = _decode(items[0], 0, max_pixels)
+    shape = tuple(first.shape)
+    if len(items) * math.prod(shape[1:]) > max_pixels:
+        raise TooLargeError(f"{len(items)} media of {shape} have more than the {max_pixels} pixels of a request")
+    media = first.new_empty(len(items), *shape)
+    media[0], items[0] = first, None
+    del first
+    for place in range(1, len(items)):
+        sample = _decode(items[place], place, max_pixels)
+        if tuple(sample.shape) != shape:
+            raise WireError(f"all media of a request must have one shape, not {shape} and {tuple(sample.shape)}")
+        media[place], items[place] = sample, None
+    return media
 
 
 def encode_answer(ids: Sequence[str], answer: Answer) -> dict[str, Any]:
@@ -122,7 +146,8 @@ def decode_answer(raw: Any, count: int) -> Answer:
         raise WireError(f"it has {len(scores)} scores for {count} items, or other ids than those it was sent")
     values = torch.tensor([_score(by_id[name]) for name in expected])
     unscored = values.isnan().nonzero().flatten().tolist()
-    return Answer(values, {place: str(by_id[str(place)].get("error") or NO_REASON) for place in unscored})
+    causes = {place: str(by_id[str(place)].get("error") or NO_REASON) for place in unscored}
+    return Answer(values, {place: redacted(cause)[:QUOTED_CHARACTERS] for place, cause in causes.items()})
 
 
 def _score(entry: Mapping[str, Any]) -> float:
@@ -164,26 +189,34 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(media: Any, place: int) -> Float[Tensor, "3 F Y X"]:
+def _decode(media: Any, place: int, max_pixels: int) -> Float[Tensor, "3 F Y X"]:
     kind, data = (media.get("kind"), media.get("data")) if isinstance(media, Mapping) else (None, None)
     if not isinstance(kind, str) or kind not in _READERS or not isinstance(data, str):
         raise WireError(f'item {place}: "media" must have a "kind" of {" or ".join(_READERS)}, and "data"')
     try:
-        return _READERS[kind](base64.b64decode(data, validate=True))
+        return _READERS[kind](base64.b64decode(data, validate=True), max_pixels)
+    except TooLargeError as error:
+        raise TooLargeError(f"item {place}: {error}") from error
     except Exception as error:  # the bytes are a stranger's, and parsers raise what they like
         why = " ".join(str(error).split())[:QUOTED_CHARACTERS]
         raise WireError(f'item {place}: "media" is not base64 of a whole {kind}: {why}') from error
 
 
-def _read_png(data: bytes) -> Float[Tensor, "3 1 Y X"]:
+def _check_pixels(count: int, max_pixels: int) -> None:
+    if count > max_pixels:
+        raise TooLargeError(f"it has {count} pixels, more than the {max_pixels} of a request")
+
+
+def _read_png(data: bytes, max_pixels: int = MOST_PIXELS) -> Float[Tensor, "3 1 Y X"]:
     with opened(io.BytesIO(data), formats=["PNG"]) as picture:
+        _check_pixels(picture.width * picture.height, max_pixels)
         if picture.mode != "RGB" or picture.has_transparency_data or getattr(picture, "n_frames", 1) > 1:
             raise ValueError(f"{picture.mode} {picture.size} is not RGB, opaque and one frame")
         pixels = np.array(pixels_of(picture))
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(1).float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(1).float().div_(255)
 
 
-def _read_npy(data: bytes) -> Float[Tensor, "3 F Y X"]:
+def _read_npy(data: bytes, max_pixels: int) -> Float[Tensor, "3 F Y X"]:
     """The header is believed only once it agrees with the number of bytes: reading allocates what it says."""
     buffer = io.BytesIO(data)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -195,15 +228,18 @@ def _read_npy(data: bytes) -> Float[Tensor, "3 F Y X"]:
         raise ValueError(f"{dtype} {shape} is not float32 or uint8 of shape (3, F, Y, X)")
     if math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
         raise ValueError(f"{len(data) - buffer.tell()} bytes are not {dtype} {shape}")
+    _check_pixels(math.prod(shape[1:]), max_pixels)
     buffer.seek(0)
     array = torch.from_numpy(np.ascontiguousarray(np.load(buffer, allow_pickle=False)))
-    return array.float() / 255 if dtype == np.uint8 else array
+    return array.float().div_(255) if dtype == np.uint8 else array
 
 
 _READERS = {"png": _read_png, "npy": _read_npy}
 
 
 def _parsed(content: bytes) -> Any:
+    if sum(content.count(mark) for mark in (b"[", b"{", b",")) > MOST_VALUES:  # base64 has none of these
+        raise TooLargeError(f"the body holds more than {MOST_VALUES} values")
     try:
         return json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

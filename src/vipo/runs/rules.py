@@ -10,7 +10,6 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from vipo.errors import UserError
-from vipo.registry import nearest
 from vipo.schema import Recipe
 
 Rule = Literal["free", "recorded", "on request", "never"]
@@ -44,10 +43,12 @@ RULES: Mapping[str, Rule] = {
     "training.sharding": "recorded",
     "training.reward_retries": "free",
     "training.reward_pause_seconds": "free",
+    "training.reward_timeout": "free",
     "training.rollout_batch_size": "recorded",
     "training.prompts_at_once": "recorded",
     "training.replay_batch_size": "recorded",
     "training.gradient_checkpointing": "recorded",
+    "training.on_reward_timeout": "recorded",
     "training.max_failed_share": "recorded",
     "training.max_skipped_in_a_row": "recorded",
     "evaluation": "recorded",
@@ -193,8 +194,10 @@ def _check_allowed(allowed: Sequence[str], *recipes: Mapping[str, Any]) -> None:
     known = {key for recipe in recipes for key in _keys(recipe)}
     for key in allowed:
         if not any(f"{one}.".startswith(f"{key}.") for one in known):
-            near = nearest(key, sorted(known))[0]
-            raise UserError(f"--allow-changes {key}: there is no such key or section; the nearest is {near!r}")
+            raise UserError(
+                f"--allow-changes {key}: there is no such key or section.{did_you_mean(key, sorted(known))}"
+                " `vipo list keys` has them all"
+            )
         if rule_of(key) == "never":
             raise UserError(f"--allow-changes {key}: it can never change within a run; choose another --output")
 

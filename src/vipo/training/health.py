@@ -1,6 +1,8 @@
 """Whether an update may be applied, and whether a run learns at all: streaks of skipped updates, of rewards without
 spread, and weights that stay put.
 
+Rewards whose spread is far below what a group's deviation is divided by teach as little as those without any.
+
 A streak that reaches the limit is an event, once. Where no update has moved a weight so far, it is the end of the run:
 nothing in it can become better by going on. All of it is decided from numbers that every process has alike.
 """
@@ -22,6 +24,11 @@ MEND_FLAT = (
 MEND_OUTLIERS = "if gradients of this size are right, a new run needs a higher optimizer.guard_factor"
 LOWER_RATE = "a lower optimizer.learning_rate"
 
+MEND_FAINT = (
+    "their unit is far too large: let the reward return numbers whose differences are about 1 (its weight comes after"
+    " the division and does not help)"
+)
+FAINT = 1e-3  # an advantage_size below this is none: it is about 0.8 where scores differ by far more than their eps
 GUARD_MEMORY = 20  # how many gradient norms the guard remembers
 
 
@@ -87,12 +94,13 @@ class Health:
 
     def iteration(self, metrics: Mapping[str, float]) -> list[str]:
         """An iteration is over; ``metrics`` are those of all processes together. What to report of it."""
-        record, flat = self.record, metrics["advantage_size"] == 0
+        record, flat = self.record, metrics["advantage_size"] < FAINT
         record.flat += flat
         record.flat_in_a_row = record.flat_in_a_row + 1 if flat else 0
         if flat:
             record.flat_rewards = [key.removeprefix("spread/") for key in metrics if key.startswith("spread/")]
-        return [f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else []
+        faint = _faint(metrics) if flat and record.flat_in_a_row == 1 else []
+        return faint + ([f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else [])
 
     @property
     def in_streak(self) -> bool:
@@ -140,6 +148,15 @@ class Health:
     def _remedies(self) -> str:
         rate = [LOWER_RATE] if self.record.learned or not self.remedies else []
         return " or ".join([*self.remedies, *rate])
+
+
+def _faint(metrics: Mapping[str, float]) -> list[str]:
+    """A sentence where scores do differ, but by next to nothing."""
+    if metrics["advantage_size"] == 0:
+        return []
+    spreads = {key.removeprefix("spread/"): value for key, value in metrics.items() if key.startswith("spread/")}
+    named = " and ".join(f"{name!r} differ by {value:.1e}" for name, value in spreads.items() if value > 0)
+    return [f"the scores of {named} within their groups, next to the eps 1e-4 that is added; {MEND_FAINT}"]
 
 
 def where_not_finite(gradient_peaks: Mapping[str, Tensor]) -> str:

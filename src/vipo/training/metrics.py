@@ -16,16 +16,22 @@ def reward_metrics(scores: Scores, advantage: Tensor, group_size: int) -> dict[s
     """Per reward its mean, its spread within the groups and what went unscored; of all, what they come to."""
     numbers: dict[str, Tensor] = {}
     for name, values in scores.by_name.items():
-        numbers[f"reward/{name}"] = values.nanmean()
+        numbers[f"reward/{name}"] = _mean(values)
         numbers[f"spread/{name}"] = objective.spread(values, group_size)
         numbers[f"unscored/{name}"] = values.isnan().float().mean()
         if len(scores.by_name) > 1:  # normalised in its groups: how far this reward pulls where the sum goes
             own = objective.group_advantage(values, group_size)
             numbers[f"agreement/{name}"] = torch.cosine_similarity(own.float(), advantage.float(), dim=0)
-    numbers["reward"] = scores.total.nanmean()
+    numbers["reward"] = _mean(scores.total)
     numbers["flat_groups"] = flat_groups(advantage, group_size)
     numbers["advantage_size"] = advantage.abs().mean()
     return _as_floats(numbers)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over the samples with a score; scores near the largest float32 have a sum that is none."""
+    mean = values.nanmean()
+    return mean.where(~mean.isinf(), values.double().nanmean().to(values.dtype))
 
 
 def map_metrics(maps: Tensor | None) -> dict[str, float]:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from vipo.engine import Engine
 from vipo.errors import UserError
+from vipo.evaluation.ranks import together
 from vipo.generators.attention import AUTO, scope
 from vipo.objective import extremes
 from vipo.options import NEEDS_MAPS, CreditKind, Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
 from vipo.prompts.sampler import PromptSampler
 from vipo.rollout import sample_groups
+from vipo.secrets import redacted
 from vipo.training.background import Background
 from vipo.training.credit import Credit, assign, combined, step_factor
 from vipo.training.health import Health, Record
@@ -160,7 +162,8 @@ class Trainer:
         events += self.health.iteration(metrics)
         failure = self.health.failure(self.iteration, last=last)
         events += [failure] if failure and not self.health.in_streak else []
-        return TrainStep(iteration, metrics, clock.seconds, tuple(events), rollout, scores, maps, failure)
+        told = tuple(map(redacted, events))  # they quote what servers and libraries said
+        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, maps, failure)
 
     def _sample_and_score(self, iteration: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
         """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
@@ -177,9 +180,10 @@ class Trainer:
                 if background is not None:
                     waiting.append(background.submit(rollouts[-1].media, rollouts[-1].prompts))
             with clock("reward"):  # of a background one, only what has to be waited for
-                scores = [future.result() for future in waiting]
                 if background is None:
-                    scores = [self.scorer(rollouts[0].media, rollouts[0].prompts)]
+                    scores = together(self.engine, lambda: [self.scorer(rollouts[0].media, rollouts[0].prompts)])
+                else:
+                    scores = together(self.engine, lambda: [future.result() for future in waiting])
         return Rollout.join(rollouts), Scores.join(scores)
 
     def _sample(self, prompts: Sequence[Prompt], iteration: int, first_group: int) -> Rollout:
