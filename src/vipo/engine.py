@@ -235,8 +235,8 @@ def _plugin() -> FullyShardedDataParallelPlugin:
 def _settle_plugin(plugin: Any, network: nn.Module) -> None:
     """What depends on the network: where it is cut, and in which precision its weights are gathered.
 
-    They are gathered as they are and autocast casts them, as without sharding. Gathered in bfloat16, norms would be too,
-    and a first ratio on a tiny Wan was off by 0.02: some kernels differ with and without gradient then.
+    They are gathered as they are and autocast casts them, as without sharding. Gathered in bfloat16, norms would be
+    too, and a first ratio on a tiny Wan was off by 0.02: some kernels differ with and without gradient then.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
