@@ -67,6 +67,7 @@ class Thread:
     ranks: int
     barrier: threading.Barrier
     said: dict[int, torch.Tensor]
+    in_step: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
