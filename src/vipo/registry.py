@@ -137,8 +137,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'a' or 'b'?``; empty where nothing is much like it."""
     found = near(name, known)
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
-
-
-def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The ``count`` names most like ``name``, however little, the best first."""
-    return difflib.get_close_matches(name, known, n=count, cutoff=0.0)

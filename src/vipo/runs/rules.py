@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from vipo.errors import UserError
+from vipo.registry import did_you_mean
 from vipo.schema import Recipe
 
 Rule = Literal["free", "recorded", "on request", "never"]
