@@ -58,6 +58,8 @@ class Policy:
         """
         from peft import LoraConfig, inject_adapter_in_model
 
+        from vipo.generators.low_rank import LowRank
+
         try:
             wanted = re.compile(targets)
         except (re.error, OverflowError, RecursionError) as error:
@@ -70,11 +72,9 @@ class Policy:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), network)
-        if all(linear[name].weight.dtype == torch.float32 for name in chosen):  # others may be kept in float32
-            # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
-            for layer in _adapters(network):
-                layer.cast_input_dtype_enabled = False
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen)
+            config._register_custom_module({nn.Linear: LowRank})
+            inject_adapter_in_model(config, network)
         return cls(network, is_lora=True, ema_decay=ema_decay)
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vipo import randomness
 from vipo.engine import Engine
+from vipo.objective import check_maps
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
 from vipo.sharding import spread_like, whole
@@ -101,7 +102,11 @@ class Learner:
         return [rows.take((share_of[rows.sample] == share).nonzero().squeeze(1)) for share in range(steps)]
 
     def _accumulate(self, conditioning: Batched, share: Any, credit: Credit) -> tuple[dict[str, float], str]:
-        """Accumulate the gradient of one optimiser step and clip it; its numbers, and where it is not finite."""
+        """Accumulate the gradient of one optimiser step and clip it; its numbers, and where it is not finite.
+
+        Raises:
+            ValueError: the credit's maps are negative or not finite.
+        """
         total, batches = len(share.sample), self._batches(share)
         sums: dict[str, Tensor] = {}
         largest = torch.zeros((), device=credit.local.device)
@@ -114,8 +119,10 @@ class Learner:
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value * (len(index) / total)
         peaks = self.policy.gradient_peaks()  # clipping by a norm that is NaN makes every gradient NaN
         norm = self.engine.clip(self.policy.parameters.values(), self.options.max_grad_norm)
-        values = torch.stack([*sums.values(), largest, norm])
-        report = dict(zip([*sums, "largest_log_ratio", "grad_norm"], values.tolist(), strict=True))
+        values = torch.stack([*sums.values(), largest, norm, credit.sound.to(norm)])  # one wait for the accelerator
+        *numbers, are_sound = values.tolist()
+        check_maps(bool(are_sound))
+        report = dict(zip([*sums, "largest_log_ratio", "grad_norm"], numbers, strict=True))
         return report, "" if math.isfinite(report["grad_norm"]) else where_not_finite(peaks)
 
     def _batches(self, share: Any) -> list[Tensor]:

@@ -209,7 +209,7 @@ class Trainer:
         """Indices of the samples that are trained on."""
         if self.keep_per_group is None:
             return torch.arange(len(credit.advantage))
-        return extremes(credit.advantage, self.group_size, self.keep_per_group).nonzero().squeeze(1).cpu()
+        return extremes(credit.advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
 
     def _across_ranks(self, metrics: Mapping[str, float]) -> dict[str, float]:
         if self.engine.ranks == 1:
