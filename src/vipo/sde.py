@@ -173,7 +173,7 @@ def step_scale(
     sigma: Float[Tensor, " R"], sigma_next: Float[Tensor, " R"], *, kind: Kind, eta: float
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """(d mean / d u, std) of steps: the mean is linear in the velocity, so a velocity of ones says by how much."""
-    nothing = torch.zeros(len(sigma), 1, 1, 1, 1, device=sigma.device)
+    nothing = sigma.new_zeros(len(sigma), 1, 1, 1, 1)
     still = transition(nothing, nothing, sigma, sigma_next, kind=kind, eta=eta)
     moved = transition(nothing + 1, nothing, sigma, sigma_next, kind=kind, eta=eta)
     return (moved.mean - still.mean).flatten(), moved.std.flatten()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class LowRank(Linear):
-    """PEFT's ``lora.Linear`` with one adapter, no dropout and no variant, as :meth:`vipo.policy.Policy.lora` makes it."""
+    """PEFT's ``lora.Linear`` with one adapter, no dropout and no variant, as ``Policy.lora`` makes it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
         super().__init__(base_layer, adapter_name, **options)
