@@ -77,8 +77,7 @@ def test_what_is_wrong_is_said() -> None:
         credited("all", ONE)
     with pytest.raises(ValueError, match="needs maps of shape"):
         credited("advantage_map", ONE, None)
-    with pytest.raises(ValueError, match="finite and non-negative"):
-        credited("advantage_map", ONE, -MAPS)
+    assert not credited("advantage_map", ONE, -MAPS).sound  # the learner refuses it: tests/test_waits.py
 
 
 SIGMAS = sde.shifted_sigmas(6, 3.0)

@@ -19,8 +19,8 @@ from vipo.structuring.sources import Consensus, Deviation, Perceptual, TextRelev
 from vipo.training.trainer import Trainer
 from waits import counted
 
-# What waits in one iteration: whether the latents stayed finite, what the one reward gave and how much of it is missing,
-# one transfer for each optimiser step, and what goes into metrics.jsonl, of the scores and of the maps.
+# What waits in one iteration: whether the latents stayed finite, what the one reward gave and how much of it is
+# missing, one transfer for each optimiser step, and what goes into metrics.jsonl, of the scores and of the maps.
 ALLOWED = {
     "rollout.py:_check_finite": 1,
     "scoring.py:score": 1,
@@ -78,7 +78,7 @@ def test_a_text_map_waits_for_nothing(model_folder: Path) -> None:
 @pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
 def test_a_bad_map_is_refused_before_any_weight_moves(model_folder: Path, bad: float) -> None:
     trainer = tiny.trainer(model_folder, credit="advantage_map")
-    trainer.map_source = lambda rollout, _: torch.full((8, *tiny.GRID), 1.0).index_fill(1, torch.tensor([0]), bad)
+    trainer.map_source = lambda *_: torch.full((8, *tiny.GRID), 1.0).index_fill(1, torch.tensor([0]), bad)
     before = trainer.policy.fingerprint()
     with pytest.raises(ValueError, match="maps must be finite and non-negative"):
         trainer.step()

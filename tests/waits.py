@@ -1,8 +1,9 @@
 """Where the host would wait for an accelerator, found on a CPU: what is read off, or sent blocking, by line of code.
 
-Nothing waits on a CPU, so tensors are followed from the network's parameters, the generator's own tensors, and what is
-made with ``device=``: what is computed from one of them would be on the accelerator. A call that turns such a tensor into a Python value, or whose result has a size that depends on
-its values, waits; so does moving a tensor of the host there without ``non_blocking``.
+Nothing waits on a CPU, so tensors are followed from the network's parameters, the generator's own tensors and what is
+made with ``device=``: what is computed from one of them would be on the accelerator. A call that turns such a tensor
+into a Python value, or whose result has a size that depends on its values, waits; so does moving a tensor of the host
+there without ``non_blocking``.
 """
 
 from __future__ import annotations
