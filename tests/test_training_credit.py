@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_sample_without_a_score_has_no_weight_anywhere() -> None:
 def test_weights_are_clipped_before_the_factor_of_a_step() -> None:
     credit = credited("advantage_map", ONE, advantage_clip=0.5)
     assert credit.local.abs().max() == 0.5
-    doubled = Credit(credit.advantage, credit.local, torch.tensor([1.0, 2.0]))
+    doubled = replace(credit, step=torch.tensor([1.0, 2.0]))
     rows, steps = torch.tensor([0, 0, 3]), torch.tensor([0, 1, 1])
     assert torch.equal(doubled.weight(rows, steps), credit.local[rows] * torch.tensor([1.0, 2, 2])[:, None, None, None])
 

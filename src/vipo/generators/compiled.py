@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vipo.errors import UserError
 
 # No choice by stopwatch that could round otherwise in the next process: a run that goes on would not be the same.
-OPTIONS = {"deterministic": True}
+OPTIONS: dict[str, Any] = {"deterministic": True}
 
 
 def install(network: nn.Module, device: torch.device | str) -> None:

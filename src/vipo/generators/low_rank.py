@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 
-class LowRank(Linear):
+class LowRank(Linear):  # type: ignore[misc]
     """PEFT's ``lora.Linear`` with one adapter, no dropout and no variant, as ``Policy.lora`` makes it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
