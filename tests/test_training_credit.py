@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_sample_without_a_score_has_no_weight_anywhere() -> None:
 def test_weights_are_clipped_before_the_factor_of_a_step() -> None:
     credit = credited("advantage_map", ONE, advantage_clip=0.5)
     assert credit.local.abs().max() == 0.5
-    doubled = Credit(credit.advantage, credit.local, torch.tensor([1.0, 2.0]))
+    doubled = replace(credit, step=torch.tensor([1.0, 2.0]))
     rows, steps = torch.tensor([0, 0, 3]), torch.tensor([0, 1, 1])
     assert torch.equal(doubled.weight(rows, steps), credit.local[rows] * torch.tensor([1.0, 2, 2])[:, None, None, None])
 
@@ -77,8 +78,7 @@ def test_what_is_wrong_is_said() -> None:
         credited("all", ONE)
     with pytest.raises(ValueError, match="needs maps of shape"):
         credited("advantage_map", ONE, None)
-    with pytest.raises(ValueError, match="finite and non-negative"):
-        credited("advantage_map", ONE, -MAPS)
+    assert not credited("advantage_map", ONE, -MAPS).sound  # the learner refuses it: tests/test_waits.py
 
 
 SIGMAS = sde.shifted_sigmas(6, 3.0)

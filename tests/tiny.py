@@ -96,8 +96,8 @@ def save_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def generator(folder: Path) -> FluxGenerator:
-    return FluxGenerator.from_pretrained(folder, device="cpu", dtype=torch.float32, height=HEIGHT, width=WIDTH)
+def generator(folder: Path, device: str = "cpu") -> FluxGenerator:
+    return FluxGenerator.from_pretrained(folder, device=device, dtype=torch.float32, height=HEIGHT, width=WIDTH)
 
 
 def lora(model: FluxGenerator, **options: Any) -> Policy:
@@ -165,7 +165,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     for name, value in changes.items():
         home = next((part for part, keys in _HOMES.items() if name in keys), "own")
         {"objective": objective, "optimizer": optimizer, "solver": solver, "own": own}[home][name] = value
-    model = generator(folder)
+    model = generator(folder, own.pop("device", "cpu"))
     engine = own.pop("engine", None) or Engine(
         accelerator=Accelerator(mixed_precision=own.pop("precision", "no"), cpu=True)
     )

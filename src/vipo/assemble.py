@@ -17,7 +17,7 @@ from vipo import embedded, generators, rewards
 from vipo.backbones.perceptual import perceptual
 from vipo.engine import Engine
 from vipo.errors import UserError
-from vipo.generators import attention
+from vipo.generators import attention, compiled
 from vipo.generators.folder import pipeline_class
 from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
@@ -319,6 +319,8 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
     held_out = build_rewards(recipe.judges, fps=fps)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
+    if training.compile:  # with the adapters on it, and before the engine wraps it
+        compiled.install(model.generator.network, engine.device)
     map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
         _check_groups_whole(recipe, engine)

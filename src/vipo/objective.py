@@ -110,12 +110,36 @@ def spatial_advantage(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H
     Raises:
         ValueError: advantage is not (N,), maps are not (N, T, H, W), or a map is negative or not finite.
     """
+    spread_out = weighted(advantage, maps)
+    check_maps(sound(maps))
+    return spread_out
+
+
+def sound(maps: Float[Tensor, "N T H W"]) -> Bool[Tensor, ""]:
+    """Whether all of them are finite and none is negative anywhere; for :func:`check_maps`."""
+    return (maps >= 0).all() & maps.isfinite().all()
+
+
+def check_maps(are_sound: Bool[Tensor, ""] | bool) -> None:
+    """On an accelerator it waits for :func:`sound`; what was brought over with other numbers costs nothing.
+
+    Raises:
+        ValueError: a map is negative or not finite.
+    """
+    if not bool(are_sound):
+        raise ValueError("maps must be finite and non-negative: a negative weight would punish what was rewarded")
+
+
+def weighted(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H W"]) -> Float[Tensor, "N T H W"]:
+    """:func:`spatial_advantage` of maps whose soundness is asked for elsewhere.
+
+    Raises:
+        ValueError: advantage is not (N,) or maps are not (N, T, H, W).
+    """
     if advantage.ndim != 1 or maps.ndim != 4 or maps.shape[0] != advantage.shape[0]:
         raise ValueError(
             f"advantage {tuple(advantage.shape)} and maps {tuple(maps.shape)} must be (N,) and (N, T, H, W)"
         )
-    if not bool((maps >= 0).all() & maps.isfinite().all()):
-        raise ValueError("maps must be finite and non-negative: a negative weight would punish what was rewarded")
     return maps * advantage[:, None, None, None]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ class Policy:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            _inject(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen))
+            _inject(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), chosen)
             if any(linear[name].weight.dtype is torch.float8_e4m3fn for name in chosen):
                 for layer in _adapters(network).values():  # PEFT has rounded what it drew, to 3 bits
                     layer.lora_A.float()
@@ -113,7 +113,7 @@ class Policy:
 
         ranks = {f"^{re.escape(name)}": layer.rank for name, layer in layers.items()}
         names = "|".join(re.escape(name) for name in layers)  # whole names: in a list, ends of names count too
-        _inject(network, LoraConfig(r=1, lora_alpha=1, rank_pattern=ranks, target_modules=names))
+        _inject(network, LoraConfig(r=1, lora_alpha=1, rank_pattern=ranks, target_modules=names), layers)
         for name, adapter in _adapters(network).items():
             _fill(adapter, layers[name], layers[name].scale if alpha is None else alpha / layers[name].rank)
         return cls(network, is_lora=True, is_new=False, ema_decay=ema_decay, keep_reference=keep_reference)
@@ -271,16 +271,20 @@ def _checksums(values: Tensor) -> Tensor:
     return torch.stack([(part * odd[: len(part)]).sum() for part in parts])
 
 
-def _inject(network: nn.Module, config: LoraConfig) -> None:
-    """Put adapters into the network, in float32 like what they are trained in."""
+def _inject(network: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
+    """Put adapters on the layers of these names, in float32 like what they are trained in."""
     from peft import inject_adapter_in_model
 
+    from vipo.low_rank import LowRank
+
+    if all(_is_plain(network.get_submodule(name)) for name in names):  # PEFT has layers of its own for quantised ones
+        config._register_custom_module({nn.Linear: LowRank})
     inject_adapter_in_model(config, network)
-    adapters = _adapters(network).values()
-    if all(layer.get_base_layer().weight.dtype == torch.float32 for layer in adapters):  # others may be kept in float32
-        # Under autocast PEFT would cast each input up to the adapter's float32 and autocast straight back down.
-        for layer in adapters:
-            layer.cast_input_dtype_enabled = False
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.weight.dtype in dtypes
 
 
 @torch.no_grad()

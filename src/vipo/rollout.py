@@ -23,7 +23,7 @@ from torch import Tensor
 from vipo import randomness, sde
 from vipo.errors import UserError
 from vipo.options import Reduce, Solver
-from vipo.types import Batched, Generator, Prompt, Rollout, Transitions
+from vipo.types import Batched, Generator, Prompt, Rollout, Transitions, sent
 from vipo.workload import possible_steps, shared_steps
 
 StepContext = Callable[[int], AbstractContextManager[None]]
@@ -74,20 +74,30 @@ def replay(
     """Log-probability of recorded steps under the present weights, with gradient, and the step's Gaussian."""
     rows = conditioning.take(recorded.sample)
     step = policy_step(generator, recorded.latents, recorded.sigma, recorded.sigma_next, rows, solver)
-    return sde.log_prob(recorded.next_latents, step, reduce=reduce), step
+    return sde.recorded_log_prob(recorded.next_latents, step, reduce=reduce), step
 
 
 def _network_device(generator: Generator) -> torch.device:
     return next(generator.network.parameters()).device
 
 
-def _check_finite(latents: Tensor, step: int, solver: Solver) -> None:
-    if not bool(latents.isfinite().all()):
+def _check_finite(flags: Sequence[Tensor]) -> None:
+    """Ask once, after the last step, whether the latents were finite after each: one wait for the accelerator."""
+    finite = torch.stack(list(flags)).tolist()
+    if not all(finite):
         raise UserError(
-            f"the latents became NaN or infinite at solver step {step + 1} of {solver.steps}: the policy has diverged;"
+            f"the latents became NaN or infinite at solver step {finite.index(False) + 1} of {len(finite)}: the policy"
+            " has diverged;"
             " go on from an earlier checkpoint (--resume --from step-NNNNNN) with a lower optimizer.learning_rate, or a"
             " lower solver.eta (--allow-changes solver.eta)"
         )
+
+
+def _check_density(levels: Float[Tensor, " levels"], stochastic: range, solver: Solver) -> None:
+    """Every step that is recorded has a density; told from the host's own grid, before anything is sampled."""
+    here = list(stochastic)
+    _, std = sde.step_scale(levels[here], levels[[i + 1 for i in here]], kind=solver.kind, eta=solver.eta)
+    sde.check_density(std)
 
 
 def _batched_step(
@@ -127,7 +137,7 @@ class Recorder:
     def record(self, step: int, latents: Tensor, nexts: Tensor, gaussian: sde.Transition) -> None:
         """The chosen samples' transition at one step."""
         at = self.chosen[step].nonzero().squeeze(1)
-        here = at.to(latents.device)
+        here = sent(at, latents.device)
         self.kept.append(
             Transitions(
                 sample=at,
@@ -136,7 +146,7 @@ class Recorder:
                 sigma_next=self.sigmas[step + 1].expand(len(at)),
                 latents=latents[here],
                 next_latents=nexts[here],
-                log_prob=sde.log_prob(nexts, gaussian, reduce=self.reduce)[here],
+                log_prob=sde.recorded_log_prob(nexts, gaussian, reduce=self.reduce)[here],
                 mean=gaussian.mean[here] if self.keep_mean else latents[here, :0],
             )
         )
@@ -153,7 +163,7 @@ class Recorder:
 def _noise(
     shape: tuple[int, ...], purpose: str, keys: Sequence[tuple[int, ...]], *, seed: int, device: torch.device
 ) -> Tensor:
-    return randomness.normal(shape, keys, seed=seed, purpose=purpose).to(device)
+    return sent(randomness.normal(shape, keys, seed=seed, purpose=purpose), device)
 
 
 @torch.no_grad()
@@ -191,22 +201,25 @@ def sample_groups(
         UserError: latents stopped being finite.
     """
     device = _network_device(generator)
-    sigmas = sigmas_of(solver, generator).to(device)
+    levels = sigmas_of(solver, generator)
+    sigmas = sent(levels, device)
     groups, members = range(first_group, first_group + len(prompts)), members or range(group_size)
     samples = [group * group_size + k for group in groups for k in members]
     group_of = torch.arange(len(prompts)).repeat_interleave(len(members))
     stochastic, ode = stochastic_steps(solver, seed, iteration), solver.deterministic()
+    if keep_steps:
+        _check_density(levels, stochastic, solver)
     shared = shared_steps(solver, stochastic)
     recorder = Recorder(sigmas, trained_steps(solver, seed, iteration, samples), reduce, keep_mean)
     per_group = generator.encode([prompt.text for prompt in prompts])
     per_sample = per_group.take(group_of)
     rows, starts = (per_group, groups) if solver.same_noise else (per_sample, samples)
     noise = partial(_noise, generator.latent_shape(), seed=seed, device=device)
-    latents, passes = noise("initial noise", [(iteration, start) for start in starts]), 0
+    latents, passes, finite = noise("initial noise", [(iteration, start) for start in starts]), 0, []
     for i in range(solver.steps):
         noisy = i in stochastic
         if solver.same_noise and i == shared:
-            latents, rows = latents[group_of.to(device)], per_sample
+            latents, rows = latents[sent(group_of, device)], per_sample
         kind = solver if noisy else ode
         with around(i):
             step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, kind, batch_size, at_least)
@@ -217,7 +230,8 @@ def sample_groups(
             if keep_steps:
                 recorder.record(i, latents, nexts, step)
         latents = nexts
-        _check_finite(latents, i, solver)
+        finite.append(latents.isfinite().all())
+    _check_finite(finite)
     whose, size = tuple(prompts[group] for group in group_of.tolist()), len(members)
     media, recorded = generator.decode(latents), recorder.all(latents)
     return Rollout(whose, size, per_sample, latents, media, recorded, passes, sigmas, first_sample=samples[0])

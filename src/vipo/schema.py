@@ -229,6 +229,10 @@ class TrainingSection(Section):
         None, description="train on so many of each group, half best and half worst (best-of-n); null means all"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, a second forward")
+    compile: bool = Field(
+        False,
+        description="compile the network's blocks in the first passes, the first ratio still 1; see docs/speed.md",
+    )
     checkpoint_every: Count = Field(10, description="iterations")
     keep_checkpoints: Count = Field(2, description="the newest so many stay")
     max_skipped_in_a_row: Count = Field(

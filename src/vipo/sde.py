@@ -140,11 +140,31 @@ def log_prob(
     Raises:
         ValueError: shapes differ, or a deterministic step (std = 0), which has no density.
     """
+    check_density(transition.std)
+    return recorded_log_prob(next_latents, transition, reduce=reduce)
+
+
+def check_density(std: Float[Tensor, "..."]) -> None:
+    """Refuse steps without noise; on an accelerator it waits for them.
+
+    Raises:
+        ValueError: a step is deterministic.
+    """
+    if bool((std <= 0).any()):
+        raise ValueError("this step is deterministic (std = 0) and has no density; record only stochastic steps")
+
+
+def recorded_log_prob(
+    next_latents: Float[Tensor, "N C T H W"], transition: Transition, *, reduce: Reduce
+) -> Float[Tensor, "N T H W"]:
+    """:func:`log_prob` of a step that is known to have a density: it waits for no accelerator.
+
+    Raises:
+        ValueError: shapes differ.
+    """
     mean, std = transition
     if next_latents.shape != mean.shape:
         raise ValueError(f"next_latents {tuple(next_latents.shape)} and the mean {tuple(mean.shape)} must be the same")
-    if bool((std <= 0).any()):
-        raise ValueError("this step is deterministic (std = 0) and has no density; record only stochastic steps")
     deviation = (next_latents.float() - mean) / std
     return _reduce_channels(-0.5 * deviation.square() - std.log() - LOG_SQRT_2PI, reduce)
 
@@ -153,7 +173,7 @@ def step_scale(
     sigma: Float[Tensor, " R"], sigma_next: Float[Tensor, " R"], *, kind: Kind, eta: float
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """(d mean / d u, std) of steps: the mean is linear in the velocity, so a velocity of ones says by how much."""
-    nothing = torch.zeros(len(sigma), 1, 1, 1, 1, device=sigma.device)
+    nothing = sigma.new_zeros(len(sigma), 1, 1, 1, 1)
     still = transition(nothing, nothing, sigma, sigma_next, kind=kind, eta=eta)
     moved = transition(nothing + 1, nothing, sigma, sigma_next, kind=kind, eta=eta)
     return (moved.mean - still.mean).flatten(), moved.std.flatten()

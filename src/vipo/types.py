@@ -33,6 +33,11 @@ Grid = tuple[int, int]  # (H, W)
 LatentGrid = tuple[int, int, int]  # (T, H, W)
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor there. What the host sends to an accelerator waits for none of the work that is queued there."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One line of the prompt file. ``index`` is its place in the file, ``metadata`` whatever stood beside it."""
@@ -51,10 +56,10 @@ class Batched:
 
     def take(self, index: Int[Tensor, " k"]) -> Self:
         """The rows ``index``, in that order."""
-        return self._map(lambda tensor: tensor[index.to(tensor.device)])
+        return self._map(lambda tensor: tensor[sent(index, tensor.device)])
 
     def to(self, device: torch.device | str) -> Self:
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: sent(tensor, device))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:

@@ -31,7 +31,7 @@ from vipo.generators.token_limits import cut_prompts
 from vipo.generators.weights import Fewer, load_pipeline
 from vipo.options import Quantization
 from vipo.sharding import under_own_name
-from vipo.types import Batched, Grid
+from vipo.types import Batched, Grid, sent
 
 SIZES = ("height", "width", "frames")  # of the media, in pixels and pixel frames
 
@@ -290,7 +290,7 @@ def decode_scaled(vae: Any, latents: Float[Tensor, "n C 1 H W"]) -> Float[Tensor
 
 def decode_normalised(vae: Any, latents: Float[Tensor, "n C T H W"]) -> Float[Tensor, "n 3 F Y X"]:
     """Decode with an autoencoder whose config has a mean and a standard deviation per channel, as Wan's."""
-    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=latents.device)
+    statistics = sent(torch.tensor([vae.config.latents_mean, vae.config.latents_std]), latents.device)
     mean, std = statistics.view(2, 1, -1, 1, 1, 1)
     media: Tensor = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
     return media

@@ -29,11 +29,12 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vipo.options import MapOptions, Orientation
 from vipo.structuring.components import NEGLIGIBLE, Components
+from vipo.types import sent
 
 LIKENESS, SHARPNESS = 0.35, 4  # of ``background``; measured in experiments/orientation, flat around these values
 
@@ -55,16 +56,25 @@ def _stretch(values: Tensor, keep: int) -> Tensor:
     return unit.reshape(values.shape)
 
 
-def _edge_cells(found: Components) -> Bool[Tensor, " n"]:
-    """Which of a frame's n = h w cells lie on the edge of the picture."""
-    edge = torch.ones(found.projections.shape[-2:], dtype=torch.bool, device=found.projections.device)
+def _edge_cells(found: Components) -> Int[Tensor, " edge"]:
+    """Places of the cells on the edge of the picture, among a frame's h w; the host knows them, so nothing waits."""
+    return sent(_edge(found).nonzero().squeeze(1), found.projections.device)
+
+
+def _inner_cells(found: Components) -> Int[Tensor, " inner"]:
+    """Places of the others."""
+    return sent((~_edge(found)).nonzero().squeeze(1), found.projections.device)
+
+
+def _edge(found: Components) -> Bool[Tensor, " n"]:
+    edge = torch.ones(found.projections.shape[-2:], dtype=torch.bool)
     edge[1:-1, 1:-1] = False
     return edge.flatten()
 
 
-def _border(found: Components) -> Bool[Tensor, "*grid"]:
-    grid = found.projections.shape[2:]
-    return _edge_cells(found).reshape(grid[-2:]).expand(grid)
+def _at(values: Float[Tensor, "B K *grid"], cells: Int[Tensor, " k"]) -> Float[Tensor, "B K n"]:
+    """Values in these cells of every frame."""
+    return values.flatten(-2)[..., cells].flatten(2)
 
 
 def _signed(found: Components, statistic: Tensor) -> Tensor:
@@ -80,10 +90,10 @@ def _standard(found: Components) -> Float[Tensor, "B K n"]:
 
 
 def _by_border(found: Components) -> Tensor:
-    edge, z = _border(found).flatten(), _standard(found)
-    if bool(edge.all()):
+    inner, z = _inner_cells(found), _standard(found).reshape(found.projections.shape)
+    if not len(inner):
         return _signed(found, torch.zeros_like(found.explained))
-    return _signed(found, z[..., ~edge].mean(-1) - z[..., edge].mean(-1))
+    return _signed(found, _at(z, inner).mean(-1) - _at(z, _edge_cells(found)).mean(-1))
 
 
 def _by_skewness(found: Components) -> Tensor:
@@ -97,8 +107,8 @@ def _by_energy(found: Components) -> Tensor:
 
 
 def _border_distance(found: Components) -> Tensor:
-    edge = _border(found)
-    return (found.projections - _median(found.projections[..., edge])[(..., *[None] * edge.ndim)]).abs()
+    grid, middle = found.projections.shape[2:], _median(_at(found.projections, _edge_cells(found)))
+    return (found.projections - middle[(..., *[None] * len(grid))]).abs()
 
 
 def _median(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:

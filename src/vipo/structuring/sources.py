@@ -32,7 +32,7 @@ from vipo.options import MapOptions, Normalization
 from vipo.structuring.frames import align_frames
 from vipo.structuring.maps import consensus_map, deviation_map, normalise, smooth
 from vipo.structuring.perceptual import PerceptualStructuring
-from vipo.types import Generator, MapSource, Prompt, Reward, Rollout
+from vipo.types import Generator, MapSource, Prompt, Reward, Rollout, sent
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class TextRelevance:
     @torch.no_grad()
     def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
         clean = rollout.latents
-        noise = randomness.normal(tuple(clean.shape[1:]), [(0,)], seed=0, purpose="text relevance").to(clean.device)
-        noisy = (1 - self.sigma) * clean + self.sigma * noise
+        noise = randomness.normal(tuple(clean.shape[1:]), [(0,)], seed=0, purpose="text relevance")
+        noisy = (1 - self.sigma) * clean + self.sigma * sent(noise, clean.device)
         without = self.generator.encode([""])
         changes = []
         for at in torch.arange(len(clean)).split(self.batch_size):

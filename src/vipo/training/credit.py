@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vipo import sde
-from vipo.objective import combine_advantages, spatial_advantage
+from vipo.objective import combine_advantages, sound, weighted
 from vipo.options import NEEDS_MAPS, CreditKind, Objective, Solver
-from vipo.types import Scores
+from vipo.types import Scores, sent
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,18 @@ class Credit:
         advantage: of each sample, over all objectives; 0 for a sample without a score.
         local: the weight of each sample, (N,) under one ratio per sample or (N, T, H, W) under local ones, clipped.
         step: the factor of each solver step.
+        sound: whether the maps it was made of were, see :func:`vipo.objective.check_maps`; asked before an update.
     """
 
     advantage: Float[Tensor, " N"]
     local: Float[Tensor, "N *position"]
     step: Float[Tensor, " S"]
+    sound: Bool[Tensor, ""]
 
     def weight(self, sample: Int[Tensor, " R"], step: Int[Tensor, " R"]) -> Float[Tensor, "R *position"]:
         """What multiplies the ratio of recorded rows."""
-        chosen = self.local[sample.to(self.local.device)]
-        factor = self.step[step.to(self.step.device)]
+        chosen = self.local[sent(sample, self.local.device)]
+        factor = self.step[sent(step, self.step.device)]
         return chosen * factor.reshape(-1, *[1] * (chosen.ndim - 1))
 
 
@@ -81,7 +83,7 @@ def assign(
         step: of :func:`step_factor`.
 
     Raises:
-        ValueError: an unknown credit, maps that are missing, or maps that are negative or not finite.
+        ValueError: an unknown credit, or maps that are missing.
     """
     if credit not in get_args(CreditKind):
         raise ValueError(f"credit={credit!r} is not known; choose from {', '.join(get_args(CreditKind))}")
@@ -90,14 +92,15 @@ def assign(
     if credit == "sample":
         local = advantage
     elif maps is None or credit == "uniform":
-        local = spatial_advantage(advantage, torch.ones(len(advantage), *grid, device=advantage.device))
+        local = weighted(advantage, torch.ones(len(advantage), *grid, device=advantage.device))
     elif credit == "reward_map":
         rewards, weights = _objectives(objective, scores)
         seen = {name: maps * values[:, None, None, None] for name, values in rewards.items()}
         local = combine_advantages(seen, weights, group_size)
     else:
-        local = spatial_advantage(advantage, maps)
-    return Credit(advantage, local.clamp(-objective.advantage_clip, objective.advantage_clip), step)
+        local = weighted(advantage, maps)
+    are_sound = torch.ones((), dtype=torch.bool, device=local.device) if maps is None else sound(maps)
+    return Credit(advantage, local.clamp(-objective.advantage_clip, objective.advantage_clip), step, are_sound)
 
 
 def _objectives(objective: Objective, scores: Scores) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
@@ -113,7 +116,7 @@ def step_factor(objective: Objective, solver: Solver, sigmas: Float[Tensor, " le
     steps = list(solver.candidates)
     if objective.step_weight == "equal" or not steps:
         return factor
-    here = torch.tensor(steps, device=sigmas.device)
+    here = sent(torch.tensor(steps), sigmas.device)
     moved, std = sde.step_scale(sigmas[here], sigmas[here + 1], kind=solver.kind, eta=solver.eta)
     chosen = std if objective.step_weight == "noise_level" else std / moved.abs()
     factor[here] = chosen / chosen.mean()

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 LIMIT_KEY = "training.max_skipped_in_a_row"
@@ -161,5 +162,6 @@ def _faint(metrics: Mapping[str, float]) -> list[str]:
 
 def where_not_finite(gradient_peaks: Mapping[str, Tensor]) -> str:
     """The first parameter whose gradient is not finite, to end a sentence; nothing if only their norm overflows."""
-    odd = [name for name, peak in gradient_peaks.items() if not math.isfinite(float(peak))]
+    finite = torch.stack(list(gradient_peaks.values())).isfinite().tolist() if gradient_peaks else []
+    odd = [name for name, is_finite in zip(gradient_peaks, finite, strict=True) if not is_finite]
     return f", first in {odd[0]!r} ({len(odd)} of {len(gradient_peaks)} trained tensors)" if odd else ""

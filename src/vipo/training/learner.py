@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vipo import randomness
 from vipo.engine import Engine
+from vipo.objective import check_maps
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
 from vipo.training import optimizers
@@ -150,7 +151,11 @@ class Learner:
         return [rows.take((share_of[first + rows.sample] == share).nonzero().squeeze(1)) for share in range(steps)]
 
     def _accumulate(self, conditioning: Batched, update: Update, credit: Credit) -> tuple[dict[str, float], str]:
-        """Accumulate the gradient of one optimiser step and clip it; its numbers, and where it is not finite."""
+        """Accumulate the gradient of one optimiser step and clip it; its numbers, and where it is not finite.
+
+        Raises:
+            ValueError: the credit's maps are negative or not finite.
+        """
         sums: dict[str, Tensor] = {}
         largest = torch.zeros((), device=credit.local.device)
         for number, index in enumerate(update.batches):
@@ -164,14 +169,21 @@ class Learner:
                 sums[key] = sums.get(key, torch.zeros_like(value)) + value * part
         peaks = self.policy.gradient_peaks()  # clipping by a norm that is NaN makes every gradient NaN
         norm = self.engine.clip(self.policy.parameters.values(), self.options.max_grad_norm)
-        report = self._joined(list(sums), torch.stack([*sums.values(), largest, norm]).tolist())
+        values = torch.stack([*sums.values(), largest, norm, credit.sound.to(norm)])  # one wait for the accelerator
+        report = self._joined(list(sums), values.tolist())
         return report, "" if math.isfinite(report["grad_norm"]) else where_not_finite(self._everyones_peaks(peaks))
 
     def _joined(self, names: list[str], values: list[float]) -> dict[str, float]:
-        """Sums over all processes, the largest log-ratio of any, and the norm, which is one for all."""
+        """Sums over all processes, the largest log-ratio of any, and the norm, which is one for all.
+
+        Raises:
+            ValueError: the maps of one were not sound.
+        """
         table = torch.tensor(self.engine.everyones(values), dtype=torch.float64)  # (ranks, numbers)
-        report = dict(zip(names, table.sum(0).tolist(), strict=False))
-        return {**report, "largest_log_ratio": float(table[:, -2].max()), "grad_norm": float(table[0, -1])}
+        *sums, largest, norm, sound = table.unbind(1)
+        check_maps(bool(sound.all()))
+        report = {name: float(column.sum()) for name, column in zip(names, sums, strict=True)}
+        return {**report, "largest_log_ratio": float(largest.max()), "grad_norm": float(norm[0])}
 
     def _everyones_peaks(self, peaks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The largest of all processes: a shard's gradient is finite where another's is not."""

@@ -20,7 +20,7 @@ from vipo import randomness, sde
 from vipo.objective import clipped_surrogate
 from vipo.options import LossKind, Objective, Solver
 from vipo.rollout import policy_step
-from vipo.types import Batched, Generator, Rollout, Transitions
+from vipo.types import Batched, Generator, Rollout, Transitions, sent
 
 UNLIKELY = 6.0  # standard deviations
 
@@ -110,7 +110,7 @@ class Clipped:
         return policy_step(generator, rows.latents, rows.sigma, rows.sigma_next, conditioning, self.solver)
 
     def cost(self, answer: sde.Transition, rows: Transitions, weight: Float[Tensor, "R *position"]) -> Cost:
-        new = _per_row(sde.log_prob(rows.next_latents, answer, reduce=self.objective.reduce), weight)
+        new = _per_row(sde.recorded_log_prob(rows.next_latents, answer, reduce=self.objective.reduce), weight)
         old = _per_row(rows.log_prob, weight)
         return self.surrogate(new, old, weight)
 
@@ -142,7 +142,7 @@ class Guard(Clipped):
     def cost(self, answer: sde.Transition, rows: Transitions, weight: Float[Tensor, "R *position"]) -> Cost:
         reduce, std = self.objective.reduce, answer.std.flatten(1)
         drift = sde.kl_divergence(answer, sde.Transition(rows.mean, answer.std), reduce=reduce)
-        gained = sde.log_prob(rows.next_latents, answer, reduce=reduce) - rows.log_prob
+        gained = sde.recorded_log_prob(rows.next_latents, answer, reduce=reduce) - rows.log_prob
         log_ratio = _per_row(std[:, :, None, None] * (gained + drift), weight)
         length = (rows.sigma - rows.sigma_next).reshape(-1, *[1] * (weight.ndim - 1))
         return self.surrogate(log_ratio, torch.zeros_like(log_ratio), weight / length)
@@ -190,10 +190,10 @@ class Matching:
         clean, draws, steps = rollout.latents, self.objective.matching_draws, self.solver.steps
         keys = [(iteration, rollout.first_sample + i, k) for k in range(draws) for i in range(len(clean))]
         levels = [randomness.integer(0, steps, seed=seed, purpose="matched step", indices=key) for key in keys]
-        noise = randomness.normal(tuple(clean.shape[1:]), keys, seed=seed, purpose="matched noise").to(clean.device)
+        drawn = randomness.normal(tuple(clean.shape[1:]), keys, seed=seed, purpose="matched noise")
         sample, step = torch.arange(len(clean)).repeat(draws), torch.tensor(levels)
-        sigma = rollout.sigmas[step.to(clean.device)]
-        x, s = clean[sample.to(clean.device)], sigma.reshape(-1, 1, 1, 1, 1)
+        noise, sigma = sent(drawn, clean.device), rollout.sigmas[sent(step, clean.device)]
+        x, s = clean[sent(sample, clean.device)], sigma.reshape(-1, 1, 1, 1, 1)
         return Noised(sample, step, sigma, (1 - s) * x + s * noise, noise - x)
 
     def ask(self, generator: Generator, conditioning: Batched, rows: Noised) -> Float[Tensor, "R C T H W"]:

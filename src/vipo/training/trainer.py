@@ -243,7 +243,7 @@ class Trainer:
         """Numbers of the samples that are trained on, among those of all processes."""
         if self.keep_per_group is None:
             return torch.arange(len(advantage))
-        return extremes(advantage, self.group_size, self.keep_per_group).nonzero().squeeze(1).cpu()
+        return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
 
     def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Means over the processes, each of which has as many samples as any other."""
