@@ -116,6 +116,16 @@ def test_decoding_in_parts_changes_nothing(pipeline: Any, monkeypatch: pytest.Mo
     assert sizes == [2, 2, 1]
 
 
+def test_pictures_decode_with_channels_last_as_without_on_a_cpu(pipeline: Any) -> None:
+    model = adapted(pipeline)
+    weight = next(p for p in pipeline.vae.decoder.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+    latents = adapters.noise(model, 2)
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    found = model.decode(latents)
+    pipeline.vae.to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(found, model.decode(latents), atol=1e-5, rtol=0)
+
+
 def test_media_are_float32_in_the_unit_interval(pipeline: Any) -> None:
     model = adapted(pipeline)
     media = model.decode(20 * adapters.noise(model, 2))

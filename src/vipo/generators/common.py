@@ -36,6 +36,14 @@ from vipo.types import Batched, Grid, sent
 SIZES = ("height", "width", "frames")  # of the media, in pixels and pixel frames
 
 
+def channels_last(vae: torch.nn.Module) -> None:
+    """Lay the convolutions' weights out so that they run faster on a CPU, those of clips about twice as fast."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            layout = torch.channels_last_3d if isinstance(module, torch.nn.Conv3d) else torch.channels_last
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+
+
 class DiffusersGenerator(ABC):
     """A diffusers pipeline as a :class:`vipo.types.Generator`; one subclass per pipeline family.
 
@@ -62,6 +70,8 @@ class DiffusersGenerator(ABC):
         self.pipeline, self.options = pipeline, options or self.usual
         self.network: torch.nn.Module = pipeline.transformer
         self.device: torch.device = pipeline.transformer.device
+        if self.device.type == "cpu":
+            channels_last(pipeline.vae)
         self.reader = self.text_reader(pipeline, self.options.max_sequence_length)
         self._text: Text = self.reader
         self._latent_shape = latent_shape

@@ -40,7 +40,7 @@ class AdapterOptions(Options):
     max_sequence_length: Annotated[Count | None, said("tokens of a prompt; null takes what the model was made for")] = (
         None
     )
-    decode_batch_size: Annotated[Count, said("samples decoded at once")] = 32
+    decode_batch_size: Annotated[Count, said("samples decoded at once")] = 16
     shift: Annotated[Shift | None, said("of the time schedule; null takes the scheduler's")] = None
     shift_steps: Annotated[Steps | None, said("solver steps that a fitted shift is for; null takes the model's")] = None
 

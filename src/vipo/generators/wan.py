@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from jaxtyping import Float
@@ -90,8 +89,6 @@ class WanGenerator(DiffusersGenerator):
         grid = (frames - 1) // self.temporal_stride + 1, height // stride, width // stride
         super().__init__(pipeline, (int(pipeline.vae.config.z_dim), *grid), options)
         self.shift = self.options.shift or _flow_shift(pipeline.scheduler)
-        if self.device.type == "cpu":
-            channels_last(pipeline.vae)
 
     def predict(
         self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: Conditioning
@@ -107,13 +104,6 @@ class WanGenerator(DiffusersGenerator):
 
     def decode_part(self, latents: Float[Tensor, "n C T H W"]) -> Float[Tensor, "n 3 F Y X"]:
         return decode_normalised(self.pipeline.vae, latents)
-
-
-def channels_last(vae: torch.nn.Module) -> None:
-    """Lay the convolutions' weights out so that they run about twice as fast on a CPU."""
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _check_kind(pipeline: Any) -> None:

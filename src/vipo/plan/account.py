@@ -173,11 +173,6 @@ class Accountant:
         return sum(parameter.numel() * FLOAT for parameter in self.drawn.policy.parameters.values())
 
     @cached_property
-    def compute_size(self) -> int:
-        """Bytes of a trained number when FSDP has gathered it."""
-        return 2 if self.recipe.training.precision == "bf16" else FLOAT
-
-    @cached_property
     def adam_bytes(self) -> int:
         """AdamW's two moments of everything that is trained."""
         if self.recipe.optimizer.kind == "adamw":
@@ -232,7 +227,7 @@ class Accountant:
         return 3 * section.frames * section.height * section.width * FLOAT
 
     def cost(self, what: str, batch: int) -> Cost:
-        return self.ledger.cost(self.recipe, what, batch, sharded=self.sharded and what != "decoding")
+        return self.ledger.cost(self.recipe, what, batch)
 
     @cached_property
     def decoded_at_once(self) -> int:
@@ -277,12 +272,9 @@ class Accountant:
         """What FSDP has whole: everything outside the blocks, this block and the next; twice with gradients."""
         if not self.sharded:
             return {}
-        sizes = [sum(p.numel() * self._size(p) for p in block.parameters()) for block in self.drawn.blocks]
-        outside = sum(p.numel() * self._size(p) for p in self.drawn.network.parameters()) - sum(sizes)
+        sizes = [_bytes(block.parameters()) for block in self.drawn.blocks]
+        outside = _bytes(self.drawn.network.parameters()) - sum(sizes)
         return {"gathered weights": outside + kinds * max(sizes, default=0) + max(sizes, default=0)}
-
-    def _size(self, parameter: Tensor) -> int:
-        return self.compute_size if parameter.requires_grad else parameter.element_size()
 
     def seconds(self) -> dict[str, float]:
         machine, work = self.machine, self.work
@@ -302,8 +294,8 @@ class Accountant:
         others = 1 - 1 / self.machine.processes
         if not self.sharded:
             return 2 * others * self.trained_bytes * self.recipe.optimizer.per_iteration / self.machine.slowest_link
-        whole = sum(p.numel() * self._size(p) for p in self.drawn.network.parameters())
-        gradients = self.trained_bytes // FLOAT * self.compute_size
+        whole = _bytes(self.drawn.network.parameters())
+        gradients = self.trained_bytes
         replays = self.work.replays
         gathers = self.work.calls + (3 if self.recipe.objective.kl_weight else 2) * replays
         return others * (whole * gathers + gradients * replays) / self.machine.slowest_link

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from vipo.errors import UserError
@@ -40,18 +39,16 @@ class Ledger:
             self._drawn[key] = draw(recipe)
         return key, self._drawn[key]
 
-    def cost(self, recipe: Recipe, what: str, batch: int, *, sharded: bool = False) -> Cost:
+    def cost(self, recipe: Recipe, what: str, batch: int) -> Cost:
         """Of :func:`passes.sampling`, ``replaying`` or ``decoding``."""
         key, drawn = self.drawn(recipe)
-        if (key, what, batch, sharded) not in self._costs:
-            dtype = torch.bfloat16 if sharded and recipe.training.precision == "bf16" else torch.float32
+        if (key, what, batch) not in self._costs:
             measure = getattr(passes, what)
             try:
-                with passes.in_dtype(drawn, dtype):
-                    self._costs[key, what, batch, sharded] = measure(drawn, batch, like_cuda=self.like_cuda)
+                self._costs[key, what, batch] = measure(drawn, batch, like_cuda=self.like_cuda)
             except DataDependentOutputException as error:
                 raise UserError(
                     f"the generator of {recipe.generator.path!r} cannot be planned: its adapter decides by the values"
                     f" of tensors ({error}), which a plan does not have; plan another one, or let it decide by shapes"
                 ) from error
-        return self._costs[key, what, batch, sharded]
+        return self._costs[key, what, batch]

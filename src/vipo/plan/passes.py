@@ -6,8 +6,8 @@ The functions that run are the trainer's own: :func:`vipo.rollout.policy_step` s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -123,20 +123,3 @@ def _held(drawn: Blueprint) -> list[Tensor]:
 
 def _tensors(record: Batched) -> list[Tensor]:
     return [value for value in vars(record).values() if isinstance(value, Tensor)]
-
-
-@contextmanager
-def in_dtype(drawn: Blueprint, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the trained weights are of ``dtype``, as FSDP gathers them, instead of float32."""
-    _cast(drawn, dtype)
-    try:
-        yield
-    finally:
-        _cast(drawn, torch.float32)
-
-
-def _cast(drawn: Blueprint, dtype: torch.dtype) -> None:
-    with drawn.mode:
-        for parameter in drawn.policy.parameters.values():
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
