@@ -18,9 +18,9 @@ import torch
 
 import tiny
 from vipo.evaluation.evaluator import Evaluator, Sampler, scored
-from vipo.evaluation.ranks import everyones_rows
 from vipo.evaluation.records import Evaluation, Scored
 from vipo.options import Solver
+from vipo.ranks import everyones_rows
 from vipo.types import Generator, Prompt, Scores
 
 PROMPTS = [Prompt(text, k) for k, text in enumerate(tiny.PROMPTS[:3])]

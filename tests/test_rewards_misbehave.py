@@ -23,9 +23,9 @@ import tiny
 from scripted import Reply, scripted
 from vipo import secrets
 from vipo.errors import UserError
-from vipo.evaluation.ranks import together
 from vipo.objective import spread
 from vipo.options import OnTimeout
+from vipo.ranks import together
 from vipo.recipe import load_recipe, parse_recipe
 from vipo.rewards import REWARDS, build
 from vipo.rewards.openai_judge import OpenAiJudge

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from vipo.errors import UserError
 from vipo.sharding import is_sharded, local, settle, spread_like, whole
-from vipo.types import Generator
+from vipo.types import Generator, LoraLayer
 
 if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from vipo.generators.lora_file import Layer
 
 ADAPTER = "default"
 CHECKED_AT_ONCE = 1 << 20  # elements
@@ -96,7 +95,7 @@ class Policy:
     def lora_from(
         cls,
         network: nn.Module,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, LoraLayer],
         *,
         alpha: float | None = None,
         ema_decay: float | None = None,
@@ -288,7 +287,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fill(adapter: Any, layer: Layer, scale: float) -> None:
+def _fill(adapter: Any, layer: LoraLayer, scale: float) -> None:
     """Give an adapter a layer's weights, and another scale than the layer's only with another B."""
     adapter.scaling[ADAPTER] = scale
     up = layer.up if scale == layer.scale else layer.up.float() * (layer.scale / scale)

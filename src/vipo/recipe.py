@@ -17,8 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vipo.errors import UserError
 from vipo.files import is_unicode, read_yaml
-from vipo.registry import near
-from vipo.rewards.user_file import is_user_file
+from vipo.registry import is_user_file, near
 from vipo.schema import Judges, JudgeSection, Recipe, Section, keys_of, nested_section, shown
 from vipo.secrets import in_the_open
 

@@ -241,3 +241,22 @@ class Scorer(Protocol):
     """All rewards of a run at once."""
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Scores: ...
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """What a LoRA adds to one layer's weight: ``scale`` * ``up`` @ ``down``."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def halves(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        """Both by PEFT's names for them, to be taken with a scale of 1."""
+        up = self.up if self.scale == 1 else (self.up.float() * self.scale).to(self.up.dtype)
+        return ("lora_A", self.down), ("lora_B", up)

@@ -12,10 +12,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from vipo.evaluation.ranks import ALONE, Ranks, everyones_parts, in_vain, share, together
+from vipo.evaluation.ranks import everyones_parts, in_vain, share
 from vipo.evaluation.records import Evaluation, Keeper, Models, Part, Scored
 from vipo.generators import attention
 from vipo.options import Solver
+from vipo.ranks import ALONE, Ranks, together
 from vipo.rollout import StepContext, sample_groups
 from vipo.types import Generator, Prompt, Rollout, Scorer
 

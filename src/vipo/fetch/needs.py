@@ -16,8 +16,7 @@ from vipo.options import NEEDS_MAPS
 from vipo.prompts.files import EMBEDDED, SHIPPED, prompt_file
 from vipo.prompts.hub import HUB, hub_source
 from vipo.prompts.selection import split
-from vipo.registry import find
-from vipo.rewards.user_file import is_user_file
+from vipo.registry import find, is_user_file
 from vipo.schema import JudgeSection, Recipe
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}

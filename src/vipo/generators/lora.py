@@ -25,13 +25,13 @@ from vipo.generators.lora_file import (
     KOHYA,
     PEFT,
     READ,
-    Layer,
     LoraFile,
     RefusedLoraError,
     parse,
     read_lora,
 )
 from vipo.generators.weights import some
+from vipo.types import LoraLayer
 
 Size = tuple[int, ...]
 
@@ -67,7 +67,7 @@ def attach_lora(pipeline: Any, path: Path) -> None:
         )
 
 
-def fitting_layers(pipeline: Any, path: Path) -> Mapping[str, Layer]:
+def fitting_layers(pipeline: Any, path: Path) -> Mapping[str, LoraLayer]:
     """The layers of the LoRA in ``path`` by diffusers' names for them, each of which is one of the transformer's.
 
     Raises:
@@ -79,7 +79,7 @@ def fitting_layers(pipeline: Any, path: Path) -> Mapping[str, Layer]:
         raise UserError(f"LoRA {str(path)!r} {reason}") from reason
 
 
-def layers_for(pipeline: Any, file: LoraFile) -> Mapping[str, Layer]:
+def layers_for(pipeline: Any, file: LoraFile) -> Mapping[str, LoraLayer]:
     """The file's layers by diffusers' names for them.
 
     Raises:
@@ -104,7 +104,7 @@ def _sizes(network: nn.Module) -> dict[str, Size]:
     return linear | {name: tuple(m.weight.shape) for name, m in modules.items() if isinstance(m, CONVOLUTIONS)}
 
 
-def check_fit(layers: Mapping[str, Layer], weights: Mapping[str, Size], config: LoraConfig | None) -> None:
+def check_fit(layers: Mapping[str, LoraLayer], weights: Mapping[str, Size], config: LoraConfig | None) -> None:
     """Each layer of the file is one of the network, of its size, and none is missing.
 
     What should be there is what ``config`` names. Without it, blocks from the first one on that end before the
@@ -131,7 +131,7 @@ def check_fit(layers: Mapping[str, Layer], weights: Mapping[str, Size], config: 
         _check_depth(layers, weights)
 
 
-def _check_depth(layers: Mapping[str, Layer], weights: Mapping[str, Size]) -> None:
+def _check_depth(layers: Mapping[str, LoraLayer], weights: Mapping[str, Size]) -> None:
     there, covered = _blocks(weights), _blocks(layers)
     for stack, blocks in covered.items():
         if len(blocks) < len(there[stack]) and blocks == set(range(len(blocks))):
@@ -151,7 +151,7 @@ def _blocks(names: Mapping[str, Any]) -> dict[str, set[int]]:
     return found
 
 
-def _converted(pipeline: Any, file: LoraFile) -> dict[str, Layer]:
+def _converted(pipeline: Any, file: LoraFile) -> dict[str, LoraLayer]:
     """Layers under their authors' names, by diffusers' own conversion for this family.
 
     A scale that they all share stays beside them; others go into the tensors, because layers may be split and joined.
@@ -163,7 +163,7 @@ def _converted(pipeline: Any, file: LoraFile) -> dict[str, Layer]:
     try:
         state = type(pipeline).lora_state_dict(_spelled(given, file.prefix))
         marks = {
-            name: Layer(_filled(layer.down, 2 * k + 1), _filled(layer.up, 2 * k + 2))
+            name: LoraLayer(_filled(layer.down, 2 * k + 1), _filled(layer.up, 2 * k + 2))
             for k, (name, layer) in enumerate(file.layers.items())
         }
         marked = type(pipeline).lora_state_dict(_spelled(marks, file.prefix))
@@ -185,7 +185,7 @@ def _filled(like: Tensor, value: int) -> Tensor:
     return torch.full_like(like, value, dtype=torch.float32)
 
 
-def _spelled(layers: Mapping[str, Layer], prefix: str) -> dict[str, Tensor]:
+def _spelled(layers: Mapping[str, LoraLayer], prefix: str) -> dict[str, Tensor]:
     """Tensors named so that diffusers recognises the layout."""
     if prefix == KOHYA:
         ranks = {f"{prefix}{name}.alpha": torch.tensor(float(layer.rank)) for name, layer in layers.items()}

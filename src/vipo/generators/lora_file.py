@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vipo.generators.folder import one_line
 from vipo.generators.weights import some
+from vipo.types import LoraLayer
 
 DIFFUSERS, PEFT, COMFY, KOHYA, BARE = "transformer.", "base_model.model.", "diffusion_model.", "lora_unet_", ""
 READ = (
@@ -74,25 +75,6 @@ class RefusedLoraError(Exception):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What is added to one layer's weight: ``scale`` * ``up`` @ ``down``."""
-
-    down: Tensor
-    up: Tensor
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-    @property
-    def halves(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-        """Both by PEFT's names for them, to be taken with a scale of 1."""
-        up = self.up if self.scale == 1 else (self.up.float() * self.scale).to(self.up.dtype)
-        return ("lora_A", self.down), ("lora_B", up)
-
-
-@dataclass(frozen=True)
 class LoraFile:
     """A file's content.
 
@@ -103,7 +85,7 @@ class LoraFile:
     """
 
     prefix: str
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, LoraLayer]
     config: LoraConfig | None
 
 
@@ -191,7 +173,7 @@ def _checked(given: Mapping[str, Any]) -> LoraConfig:
     return config
 
 
-def parse(tensors: Mapping[str, Tensor], prefix: str, config: LoraConfig | None = None) -> dict[str, Layer]:
+def parse(tensors: Mapping[str, Tensor], prefix: str, config: LoraConfig | None = None) -> dict[str, LoraLayer]:
     """Tensors to layers, by the names that follow ``prefix``.
 
     Raises:
@@ -218,10 +200,10 @@ def parse(tensors: Mapping[str, Tensor], prefix: str, config: LoraConfig | None 
     return {name: _layer(name, down[name], up[name], alpha.get(name), config) for name in down}
 
 
-def _layer(name: str, down: Tensor, up: Tensor, alpha: float | None, config: LoraConfig | None) -> Layer:
+def _layer(name: str, down: Tensor, up: Tensor, alpha: float | None, config: LoraConfig | None) -> LoraLayer:
     if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1]:
         raise RefusedLoraError(f"has no common rank in {name}: A is {tuple(down.shape)}, B is {tuple(up.shape)}")
-    return Layer(down, up, _scale(name, len(down), alpha, config))
+    return LoraLayer(down, up, _scale(name, len(down), alpha, config))
 
 
 def _scale(name: str, rank: int, alpha: float | None, config: LoraConfig | None) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 
 from vipo.errors import UserError
 from vipo.generators.lora import fitting_layers
-from vipo.generators.lora_file import Layer
 from vipo.generators.weights import some
+from vipo.types import LoraLayer
 
 ACCEPTED = (
     "a LoRA's .safetensors file, the folder that holds one (with adapter_config.json, if PEFT wrote it), or a run that"
@@ -39,7 +39,7 @@ def lora_place(named: str) -> Path:
     return path
 
 
-def read_start(generator: Any, named: str, *, rank: int | None, targets: str | None) -> Mapping[str, Layer]:
+def read_start(generator: Any, named: str, *, rank: int | None, targets: str | None) -> Mapping[str, LoraLayer]:
     """The layers of the LoRA that ``policy.init`` names, by the network's names for them.
 
     Args:
@@ -61,7 +61,7 @@ def read_start(generator: Any, named: str, *, rank: int | None, targets: str | N
     return layers
 
 
-def _check_targets(network: Any, named: str, targets: str, layers: Mapping[str, Layer]) -> None:
+def _check_targets(network: Any, named: str, targets: str, layers: Mapping[str, LoraLayer]) -> None:
     """The file's layers are all that the recipe's ``targets`` mean, and no more."""
     from torch import nn
 

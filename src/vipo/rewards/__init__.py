@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vipo import registry
 from vipo.errors import UserError
-from vipo.rewards.user_file import is_user_file, load_user_reward, user_function
+from vipo.registry import is_user_file
+from vipo.rewards.user_file import load_user_reward, user_function
 from vipo.secrets import in_the_open
 
 if TYPE_CHECKING:

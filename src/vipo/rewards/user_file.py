@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 EXAMPLE = "def my_reward(media, prompts):  # (N, 3, F, Y, X) in [0, 1], N prompts -> (N,)"
 
 
-def is_user_file(name: str) -> bool:
-    """Whether a reward's name is meant as ``file.py:function``."""
-    return ".py:" in name or name.endswith(".py")
-
-
 def load_user_reward(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Reward:
     """Import the file and take the function from it; with options, it is called with them and must return a reward.
 

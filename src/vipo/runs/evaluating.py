@@ -13,10 +13,10 @@ from torch import Tensor
 from vipo.assemble import Session
 from vipo.errors import UserError
 from vipo.evaluation.evaluator import Evaluator, Sampler
-from vipo.evaluation.ranks import everyones_rows
 from vipo.evaluation.records import POLICY, Evaluation, Part, Scored
 from vipo.media.pictures import save_sheet, to_bytes
 from vipo.media.samples import save_clips
+from vipo.ranks import everyones_rows
 from vipo.schema import Recipe
 
 PIXELS_AT_ONCE = 1 << 26  # of media, all frames counted: 64 pictures of 1024 x 1024, 800 MB as float32

@@ -15,13 +15,13 @@ import torch
 from vipo.assemble import build_generator, build_rewards, default_device, rate_notices
 from vipo.errors import UserError
 from vipo.evaluation.evaluator import EVALUATION_SEED, Evaluator, Sampler
-from vipo.evaluation.ranks import ALONE, Ranks
 from vipo.evaluation.records import BASE, POLICY, Evaluation, Keeper, Models
 from vipo.generators import attention
 from vipo.options import Solver
 from vipo.pretrained import fingerprint
 from vipo.prompts.files import named_prompts
-from vipo.rewards.user_file import is_user_file
+from vipo.ranks import ALONE, Ranks
+from vipo.registry import is_user_file
 from vipo.rollout import StepContext
 from vipo.runs.directory import RunDirectory
 from vipo.runs.plain import PLAIN_STEPS, plain_section, put_on_lora

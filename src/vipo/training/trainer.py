@@ -17,12 +17,12 @@ from torch import Tensor
 
 from vipo.engine import Engine
 from vipo.errors import UserError
-from vipo.evaluation.ranks import together
 from vipo.generators.attention import AUTO, scope
 from vipo.objective import extremes
 from vipo.options import NEEDS_MAPS, CreditKind, Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
 from vipo.prompts.sampler import PromptSampler
+from vipo.ranks import together
 from vipo.rollout import sample_groups
 from vipo.secrets import redacted
 from vipo.training.background import Background
