@@ -95,7 +95,7 @@ def draw(recipe: Recipe) -> Blueprint:
             parameter.requires_grad_(name in trained)
         _leave_text_blank(generator)
         if recipe.training.precision == "bf16":
-            _autocast(network)
+            _autocast(network, cached=recipe.training.sharding == "none")
         model.policy.begin()
     return Blueprint(recipe, mode, replace(model, generator=generator))
 
@@ -142,12 +142,16 @@ def _leave_text_blank(generator: Any) -> None:
     generator.blank_text()
 
 
-def _autocast(network: Any) -> None:
-    """As Accelerate prepares it: a pass of the network runs under autocast, and nothing else does."""
+def _autocast(network: Any, *, cached: bool) -> None:
+    """As the engine prepares it: a pass of the network runs under autocast, and nothing else does.
+
+    Args:
+        cached: autocast keeps a cast weight to the end of the pass; where weights are cut it would keep them all whole.
+    """
     forward = network.forward
 
     def casting(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
             return forward(*args, **kwargs)
 
     network.forward = casting

@@ -32,7 +32,7 @@ class Ledger:
         generator = recipe.generator.model_dump(exclude={"offload_text", "text_cache"})
         generator["options"].pop("decode_batch_size", None)
         training = recipe.training
-        settings = [recipe.credit == "sample", training.precision, training.gradient_checkpointing]
+        settings = [recipe.credit == "sample", training.precision, training.gradient_checkpointing, training.sharding]
         parts = [generator, recipe.policy.model_dump(), asdict(recipe.solver), asdict(recipe.objective), settings]
         key = json.dumps(parts, default=str)
         if key not in self._drawn:
