@@ -77,7 +77,7 @@ def test_predicted_memory_is_what_any_loss_takes(recipe_of: Any, objective: dict
 
 def test_a_plan_knows_what_each_loss_records_and_trains(recipe_of: Any, ledger: Ledger) -> None:
     plans = {
-        name: plan(recipe_of(objective=objective, solver__steps=5), Machine(), ledger)
+        name: plan(recipe_of(objective=objective, solver__steps=5), Machine(operator=0), ledger)
         for name, objective in {"clipped": {"clip_range": 0.2}, "guard": GUARD, "matching": MATCHING}.items()
     }
     latents, samples, steps = 4 * 4 * 6 * 10, 2 * 3, 4
