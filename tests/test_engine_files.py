@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tiny
+from gloo import together
+from toy_recipes import at_toy_size, toy_model
+from vipo.assemble import build
+from vipo.recipe import load_recipe, parse_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "engines"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -77,7 +82,7 @@ def test_every_file_is_one_of_accelerates_and_says_so_many_processes(config: Pat
 @pytest.mark.slow
 def test_accelerates_launcher_starts_processes_that_train_together(tmp_path: Path, recipe: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "ddp-8gpu.yaml")]
-    vipo = ["-m", "vipo", "train", recipe, "--no-report", "--output", str(tmp_path / "run")]
+    vipo = ["-m", "vipo", "train", recipe, "--allow-code", "--no-report", "--output", str(tmp_path / "run")]
     ended = run([*launch, "--num_processes", "2", *vipo])
     assert ended.returncode == 0 and "2 processes." in ended.stdout, ended.stderr
     assert [line["iteration"] for line in tiny.lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
@@ -91,7 +96,7 @@ def test_the_slurm_script_stops_goes_back_into_the_queue_and_goes_on(tmp_path: P
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": python}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
-    command = ["bash", str(FOLDER / "slurm.sh"), str(tmp_path / "run"), recipe, "--no-report"]
+    command = ["bash", str(FOLDER / "slurm.sh"), str(tmp_path / "run"), recipe, "--allow-code", "--no-report"]
     slurm = {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
@@ -107,3 +112,49 @@ def test_the_slurm_script_stops_goes_back_into_the_queue_and_goes_on(tmp_path: P
     assert [line["iteration"] for line in tiny.lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert asked.read_text() == "requeue 7\n"
     assert run(["bash", str(FOLDER / "slurm.sh")], **slurm).returncode == 2
+
+
+LAUNCH = re.compile(r"(?:torchrun|accelerate launch)\b(?P<launcher>.*?) -m vipo train (?P<words>[^\n]*)", re.DOTALL)
+OUTPUT = re.compile(r" --output \S+")
+
+
+def launches() -> dict[str, tuple[str, list[str], bool]]:
+    """The launch lines in the comments of recipes and engine files: recipe, overrides, whether weights are cut."""
+    found = {}
+    for path in (*FOLDER.parent.glob("*.yaml"), *CONFIGS):
+        comments = "\n".join(line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
+        for match in LAUNCH.finditer(comments.replace("\\\n", "")):
+            name, *words = OUTPUT.sub("", match["words"]).split()
+            overrides = [word for word in words if "=" in word]
+            recipe = load_recipe(name, overrides)
+            file = "fsdp2" in match["launcher"]
+            found[f"{path.stem}: {match[0]}"] = (name, overrides, file or recipe.training.sharding == "fsdp2")
+    return found
+
+
+def two_steps(cases: list[tuple[dict[str, Any], str]]) -> list[list[dict[str, float]]]:
+    """The metrics of two iterations of each recipe, as this process has them."""
+    found = []
+    for raw, sharding in cases:
+        session = build(parse_recipe({**raw, "training": {**raw["training"], "sharding": sharding}}))
+        assert session.engine.ranks == 2 and session.engine.in_step == (sharding == "fsdp2")
+        found.append([dict(session.trainer.step().metrics) for _ in range(2)])
+    return found
+
+
+@pytest.mark.slow
+def test_every_launch_line_in_a_header_trains_in_two_processes_at_toy_size(tmp_path: Path, model_folder: Path) -> None:
+    lines = launches()
+    assert len(lines) >= 6 and {cut for _, _, cut in lines.values()} == {True, False}
+    cases, seen = [], set()
+    for name, overrides, cut in lines.values():
+        recipe = load_recipe(name, overrides)
+        alike = (recipe.generator.name, recipe.policy.kind, cut)  # at toy size 14B is 1.3B, and two machines are one
+        if alike not in seen:
+            seen.add(alike)
+            toy = toy_model(str(recipe.generator.name), tmp_path / str(len(seen)), model_folder)
+            raw = at_toy_size(recipe, toy, tmp_path / "prompts.txt").model_dump(mode="json")
+            raw["prompts"]["per_iteration"] = 2
+            cases.append((raw, "fsdp2" if cut else "none"))
+    first, second = together(two_steps, 2, cases)
+    assert first == second and all(step["grad_norm"] > 0 and step["skipped"] == 0 for run in first for step in run)

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-import tiny
-import tiny_sd3
-import tiny_wan
 import vipo
+from toy_recipes import GROUP, at_toy_size, toy_model
 from vipo.options import NEEDS_MAPS
-from vipo.recipe import load_recipe, parse_recipe, shipped_recipes
+from vipo.recipe import load_recipe, shipped_recipes
 from vipo.schema import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -198,39 +196,6 @@ def test_the_guide_has_a_row_for_every_recipe_and_the_full_size_ones_say_what_ha
     if path.stem in FULL_SIZE:
         own = all(f"# {word}" in text for word in ("Hardware:", "Hours:", "Has run:", "Has not:"))
         assert own or "hardware, hours and what has run are the other file's" in text
-
-
-def toy_model(name: str, folder: Path, flux: Path) -> dict[str, Any]:
-    """A pipeline of random weights with the classes that the generator ``name`` reads, and the size of its media."""
-    if name == "wan":
-        height, width = tiny_wan.SIZES["2.1"]
-        return {
-            "path": str(tiny_wan.save_pipeline(folder)),
-            "height": height,
-            "width": width,
-            "frames": tiny_wan.FRAMES,
-        }
-    path = tiny_sd3.save_pipeline(folder, flux) if name == "sd3" else flux
-    return {"path": str(path), "height": tiny.HEIGHT, "width": tiny.WIDTH}
-
-
-GROUP = 4
-CHEAP = ("redness", "brightness")  # instead of the recipe's rewards, under their names
-
-
-def at_toy_size(recipe: Recipe, generator: Mapping[str, Any], prompts: Path) -> Recipe:
-    """The recipe with a toy model, one small group, rewards and a backbone without downloads; the rest is its own."""
-    prompts.write_text("\n".join(tiny.PROMPTS) + "\n")
-    raw = recipe.model_dump(mode="json")
-    raw["generator"] |= generator
-    raw["prompts"] |= {"file": str(prompts), "per_iteration": 1, "group_size": GROUP}
-    raw["evaluation"]["prompts"] = str(prompts)
-    for section, name in zip(raw["rewards"].values(), CHEAP, strict=False):
-        section |= {"reward": name, "options": {}}
-    raw["judges"] = {}
-    raw["structuring"] |= {"backbone": "efficientnet_lite", "backbone_options": {}}
-    raw["training"] |= {"iterations": 2, "rollout_batch_size": GROUP, "replay_batch_size": GROUP}
-    return parse_recipe(raw)
 
 
 @pytest.mark.parametrize(
