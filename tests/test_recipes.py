@@ -84,7 +84,11 @@ WAN: Mapping[str, Any] = {
 PUBLISHED = {
     "flux1-dev-vipo-hpsv2": FLUX,
     "wan2.1-1.3b-vipo-videoalign": {**WAN, "generator.path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"},
-    "wan2.1-14b-vipo-videoalign": {**WAN, "generator.path": "Wan-AI/Wan2.1-T2V-14B-Diffusers"},
+    "wan2.1-14b-vipo-videoalign": {
+        **WAN,
+        "generator.path": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "generator.options.guidance_in_one_pass": True,  # the same velocity; two passes do not fit (docs/plan.md)
+    },
 }
 TWINS = {
     "flux1-dev-vipo-hpsv2": "flux1-dev-grpo-hpsv2",
