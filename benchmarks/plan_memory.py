@@ -134,6 +134,9 @@ def _alive() -> dict[int, int]:
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors = [tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]  # what they wrap is there too
+    tensors = [
+        tensor for tensor in tensors if tensor.layout == torch.strided
+    ]  # a library's sparse ones have no storage
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

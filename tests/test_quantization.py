@@ -34,6 +34,7 @@ from vipo.runs.target import open_target
 from vipo.runs.trained import open_run
 from vipo.schema import GeneratorSection, Recipe
 from vipo.training import checkpoint, optimizers
+from vipo.training.saved import verified
 from vipo.training.trainer import Trainer
 from vipo.types import Prompt
 

@@ -139,7 +139,14 @@ def test_a_scalar_twin_differs_in_credit_and_the_clip_range_that_goes_with_it(ou
 @pytest.mark.parametrize("kind", ["vipo", "grpo"])
 def test_the_larger_wan_differs_in_the_model_and_in_what_saves_memory(kind: str) -> None:
     found = changed(f"wan2.1-1.3b-{kind}-videoalign", f"wan2.1-14b-{kind}-videoalign")
-    assert found == {"name", "generator.path", "generator.offload_text", "training.replay_batch_size"}
+    assert found == {
+        "name",
+        "generator.path",
+        "generator.offload_text",
+        "generator.options.guidance_in_one_pass",
+        "training.sharding",
+        "training.replay_batch_size",
+    }
 
 
 def test_the_lora_differs_in_what_is_trained_and_in_what_saves_memory() -> None:
@@ -155,6 +162,8 @@ def test_the_lora_differs_in_what_is_trained_and_in_what_saves_memory() -> None:
         "generator.options.decode_batch_size",
         "rewards.hpsv2.1.options",
         "rewards.hpsv2.1.options.offload",
+        "training.sharding",
+        "training.replay_batch_size",
     }
 
 

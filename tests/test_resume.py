@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vipo.report.run import read_run
 from vipo.runs.rules import MEANINGS, OTHERWISE, RULES, Change, changes, rule_of
 from vipo.runs.run import Evaluated, Run, train
 from vipo.training import stored
-from vipo.training.saved import list_checkpoints
+from vipo.training.saved import described, list_checkpoints, read_head
 from vipo.types import TrainStep
 
 DOCS = Path(__file__).parents[1] / "docs" / "resume.md"
@@ -178,7 +179,11 @@ def test_what_never_changes_is_refused_even_on_request(tmp_path: Path, raw: dict
     other = parse_recipe(changed(raw, seed=1, policy={"rank": 3}, optimizer={"learning_rate": 1.0}))
     with pytest.raises(UserError, match=r"seed 0 -> 1, policy\.rank 2 -> 3, which can never change"):
         Run(other, tmp_path / "run", resume=True)
-    for key, said in (("policy.rank", "never change"), ("policy", "never change"), ("credits", "nearest is 'credit'")):
+    for key, said in (
+        ("policy.rank", "never change"),
+        ("policy", "never change"),
+        ("credits", "Did you mean 'credit'"),
+    ):
         with pytest.raises(UserError, match=said):
             Run(other, tmp_path / "run", resume=True, allow_changes=[key])
     for option in ({"checkpoint": "step-000001"}, {"allow_changes": ["credit"]}):
@@ -335,7 +340,7 @@ def test_an_abandoned_run_neither_locks_out_nor_writes_on(tmp_path: Path, raw: d
 def test_changing_the_number_of_processes_is_told(tmp_path: Path, raw: dict[str, Any]) -> None:
     run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
     state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.json"
-    state.write_text(state.read_text().replace('"processes": 1', '"processes": 2'))
+    state.write_text(described(replace(read_head(state.parent), processes=2)))
     run_all(raw, tmp_path / "run", resume=True)
     assert events(tmp_path / "run") == {1: ["resumed at iteration 1 with processes 2 -> 1"]}
     assert load_file(state.parent / "policy.safetensors")

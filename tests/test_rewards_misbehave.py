@@ -296,7 +296,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, mod
 class Two:
     """The engine of one of two processes, told what the other says."""
 
-    rank, ranks, device = 0, 2, torch.device("cpu")
+    rank, ranks, in_step, device = 0, 2, False, torch.device("cpu")
 
     def __init__(self, other_failed: bool) -> None:
         self.other_failed = other_failed

@@ -20,6 +20,8 @@ from vipo.recipe import parse_recipe
 from vipo.runs.evaluating import PIXELS_AT_ONCE, evaluate_run, prompts_at_once
 from vipo.runs.run import Run
 
+pytestmark = pytest.mark.on_cpu
+
 
 @pytest.mark.parametrize(
     ("side", "frames", "batch_size", "samples_per_prompt", "ranks", "found"),
@@ -103,8 +105,6 @@ def test_parts_give_the_scores_and_the_sheet_of_one_go(
 
 HOLES = """
 import torch
-
-pytestmark = pytest.mark.on_cpu
 def cats(media, prompts):
     return torch.tensor([1.0 if "cat" in prompt.text else float("nan") for prompt in prompts])
 def nothing(media, prompts):

@@ -113,7 +113,7 @@ def test_a_killed_and_resumed_run_ends_byte_for_byte_like_an_undisturbed_one(
 ) -> None:
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
     killed, calm = tmp_path / "killed", tmp_path / "calm"
-    arguments = ["train", recipe, "--no-report", "--output", killed]
+    arguments = ["train", recipe, "--allow-code", "--no-report", "--output", killed]
     deadly = {"KILL_MARKER": str(tmp_path / "marker"), "KILL_AT": str(call), "KILL_WITH": str(int(signal.SIGKILL))}
     first = tiny.command_line(*arguments, **deadly)
     first.communicate(timeout=100)
@@ -307,7 +307,7 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
     both, alone = tmp_path / "both", tmp_path / "alone"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
-    command = [*launch, "train", str(recipe), "--no-report", "--output", str(both)]
+    command = [*launch, "train", str(recipe), "--allow-code", "--no-report", "--output", str(both)]
     done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("4/4 reward") == done.stdout.count("2 processes.") == 1  # one process speaks

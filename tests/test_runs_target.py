@@ -350,7 +350,7 @@ def test_the_command_line_tells_of_cut_prompts_and_rates_on_the_error_stream(
 
     told = "1 of 2 given prompts longer than the 16 tokens that UMT5 reads, the rest is cut; the first is 'a cat and"
     printed, warned = vipo(
-        "evaluate", "--rewards", str(tmp_path / "judges.yaml"), "--count", "1", "--json", "--fps", "4"
+        "evaluate", "--allow-code", "--rewards", str(tmp_path / "judges.yaml"), "--count", "1", "--json", "--fps", "4"
     )
     assert told in warned and "has media_fps=3, but the clips have 4 frames" in warned
     assert [row["reward"] for row in json.loads(printed)] == ["b"]

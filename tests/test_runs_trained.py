@@ -101,7 +101,7 @@ def test_full_weights_are_held_once_unless_the_base_is_asked_for(model_folder: P
     assert model.policy.base == {} == model.policy.ema
     sampled = open_target(str(root), keep_reference=False)
     (ours,) = sampled.sample(PROMPTS, samples_per_prompt=1, steps=2, seed=0)
-    with pytest.raises(ValueError, match="no copy of the untrained weights was kept"):
+    with pytest.raises(ValueError, match="no copy of the first weights was kept"):
         sampled.evaluate(PROMPTS, ["redness"], samples_per_prompt=1, steps=2)
     both = open_target(str(root))
     (theirs,) = both.sample(PROMPTS, samples_per_prompt=1, steps=2, seed=0)

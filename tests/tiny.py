@@ -195,7 +195,7 @@ def advantage_of(trainer: Trainer, step: TrainStep) -> Tensor:
 
 _HOMES = {
     "objective": set(Objective.__dataclass_fields__),
-    "optimizer": set(OptimizerOptions.__dataclass_fields__),
+    "optimizer": set(OptimizerOptions.__dataclass_fields__) - {"kind"},  # the solver's
     "solver": set(Solver.__dataclass_fields__),
 }
 
