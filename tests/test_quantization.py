@@ -206,7 +206,7 @@ def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) ->
 def trainer_of(folder: Path, **changes: Any) -> Trainer:
     """A trainer whose LoRA has weights of 4096 numbers, and smaller ones."""
     return tiny.trainer(
-        folder, policy=lambda model: tiny.lora(model, rank=128, alpha=128.0), kind="adamw8bit", **changes
+        folder, policy=lambda model: tiny.lora(model, rank=128, alpha=128.0), optimizer_kind="adamw8bit", **changes
     )
 
 

@@ -162,6 +162,8 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     solver = {"steps": 4, "shift": 3.0, "eta": 0.7}
     own = {"group_size": 4, "seed": 0, "scorer": scorer(redness), "map_source": MAPS, "credit": "uniform"}
     per_iteration, build_policy = changes.pop("prompts_per_iteration", 2), changes.pop("policy", lora)
+    if "optimizer_kind" in changes:  # the solver has a kind too
+        optimizer["kind"] = changes.pop("optimizer_kind")
     for name, value in changes.items():
         home = next((part for part, keys in _HOMES.items() if name in keys), "own")
         {"objective": objective, "optimizer": optimizer, "solver": solver, "own": own}[home][name] = value
@@ -195,7 +197,7 @@ def advantage_of(trainer: Trainer, step: TrainStep) -> Tensor:
 
 _HOMES = {
     "objective": set(Objective.__dataclass_fields__),
-    "optimizer": set(OptimizerOptions.__dataclass_fields__) - {"kind"},  # the solver's
+    "optimizer": set(OptimizerOptions.__dataclass_fields__) - {"kind"},
     "solver": set(Solver.__dataclass_fields__),
 }
 
