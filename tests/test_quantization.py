@@ -225,7 +225,7 @@ def test_moments_of_large_weights_are_in_8_bits_and_a_resumed_run_is_the_same_bi
     assert kinds == {"state1": torch.uint8, "state2": torch.uint8}
     saved = checkpoint.save(stopped.state(), tmp_path)
     again = trainer_of(model_folder)
-    again.restore(checkpoint.load(saved, averages=False))
+    again.restore(checkpoint.load(saved, verified(saved), averages=False))
     assert {key: value.dtype for key, value in again.learner.optimizer_state().items()} == {
         key: value.dtype for key, value in slots.items()
     }
