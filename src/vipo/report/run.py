@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.files import complete_lines, read_yaml
+from vipo.files import complete_lines, is_intact, read_yaml
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -185,7 +185,7 @@ def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # counted by the caller
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int) and is_intact(record):
             yield record
 
 

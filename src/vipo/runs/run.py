@@ -28,7 +28,7 @@ from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load, save
-from vipo.training.saved import STATE
+from vipo.training.saved import STATE, prune
 from vipo.types import TrainStep
 
 
@@ -100,6 +100,7 @@ class Run:
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
+                prune(self.directory.checkpoints, recipe.training.keep_checkpoints)  # a kill may have left one too many
                 keep_init(recipe, self.directory.root, anew=not self.start.resumed)
             self._events = self.start.events  # to be told with the first iteration
             keep_text(self.session)
@@ -224,6 +225,7 @@ class Run:
             keep=self.recipe.training.keep_checkpoints,
             recipe=self.recipe.model_dump(mode="json"),
             inputs=self.start.inputs,
+            logs=self.directory.checksums(self.iteration) if self.writes else None,
         )
 
     def _evaluate_if_due(self) -> Iterator[Evaluated]:

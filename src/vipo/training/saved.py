@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vipo.errors import UserError
-from vipo.files import remove
+from vipo.files import aside_of, remove
 from vipo.training.health import Record
 from vipo.training.stored import fault
 
@@ -31,6 +31,7 @@ class Head:
     processes: int
     recipe: Mapping[str, Any]  # empty if it was saved without one
     inputs: Mapping[str, str]  # fingerprints of what the recipe names, by key
+    logs: Mapping[str, str]  # SHA-256 of what each log had on record of these iterations
     files: Mapping[str, Mapping[str, str]]  # kind of tensors -> its files with their SHA-256, in the order of the parts
 
 
@@ -119,6 +120,7 @@ def read_head(checkpoint: Path) -> Head:
             processes=int(state["processes"]),
             recipe=dict(state["recipe"]),
             inputs=dict(state["inputs"]),
+            logs=dict(state.get("logs", {})),  # absent from those of before
             files={kind: _inside(files) for kind, files in state["files"].items()},
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -136,7 +138,15 @@ def _inside(files: Mapping[str, str]) -> dict[str, str]:
 def prune(folder: Path, keep: int | None) -> None:
     """Remove the oldest beyond ``keep``; None keeps all."""
     for old in list_checkpoints(folder)[: -keep if keep else 0]:
-        remove(old)
+        discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove one; it has lost its name before its first file, so that none is ever half there."""
+    aside = aside_of(checkpoint)
+    remove(aside)
+    checkpoint.rename(aside)
+    remove(aside)
 
 
 def _is_one(path: Path) -> bool:
