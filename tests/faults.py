@@ -30,8 +30,8 @@ FREED = ("os.rename", "os.remove", "os.rmdir", "os.chmod")  # what a full disk s
 class Fault:
     """What happens before the ``at``-th file operation under ``folders``, counted from 1.
 
-    Operations are what Python announces (``sys.addaudithook``): opening, making, renaming, removing. A full or read-only
-    disk stays one. ``told`` gets the path of each operation, one a line.
+    Operations are what Python announces (``sys.addaudithook``): opening, making, renaming, removing. A full or
+    read-only disk stays one. ``told`` gets the path of each operation, one a line.
     """
 
     folders: tuple[Path, ...]

@@ -6,11 +6,11 @@ docs/reliability.md has.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -106,12 +106,17 @@ def test_a_run_killed_inside_any_write_ends_as_if_nothing_had_happened(
         finish(place)
 
 
+def show(lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        sys.stdout.write("\n".join(["", *lines, ""]))
+
+
 KILLS = 100
 
 
 @pytest.mark.long
 def test_a_hundred_kills(place_of: Callable[[str], Place], capsys: pytest.CaptureFixture[str]) -> None:
-    """Every fourth by time, the others inside an operation, kind after kind; of every third the resume is killed too."""
+    """Every fourth by time, the others inside an operation, kind after kind; every third time the resume dies too."""
     rng, counted, equal, wrong = random.Random(SEED), Counter[str](), Counter[str](), list[str]()
     for number in range(KILLS):
         case = list(CASES)[number % len(CASES)]
@@ -128,8 +133,7 @@ def test_a_hundred_kills(place_of: Callable[[str], Place], capsys: pytest.Captur
             equal[what] += 1
         except AssertionError as error:
             wrong.append(f"kill {number}, {case}, {what}: {str(error)[-1500:]}")
-    with capsys.disabled():
-        print("\n" + "\n".join(f"{what}: {equal[what]} of {count} equal" for what, count in sorted(counted.items())))
+    show([f"{what}: {equal[what]} of {count} equal" for what, count in sorted(counted.items())], capsys)
     assert not wrong, "\n".join(wrong)
 
 
@@ -156,7 +160,9 @@ PROCESSES = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", [("checkpoint",), pytest.param(("evaluation", "log", "export"), marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kinds", [("checkpoint",), pytest.param(("evaluation", "log", "export"), marks=pytest.mark.long)]
+)
 def test_two_processes_of_which_the_writer_is_killed(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     recipe, rng = write_case(tmp_path, "LoRA with maps"), random.Random(SEED)
 
@@ -231,7 +237,8 @@ def test_a_full_disk_is_one_sentence_and_with_space_again_it_goes_on(
 ) -> None:
     for kind in kinds:
         place = place_of("LoRA with maps")
-        sentence = refused(place, "full", next(i for i, o in enumerate(place.operations, 1) if kind_of(o, place) == kind))
+        kinds_in_order = [kind_of(operation, place) for operation in place.operations]
+        sentence = refused(place, "full", 1 + kinds_in_order.index(kind))
         assert str(place.output) in sentence and "No space left on device" in sentence, sentence
         finish(place)
 
@@ -291,7 +298,7 @@ DAMAGED = [
     "export/pytorch_lora_weights.safetensors",
 ]
 COMMANDS = ("resume", "report", "compare", "export", "sample")
-FLIPS = 4  # bits flipped in each file; every other damage is done once
+FLIPS = 3  # bits flipped in each file; every other damage is done once
 
 
 class Damaged:
@@ -303,12 +310,18 @@ class Damaged:
         assert call(root / "said.txt", "train", self.recipe, "--output", self.run)[0] == 0
         shutil.copytree(self.run, self.good)
         shutil.copytree(self.run, self.other)
-        self.expected = {command: self.result(command) for command in COMMANDS}
+        self.expected: dict[str, tuple[int, str, dict[str, bytes]]] = {}
+        for command in COMMANDS:
+            self.restore()
+            self.expected[command] = self.result(command)
         assert {code for code, _, _ in self.expected.values()} == {0}, self.expected
 
-    def spoil(self, name: str, content: bytes | None) -> None:
+    def restore(self) -> None:
         shutil.rmtree(self.run)
         shutil.copytree(self.good, self.run)
+
+    def spoil(self, name: str, content: bytes | None) -> None:
+        self.restore()
         if content is None:
             (self.run / name).unlink()
         else:
@@ -349,13 +362,21 @@ class Damaged:
         return "told" if told > tellings(command, expected[1], expected[2]) else "otherwise"
 
 
-TOLD = ("passed over", "were lost", "lines were changed", "is not what its checkpoint", "damaged", "not recorded", "No ")
+TOLD = (
+    "passed over",
+    "were lost",
+    "lines were changed",
+    "was cut short",
+    "is not what its checkpoint",
+    "damaged",
+    "not recorded",
+)
 
 
 def tellings(command: str, said: str, made: dict[str, bytes]) -> int:
     """How often something wrong is told, by the command, in the log or on the page."""
     pages = [made.get("metrics.jsonl", b""), made.get("report.html", b"")] if command in ("resume", "report") else []
-    return sum(text.count(word) for text in (said, *(page.decode() for page in pages)) for word in TOLD)
+    return sum(text.count(word) for text in (said, *(page.decode(errors="replace") for page in pages)) for word in TOLD)
 
 
 @pytest.mark.long
@@ -375,7 +396,7 @@ def test_no_damage_shows_a_trace_and_no_resume_goes_on_to_something_else_in_sile
                     counted["all", came_to.partition(":")[0]] += 1
                     if came_to.startswith("trace") or came_to == "otherwise":
                         wrong.append(f"{command}, {name}, {damage}: {came_to}")
-    with capsys.disabled():
-        print("\n" + "\n".join(f"{command}: {what}: {count}" for (command, what), count in sorted(counted.items())))
-        print("\n".join(line.partition("\n")[0][:200] for line in wrong))
-    assert not [line for line in wrong if "otherwise" not in line or line.startswith("resume")], "\n".join(wrong)
+    table = [f"{command}: {what}: {count}" for (command, what), count in sorted(counted.items())]
+    show([*table, *(line.partition("\n")[0][:200] for line in wrong)], capsys)
+    shown = ("report", "compare")  # what is left of a log; a digit of metrics.jsonl has no checksum of its own
+    assert not [line for line in wrong if "trace" in line or not line.startswith(shown)], "\n".join(wrong)

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_there_goes_on(
     tmp_path: Path, raw: dict[str, Any], limit: int, what: str
 ) -> None:
     recipe, folder = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run"
-    arguments = ["train", recipe, "--no-report", "--output", folder]
+    arguments = ["train", recipe, "--no-report", "--allow-code", "--output", folder]
     full = subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *map(str, arguments)], capture_output=True, text=True
     )

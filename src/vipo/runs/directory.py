@@ -21,7 +21,7 @@ from vipo.errors import UserError
 from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import aside_of, complete_lines, is_intact, sealed, writing
 from vipo.runs import lock
-from vipo.training.saved import Saved, choose, list_checkpoints
+from vipo.training.saved import Saved, choose, list_folders
 from vipo.types import TrainStep
 
 METRICS, TIMING, EVALUATIONS = LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
@@ -40,6 +40,7 @@ class Past:
     evaluated: frozenset[int]  # iterations after which an evaluation is on record
     comparable_since: int  # the first of them that later ones are compared with: 0 unless a resume changed them
     saved: Saved | None  # what to go on from; None: there is no checkpoint yet
+    torn: tuple[str, ...] = ()  # logs whose last line was cut short
     rewritten: tuple[str, ...] = ()  # logs that are not what they were when that was saved
 
     @property
@@ -84,6 +85,7 @@ class RunDirectory:
             evaluated=frozenset(record["iteration"] for record in evaluations),
             comparable_since=_comparable_since(evaluations),
             saved=saved,
+            torn=tuple(name for name in (METRICS, EVALUATIONS) if _is_torn(self.root / name)),
             rewritten=() if saved is None else self._rewritten(saved),
         )
 
@@ -109,7 +111,8 @@ class RunDirectory:
         return recipe
 
     def latest_checkpoint(self) -> Path | None:
-        found = list_checkpoints(self.checkpoints)
+        """The newest, damaged or not."""
+        found = list_folders(self.checkpoints)
         return found[-1] if found else None
 
     def first_scores(self) -> dict[str, list[float | None]]:
@@ -141,6 +144,11 @@ class RunDirectory:
         path = self.root / name
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
+
+
+def _is_torn(path: Path) -> bool:
+    whole = path.read_bytes() if path.exists() else b""
+    return bool(whole) and not whole.endswith(b"\n")
 
 
 def _before(path: Path, iteration: int) -> list[dict[str, Any]]:

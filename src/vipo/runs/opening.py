@@ -28,6 +28,14 @@ def settle(root: Path, start: Start, recipe_yaml: str, *, processes: int) -> Non
         write_text(root / "environment.json", json.dumps(environment(processes), indent=2) + "\n")
 
 
+def _stays(line: str, last: int) -> bool:
+    """Whether a record is of an iteration before ``last``; wall times that were damaged stay for the report to count."""
+    try:
+        return bool(json.loads(line)["iteration"] < last)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
+
+
 def _left_behind(root: Path) -> list[Path]:
     """What a killed process had begun to write or to remove."""
     return [path for folder in (".", CHECKPOINTS, "samples", "maps") for path in (root / folder).glob(".*.partial")]
@@ -51,7 +59,7 @@ def _rewind(root: Path, start: Start) -> None:
     for name in filter(lambda name: (root / name).exists(), LOGS):
         # An evaluation stands for the state *before* the iteration of its number, a metric for the iteration.
         last = start.evaluations_end if name == EVALUATIONS else start.iteration
-        kept = [line for line in complete_lines(root / name) if json.loads(line)["iteration"] < last]
+        kept = [line for line in complete_lines(root / name, errors="replace") if _stays(line, last)]
         write_text(root / name, "".join(f"{line}\n" for line in kept))
     for path in [*root.glob("samples/step-*"), *root.glob("maps/step-*")]:
         last = start.evaluations_end if path.parent.name == "samples" else start.iteration

@@ -82,7 +82,7 @@ def resumption(
     told += [f"a newer checkpoint passed over: {why}" for why in saved.damaged] if saved else []
     if past.logged < iteration:
         told.append(f"a log of only {past.logged} iterations: lines of metrics.jsonl were lost")
-    told += [f"another {name} than the checkpoint was saved with: lines were changed or lost" for name in _rewritten(past)]
+    told += [f"another {name} than was saved with it: lines were changed or lost" for name in _rewritten(past)]
     anew = any(change.moves_scores for change in found)
     return Start(
         resumed=True,
@@ -127,6 +127,7 @@ def _note(past: Past) -> str:
     told = f"Going on after iteration {past.saved.head.iteration}."
     if left > 0:
         told += f" What was logged of {left} later {'iteration' if left == 1 else 'iterations'} is dropped."
+    told += "".join(f" The last line of {name} was cut short and is dropped." for name in past.torn)
     told += "".join(f" A newer one is passed over: {why}." for why in past.saved.damaged)
     if past.saved.later:
         told += f" Removed, because later: {', '.join(path.name for path in past.saved.later)}."

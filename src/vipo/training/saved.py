@@ -51,8 +51,12 @@ def name_of(iteration: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, of fewest iterations first; copies under other names are none."""
-    found = [path.parent for path in folder.glob(f"step-*/{STATE}") if _is_one(path.parent)]
-    return sorted(found, key=_iteration)
+    return [path for path in list_folders(folder) if (path / STATE).is_file()]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Checkpoints, of fewest iterations first, also those whose index is gone."""
+    return sorted((path for path in folder.glob("step-*") if _is_one(path) and path.is_dir()), key=_iteration)
 
 
 def choose(folder: Path, name: str | None = None) -> Saved | None:
@@ -64,8 +68,8 @@ def choose(folder: Path, name: str | None = None) -> Saved | None:
     Raises:
         UserError: there is no such checkpoint, it is damaged, or all are.
     """
-    there, damaged = list_checkpoints(folder), list[str]()
-    for path in reversed(there) if name is None else [_named(folder, name, there)]:
+    there, damaged = list_folders(folder), list[str]()
+    for path in reversed(there) if name is None else [_named(folder, name, list_checkpoints(folder))]:
         try:
             head = verified(path)
         except UserError as error:
