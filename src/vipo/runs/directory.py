@@ -19,7 +19,7 @@ import yaml
 
 from vipo.errors import UserError
 from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import aside_of, complete_lines, is_intact, sealed, writing
+from vipo.files import SEAL, aside_of, complete_lines, is_intact, sealed, writing
 from vipo.runs import lock
 from vipo.training.saved import Saved, choose, list_folders
 from vipo.types import TrainStep
@@ -173,7 +173,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             int(record["iteration"])
-            if not is_intact(record):
+            if not is_intact(record) or (records and SEAL in records[-1] and SEAL not in record):
                 raise ValueError("its SHA-256 is not the one on record")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(

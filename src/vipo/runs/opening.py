@@ -29,7 +29,7 @@ def settle(root: Path, start: Start, recipe_yaml: str, *, processes: int) -> Non
 
 
 def _stays(line: str, last: int) -> bool:
-    """Whether a record is of an iteration before ``last``; wall times that were damaged stay for the report to count."""
+    """Whether a record is of an iteration before ``last``; damaged wall times stay, for the report to count."""
     try:
         return bool(json.loads(line)["iteration"] < last)
     except (ValueError, KeyError, TypeError, RecursionError):
