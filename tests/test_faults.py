@@ -367,9 +367,16 @@ TOLD = (
     "were lost",
     "lines were changed",
     "was cut short",
+    "cannot be read",
+    "not in samples",
+    "Not complete",
     "is not what its checkpoint",
     "damaged",
     "not recorded",
+    "Not recorded",
+    "cannot be shown",
+    "No iteration is on record",
+    "There is no verdict yet",
 )
 
 

@@ -162,7 +162,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is damaged.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     try:
         whole = complete_lines(path) if path.exists() else []
     except UnicodeDecodeError as error:
