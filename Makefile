@@ -63,7 +63,7 @@ GPU_OUT := runs/gpu-check
 gpu-check: ## What this GPU does and whether a ratio became worse: nine minutes, 80 GB, nothing is downloaded
 	PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(GPU_PYTHON) -W ignore benchmarks/gpu/check.py --out $(GPU_OUT)
 
-faults: $(VENV)/.installed-dev ## The long form of the tests of bad input: thousands of cases (minutes)
+faults: $(VENV)/.installed-dev ## Kills, full disks, damaged files and bad input by the hundred (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --run-long -m long
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/

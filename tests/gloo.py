@@ -21,6 +21,7 @@ from typing import Any
 TESTS = Path(__file__).parent
 # What a child would import: the server of forks does it once, for all of a test session.
 PRELOADED = ["vipo.runs.run", "vipo.plan.blueprint", "peft", "gloo", "tiny", "tiny_wan", "torch.distributed.fsdp"]
+PRELOADED += ["faults", "vipo.cli", "vipo.cli.progress", "vipo.report.page", "vipo.report.compare", "vipo.runs.target"]
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -39,6 +40,15 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = with_plugin  # type: ignore[method-assign]
 
 
+def forks() -> multiprocessing.context.ForkServerContext:
+    """What starts processes that have imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    if str(TESTS) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def together(
     work: Callable[..., Any], processes: int, *given: Any, seconds: float = 200, grouped: bool = True
 ) -> list[Any]:
@@ -49,9 +59,7 @@ def together(
     Args:
         grouped: join them in a group before; without it ``work`` does, as under a launcher.
     """
-    context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    context.set_forkserver_preload(PRELOADED)
+    context = forks()
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = None if grouped else probe.getsockname()[1]

@@ -87,6 +87,66 @@ def test_lost_lines_of_the_log_are_told(tmp_path: Path, raw: dict[str, Any]) -> 
     assert event == "resumed at iteration 2 with a log of only 1 iterations: lines of metrics.jsonl were lost"
 
 
+def test_another_digit_in_the_log_is_told(tmp_path: Path, raw: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    run_all(raw, folder)
+    log = folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace("0.", "1.", 1))
+    raw["training"]["iterations"] = 3
+    run_all(raw, folder, resume=True)
+    (event,) = tiny.lines(log)[-1]["events"]
+    assert event.startswith("resumed at iteration 2 with another metrics.jsonl than was saved with it")
+
+
+def test_wall_times_that_were_damaged_stop_no_run_and_stay(tmp_path: Path, raw: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    run_all(raw, folder)
+    timing = folder / "timing.jsonl"
+    timing.write_bytes(timing.read_bytes().replace(b"{", b"\xff", 1))
+    raw["training"]["iterations"] = 3
+    run_all(raw, folder, resume=True)
+    assert len(timing.read_text(errors="replace").splitlines()) == 3
+
+
+def test_a_checkpoint_without_its_index_is_passed_over_and_said(tmp_path: Path, raw: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    run_all(raw, folder)
+    (folder / "checkpoints" / "step-000002" / "state.json").unlink()
+    with pytest.raises(UserError, match=r"step-000002' cannot be read: .*state\.json"):
+        open_run(folder)
+    run = run_all(raw, folder, resume=True)
+    assert "A newer one is passed over: checkpoint" in run.notes[-1]
+    (event,) = tiny.lines(folder / "metrics.jsonl")[-1]["events"]
+    assert "passed over: " in event and "step-000002' cannot be read" in event
+
+
+def test_a_recipe_that_is_not_the_checkpoints_is_said(
+    tmp_path: Path, raw: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    run_all(raw, folder)
+    open_run(folder)
+    assert not caplog.records
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("eta: 0.7", "eta: 0.6"))
+    open_run(folder)
+    assert "is not what its checkpoint was trained with: solver.eta 0.7 -> 0.6" in caplog.text
+
+
+def test_what_a_kill_left_is_cleared_away(tmp_path: Path, raw: dict[str, Any]) -> None:
+    """Half a picture, a removal half done, and one checkpoint more than are kept."""
+    folder, raw["training"]["keep_checkpoints"] = tmp_path / "run", 1
+    run_all(raw, folder)
+    whole = contents(folder)
+    (folder / "samples" / ".step-000009.png.partial").write_bytes(b"half")
+    (folder / "checkpoints" / ".step-000001.partial").mkdir()
+    shutil.copytree(folder / "checkpoints" / "step-000002", folder / "checkpoints" / "step-000001")
+    run_all(raw, folder, resume=True)
+    there = {name for name in contents(folder) if not name.startswith("tensorboard")}
+    assert there == {name for name in whole if not name.startswith("tensorboard")}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+
+
 def test_a_lost_recipe_is_no_reason_to_begin_again(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
     run_all(raw, folder)
@@ -101,6 +161,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "a line of the log": ("metrics.jsonl", lambda whole: whole.replace(b"{", b"[", 1)),
     "bytes of the log": ("metrics.jsonl", lambda whole: b"\xff" + whole),
     "a log of other things": ("evaluations.jsonl", lambda _: b'{"a": 1}\n'),
+    "a digit of an evaluation": ("evaluations.jsonl", lambda whole: whole.replace(b"[0.", b"[1.", 1)),
     "the recipe": ("recipe.yaml", lambda _: b"name: [\n"),
     "bytes of the recipe": ("recipe.yaml", lambda _: b"\xff\xfe\x00"),
     "an emptied recipe": ("recipe.yaml", lambda _: b""),

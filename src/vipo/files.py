@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,23 @@ def complete_lines(path: Path, errors: str = "strict") -> list[str]:
         errors: what becomes of bytes that are not UTF-8, see ``bytes.decode``.
     """
     return [line for line in lines(path.read_bytes().decode(errors=errors))[:-1] if line.strip()]
+
+
+SEAL = "sha256"
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of plain values with a checksum of the others at its end."""
+    return {**record, SEAL: _checksum(record)}
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what :func:`sealed` made of it; one without a checksum passes."""
+    return SEAL not in record or record[SEAL] == _checksum({key: record[key] for key in record if key != SEAL})
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def is_unicode(text: str) -> bool:

@@ -242,6 +242,7 @@ class DiffusersGenerator(ABC):
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the whole pipeline, its network with ``weights``, so that its ``from_pretrained(folder)`` reads it."""
         network = self.pipeline.transformer
+        _settle_tokenizers(self.pipeline)
         network.state_dict = lambda: dict(weights)  # what diffusers asks for; a sharded network would give its shards
         try:
             with under_own_name(network):
@@ -249,6 +250,14 @@ class DiffusersGenerator(ABC):
         finally:
             del network.state_dict
         usual_permissions(folder.rglob("*.safetensors"))
+
+
+def _settle_tokenizers(pipeline: Any) -> None:
+    """Forget how the last text was padded and cut: a tokenizer's file would tell whether and how it was used."""
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and (backend := getattr(part, "backend_tokenizer", None)) is not None:
+            backend.no_padding()
+            backend.no_truncation()
 
 
 def lora_settings(ranks: Mapping[str, int], modules: Sequence[str]) -> dict[str, Any]:

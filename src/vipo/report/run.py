@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.files import complete_lines, read_yaml
+from vipo.files import complete_lines, is_intact, read_yaml
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> RunRecord:
     seconds = {line["iteration"]: _numbers(line) for line in logs["timing"][0]}
     steps = [_step(line, seconds.get(line["iteration"], {})) for line in logs["metrics"][0]]
     evaluations = [_evaluation(line) for line in _comparable(logs["evaluations"][0])]
-    return RunRecord(
+    record = RunRecord(
         folder,
         _parse_recipe(folder, recipe_text),
         recipe_text,
@@ -137,11 +137,15 @@ def read_run(folder: Path) -> RunRecord:
         _numbered(folder / "maps"),
         {name: bad for name, (_, bad) in logs.items() if bad},
     )
+    _check_recipe(record)
+    return record
 
 
 def _recipe_text(folder: Path) -> str:
     try:
         return (folder / "recipe.yaml").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the recipe.yaml of {str(folder)!r} cannot be read: {error}") from error
     except OSError as error:
         why = "it has no recipe.yaml" if folder.is_dir() else "there is no such folder"
         raise UserError(
@@ -159,10 +163,24 @@ def _parse_recipe(folder: Path, text: str) -> Mapping[str, Any]:
     return recipe
 
 
+def _check_recipe(run: RunRecord) -> None:
+    """What is read of it without asking must be of the kind that every run writes down."""
+    try:
+        _ = run.rewards, run.makes_clips and run.fps, run.iterations_planned
+        odd = [key for key in ("generator", "structuring") if not isinstance(run.recipe.get(key) or {}, Mapping)]
+        odd += [] if isinstance(run.recipe.get("judges") or [], list | Mapping) else ["judges"]
+        if odd:
+            raise ValueError(f"{odd[0]} is of another kind")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the recipe.yaml of {str(run.folder)!r} is damaged: {error}; put back what `vipo train` wrote"
+        ) from error
+
+
 def _read_environment(file: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}  # shown as "not recorded"
     return found if isinstance(found, dict) else {}
 
@@ -183,9 +201,9 @@ def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue  # counted by the caller
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int) and is_intact(record):
             yield record
 
 

@@ -7,6 +7,7 @@ bit), ``timing.jsonl`` (wall seconds by phase), ``evaluations.jsonl``, ``samples
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,9 @@ import yaml
 
 from vipo.errors import UserError
 from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import complete_lines, writing
+from vipo.files import SEAL, aside_of, complete_lines, is_intact, sealed, writing
 from vipo.runs import lock
-from vipo.training.saved import Saved, choose, list_checkpoints
+from vipo.training.saved import Saved, choose, list_folders
 from vipo.types import TrainStep
 
 METRICS, TIMING, EVALUATIONS = LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
@@ -39,6 +40,8 @@ class Past:
     evaluated: frozenset[int]  # iterations after which an evaluation is on record
     comparable_since: int  # the first of them that later ones are compared with: 0 unless a resume changed them
     saved: Saved | None  # what to go on from; None: there is no checkpoint yet
+    torn: tuple[str, ...] = ()  # logs whose last line was cut short
+    rewritten: tuple[str, ...] = ()  # logs that are not what they were when that was saved
 
     @property
     def owns_saved(self) -> bool:
@@ -73,15 +76,29 @@ class RunDirectory:
             UserError: there is no such checkpoint, or one of the files cannot be read.
         """
         steps, evaluations = _read_log(self.root / METRICS), _read_log(self.root / EVALUATIONS)
+        saved, passing = choose(self.checkpoints, checkpoint), (lock.NAME, aside_of(self.recipe).name)
         return Past(
             root=self.root,
             recipe=self._recorded() if self.exists() else None,
-            others=tuple(sorted(path.name for path in self.root.iterdir() if path.name != lock.NAME)),
+            others=tuple(sorted(path.name for path in self.root.iterdir() if path.name not in passing)),
             logged=1 + max((step["iteration"] for step in steps), default=-1),
             evaluated=frozenset(record["iteration"] for record in evaluations),
             comparable_since=_comparable_since(evaluations),
-            saved=choose(self.checkpoints, checkpoint),
+            saved=saved,
+            torn=tuple(name for name in (METRICS, EVALUATIONS) if _is_torn(self.root / name)),
+            rewritten=() if saved is None else self._rewritten(saved),
         )
+
+    def checksums(self, iteration: int) -> dict[str, str]:
+        """SHA-256 of what each log that is no clock's has on record of the iterations before ``iteration``."""
+        return {
+            name: hashlib.sha256(json.dumps(_before(self.root / name, iteration)).encode()).hexdigest()
+            for name in (METRICS, EVALUATIONS)
+        }
+
+    def _rewritten(self, saved: Saved) -> tuple[str, ...]:
+        now = self.checksums(saved.head.iteration)
+        return tuple(name for name, then in saved.head.logs.items() if then != now.get(name))
 
     def _recorded(self) -> Mapping[str, Any]:
         """The recipe on record, as a mapping."""
@@ -94,7 +111,8 @@ class RunDirectory:
         return recipe
 
     def latest_checkpoint(self) -> Path | None:
-        found = list_checkpoints(self.checkpoints)
+        """The newest, damaged or not."""
+        found = list_folders(self.checkpoints)
         return found[-1] if found else None
 
     def first_scores(self) -> dict[str, list[float | None]]:
@@ -113,21 +131,29 @@ class RunDirectory:
         self._append(TIMING, {**head, **step.seconds})
 
     def log_evaluation(self, iteration: int, evaluation: Evaluation, *, comparable_since: int = 0) -> None:
-        self._append(
-            EVALUATIONS,
-            {
-                "iteration": iteration,
-                **({"comparable_since": comparable_since} if comparable_since else {}),
-                "samples_per_prompt": evaluation.samples_per_prompt,
-                "prompts": evaluation.texts,
-                "values": {name: values.tolist() for name, values in evaluation.scores[POLICY].items()},
-            },
-        )
+        record = {
+            "iteration": iteration,
+            **({"comparable_since": comparable_since} if comparable_since else {}),
+            "samples_per_prompt": evaluation.samples_per_prompt,
+            "prompts": evaluation.texts,
+            "values": {name: values.tolist() for name, values in evaluation.scores[POLICY].items()},
+        }
+        self._append(EVALUATIONS, sealed(_plain(record)))
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self.root / name
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
+
+
+def _is_torn(path: Path) -> bool:
+    whole = path.read_bytes() if path.exists() else b""
+    return bool(whole) and not whole.endswith(b"\n")
+
+
+def _before(path: Path, iteration: int) -> list[dict[str, Any]]:
+    """The records of the iterations before one."""
+    return [record for record in _read_log(path) if record["iteration"] < iteration]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -136,7 +162,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is damaged.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     try:
         whole = complete_lines(path) if path.exists() else []
     except UnicodeDecodeError as error:
@@ -147,6 +173,8 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             int(record["iteration"])
+            if not is_intact(record) or (records and SEAL in records[-1] and SEAL not in record):
+                raise ValueError("its SHA-256 is not the one on record")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{str(path)!r} is damaged: line {number} is no record of an iteration ({error}); mend it, or remove"

@@ -11,7 +11,7 @@ from vipo.environment import environment
 from vipo.files import complete_lines, remove, write_text, written_whole
 from vipo.runs.directory import CHECKPOINTS, EVALUATIONS, LOGS, RECIPE
 from vipo.runs.resume import Start
-from vipo.training.saved import name_of
+from vipo.training.saved import discard, name_of
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -28,6 +28,19 @@ def settle(root: Path, start: Start, recipe_yaml: str, *, processes: int) -> Non
         write_text(root / "environment.json", json.dumps(environment(processes), indent=2) + "\n")
 
 
+def _stays(line: str, last: int) -> bool:
+    """Whether a record is of an iteration before ``last``; damaged wall times stay, for the report to count."""
+    try:
+        return bool(json.loads(line)["iteration"] < last)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
+
+
+def _left_behind(root: Path) -> list[Path]:
+    """What a killed process had begun to write or to remove."""
+    return [path for folder in (".", CHECKPOINTS, "samples", "maps") for path in (root / folder).glob(".*.partial")]
+
+
 def _rewind(root: Path, start: Start) -> None:
     """Drop what was saved and logged after the checkpoint: those iterations will be run again.
 
@@ -39,12 +52,14 @@ def _rewind(root: Path, start: Start) -> None:
         with written_whole(own / name_of(start.iteration)) as aside:
             shutil.copytree(saved.path, aside)
     later = saved.later if saved is not None else ()
-    for path in [*later, *((root / "export", root / "report.html") if later else ())]:
+    for path in later:
+        discard(path)
+    for path in [*((root / "export", root / "report.html") if later else ()), *_left_behind(root)]:
         remove(path)
     for name in filter(lambda name: (root / name).exists(), LOGS):
         # An evaluation stands for the state *before* the iteration of its number, a metric for the iteration.
         last = start.evaluations_end if name == EVALUATIONS else start.iteration
-        kept = [line for line in complete_lines(root / name) if json.loads(line)["iteration"] < last]
+        kept = [line for line in complete_lines(root / name, errors="replace") if _stays(line, last)]
         write_text(root / name, "".join(f"{line}\n" for line in kept))
     for path in [*root.glob("samples/step-*"), *root.glob("maps/step-*")]:
         last = start.evaluations_end if path.parent.name == "samples" else start.iteration

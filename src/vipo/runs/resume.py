@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vipo.errors import UserError
-from vipo.runs.directory import Past
+from vipo.runs.directory import METRICS, Past
 from vipo.runs.rules import changed
 from vipo.schema import Recipe
 from vipo.training.saved import Saved
@@ -82,6 +82,7 @@ def resumption(
     told += [f"a newer checkpoint passed over: {why}" for why in saved.damaged] if saved else []
     if past.logged < iteration:
         told.append(f"a log of only {past.logged} iterations: lines of metrics.jsonl were lost")
+    told += [f"another {name} than was saved with it: lines were changed or lost" for name in _rewritten(past)]
     anew = any(change.moves_scores for change in found)
     return Start(
         resumed=True,
@@ -93,6 +94,14 @@ def resumption(
         comparable_since=iteration if anew else past.comparable_since,
         inputs=inputs,
     )
+
+
+def _rewritten(past: Past) -> list[str]:
+    """Logs of this run that say something else now; one that is too short is told in other words."""
+    if past.saved is None or not past.owns_saved:
+        return []
+    short = past.logged < past.saved.head.iteration
+    return [name for name in past.rewritten if not (short and name == METRICS)]
 
 
 def _check_whole(past: Past) -> None:
@@ -118,6 +127,7 @@ def _note(past: Past) -> str:
     told = f"Going on after iteration {past.saved.head.iteration}."
     if left > 0:
         told += f" What was logged of {left} later {'iteration' if left == 1 else 'iterations'} is dropped."
+    told += "".join(f" The last line of {name} was cut short and is dropped." for name in past.torn)
     told += "".join(f" A newer one is passed over: {why}." for why in past.saved.damaged)
     if past.saved.later:
         told += f" Removed, because later: {', '.join(path.name for path in past.saved.later)}."

@@ -142,6 +142,16 @@ def changed(
     return found
 
 
+def differences(recorded: Mapping[str, Any], recipe: Recipe, root: Path) -> list[Change]:
+    """What differs from a recipe on record, allowed or not, but for what may always change.
+
+    Raises:
+        UserError: the one on record does not fit this version.
+    """
+    found = changes(_whole(recorded, root), recipe.model_dump(mode="json"))
+    return [change for change in found if change.rule != "free"]
+
+
 def changes(
     old: Mapping[str, Any],
     new: Mapping[str, Any],

@@ -28,7 +28,7 @@ from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load, save
-from vipo.training.saved import STATE
+from vipo.training.saved import STATE, prune
 from vipo.types import TrainStep
 
 
@@ -92,14 +92,17 @@ class Run:
         try:
             self.start = self.engine.agreed(claim)
             self._check_agreed()
-            begun = recipe if not self.start.resumed else with_kept_init(recipe, self.directory.root)
-            self.session: Session = build(begun, engine=self.engine)
+            self.session: Session = build(
+                with_kept_init(self.recipe, self.directory.root) if self.start.resumed else self.recipe,
+                engine=self.engine,
+            )
             if (saved := self.start.saved) is not None:  # first: one that does not fit must leave the folder as it is
                 averages = bool(self.session.policy.ema)
                 self.session.trainer.restore(load(saved.path, saved.head, averages=averages))
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
+                prune(self.directory.checkpoints, recipe.training.keep_checkpoints)  # a kill may have left one too many
                 keep_init(recipe, self.directory.root, anew=not self.start.resumed)
             self._events = self.start.events  # to be told with the first iteration
             keep_text(self.session)
@@ -224,6 +227,7 @@ class Run:
             keep=self.recipe.training.keep_checkpoints,
             recipe=self.recipe.model_dump(mode="json"),
             inputs=self.start.inputs,
+            logs=self.directory.checksums(self.iteration) if self.writes else None,
         )
 
     def _evaluate_if_due(self) -> Iterator[Evaluated]:

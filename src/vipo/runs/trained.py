@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,9 +13,13 @@ from vipo.errors import UserError
 from vipo.recipe import load_recipe
 from vipo.runs.directory import RunDirectory
 from vipo.runs.init import with_kept_init
+from vipo.runs.rules import differences
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load_policy
-from vipo.training.saved import verified
+from vipo.training.saved import Head, verified
+
+log = logging.getLogger(__name__)
+SHAPED_BY = ("generator", "policy", "solver")  # sections that a model is opened with
 
 
 def open_run(
@@ -39,11 +44,11 @@ def open_run(
     recipe = load_recipe(directory.recipe)
     begun = with_kept_init(_without_average(recipe), root)
     model = open_model(begun, device=device or default_device(), keep_reference=keep_reference)
-    model.policy.begin().load(_weights(directory))
+    model.policy.begin().load(_weights(directory, recipe))
     return recipe, model
 
 
-def _weights(directory: RunDirectory) -> dict[str, Tensor]:
+def _weights(directory: RunDirectory, recipe: Recipe) -> dict[str, Tensor]:
     """The latest ones; a run that is going on may remove a checkpoint while it is being read.
 
     Raises:
@@ -51,11 +56,21 @@ def _weights(directory: RunDirectory) -> dict[str, Tensor]:
     """
     while (latest := directory.latest_checkpoint()) is not None:
         try:
-            return load_policy(latest, verified(latest))
+            head = verified(latest)
+            _tell_other_recipe(head, recipe, directory)
+            return load_policy(latest, head)
         except UserError:
             if latest.exists():
                 raise
     raise UserError(f"{str(directory.root)!r} has no complete checkpoint any more")
+
+
+def _tell_other_recipe(head: Head, recipe: Recipe, directory: RunDirectory) -> None:
+    """A file that was edited, damaged, or of a resume whose iterations were lost samples other pictures."""
+    found = differences(head.recipe, recipe, directory.root) if head.recipe else []
+    told = [str(change) for change in found if change.path[0] in SHAPED_BY]
+    if told:
+        log.warning("%s is not what its checkpoint was trained with: %s", directory.recipe, ", ".join(told))
 
 
 def _without_average(recipe: Recipe) -> Recipe:

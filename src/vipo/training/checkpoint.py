@@ -34,10 +34,12 @@ def save(
     keep: int | None = None,
     recipe: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
+    logs: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the state after its last completed iteration; older checkpoints beyond ``keep`` are removed.
 
-    ``recipe`` and ``inputs``, fingerprints of what it names, trained it; they are for whoever goes on from there.
+    ``recipe`` and ``inputs``, fingerprints of what it names, trained it; ``logs`` are checksums of what was logged so
+    far. They are for whoever goes on from there.
 
     Args:
         engine: the processes, which all have to ask; None is one.
@@ -53,7 +55,7 @@ def save(
             engine.agreed(aside.mkdir)
         files = _write(state, aside, engine)
         if writes:
-            norms, trained_by = state.gradient_norms, (dict(recipe or {}), dict(inputs or {}))
+            norms, trained_by = state.gradient_norms, (dict(recipe or {}), dict(inputs or {}), dict(logs or {}))
             head = Head(state.iteration, norms, state.health, engine.ranks if engine else 1, *trained_by, files)
             (aside / STATE).write_text(described(head))
     if engine is not None:

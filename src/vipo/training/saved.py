@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vipo.errors import UserError
-from vipo.files import remove
+from vipo.files import aside_of, remove
 from vipo.training.health import Record
 from vipo.training.stored import fault
 
@@ -31,6 +31,7 @@ class Head:
     processes: int
     recipe: Mapping[str, Any]  # empty if it was saved without one
     inputs: Mapping[str, str]  # fingerprints of what the recipe names, by key
+    logs: Mapping[str, str]  # SHA-256 of what each log had on record of these iterations
     files: Mapping[str, Mapping[str, str]]  # kind of tensors -> its files with their SHA-256, in the order of the parts
 
 
@@ -50,8 +51,12 @@ def name_of(iteration: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, of fewest iterations first; copies under other names are none."""
-    found = [path.parent for path in folder.glob(f"step-*/{STATE}") if _is_one(path.parent)]
-    return sorted(found, key=_iteration)
+    return [path for path in list_folders(folder) if (path / STATE).is_file()]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Checkpoints, of fewest iterations first, also those whose index is gone."""
+    return sorted((path for path in folder.glob("step-*") if _is_one(path) and path.is_dir()), key=_iteration)
 
 
 def choose(folder: Path, name: str | None = None) -> Saved | None:
@@ -63,8 +68,8 @@ def choose(folder: Path, name: str | None = None) -> Saved | None:
     Raises:
         UserError: there is no such checkpoint, it is damaged, or all are.
     """
-    there, damaged = list_checkpoints(folder), list[str]()
-    for path in reversed(there) if name is None else [_named(folder, name, there)]:
+    there, damaged = list_folders(folder), list[str]()
+    for path in reversed(there) if name is None else [_named(folder, name, list_checkpoints(folder))]:
         try:
             head = verified(path)
         except UserError as error:
@@ -119,6 +124,7 @@ def read_head(checkpoint: Path) -> Head:
             processes=int(state["processes"]),
             recipe=dict(state["recipe"]),
             inputs=dict(state["inputs"]),
+            logs=dict(state.get("logs", {})),  # absent from those of before
             files={kind: _inside(files) for kind, files in state["files"].items()},
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -136,7 +142,15 @@ def _inside(files: Mapping[str, str]) -> dict[str, str]:
 def prune(folder: Path, keep: int | None) -> None:
     """Remove the oldest beyond ``keep``; None keeps all."""
     for old in list_checkpoints(folder)[: -keep if keep else 0]:
-        remove(old)
+        discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove one; it has lost its name before its first file, so that none is ever half there."""
+    aside = aside_of(checkpoint)
+    remove(aside)
+    checkpoint.rename(aside)
+    remove(aside)
 
 
 def _is_one(path: Path) -> bool:
