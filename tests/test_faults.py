@@ -170,9 +170,9 @@ def test_two_processes_of_which_the_writer_is_killed(tmp_path: Path, kinds: tupl
         return gloo.together(faults.in_rank, PROCESSES, [str(word) for word in words], fault, rank)
 
     place = undisturbed(tmp_path, recipe, together)
-    for kind in kinds:
+    for kind in kinds:  # the other may be done where only the writer is at work: in the export
         place.clear()
-        with pytest.raises(AssertionError, match=rf"exit codes \[-{int(signal.SIGKILL)}, 1\], hung: \[\]"):
+        with pytest.raises(AssertionError, match=rf"exit codes \[-{int(signal.SIGKILL)}, [01]\], hung: \[\]"):
             together(place.words(), place.fault("kill", drawn(place, rng, kind)))
         together(place.words(), None)
         assert not place.differences()
