@@ -232,7 +232,10 @@ def test_the_cases_of_published_size_are_what_their_titles_say(tmp_path: Path) -
     flux, wan = (work_of(CASES["full"][case].load("advantage_map", tmp_path), 1) for case in ("flux", "wan"))
     assert (flux.passes, flux.trained, flux.sampled_at_once, flux.replayed_at_once) == (12 * 8, 12 * 4, 4, 4)
     assert (wan.passes, wan.trained, wan.sampled_at_once, wan.replayed_at_once) == (2 * 4, 2 * 1, 1, 1)
-    recipe = CASES["full"]["wan"].load("sample", tmp_path)
+    for case in ("flux", "wan"):
+        recipe = CASES["full"][case].load("sample", tmp_path)
+        assert recipe.generator.quantization == recipe.training.sharding == "none"
+    assert not recipe.generator.options["guidance_in_one_pass"]
     assert (recipe.generator.height, recipe.generator.width, recipe.generator.frames) == (240, 416, 53)
     assert recipe.policy.rank == 32 and recipe.training.gradient_checkpointing and list(recipe.rewards) == ["redness"]
     assert recipe.structuring.backbone_options["pretrained"] == str(tmp_path / "dinov2-large")

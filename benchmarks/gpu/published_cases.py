@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Case]] = {
         "flux": Case(
             "FLUX.1-dev, LoRA 32 on attention, 512 px, 8 steps, G = 12, 4 of 7 trained, batches of 4, checkpointing",
             "flux1-dev-lora-24gb",
-            ("training.rollout_batch_size=4", "training.replay_batch_size=4"),
+            ("generator.quantization=none", "training.rollout_batch_size=4", "training.replay_batch_size=4"),
             True,
         ),
         "wan": Case(
@@ -59,8 +59,12 @@ CASES: dict[str, dict[str, Case]] = {
             (
                 "policy={kind: lora, rank: 32, targets: attention}",
                 "optimizer.learning_rate=3e-4",
+                "generator.options.guidance_in_one_pass=false",
                 "prompts.group_size=2",
                 "solver.steps=4",
+                "training.sharding=none",
+                "training.rollout_batch_size=1",
+                "training.replay_batch_size=1",
             ),
             True,
         ),
