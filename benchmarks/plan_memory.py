@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -134,9 +135,8 @@ def _alive() -> dict[int, int]:
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors = [tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]  # what they wrap is there too
-    tensors = [
-        tensor for tensor in tensors if tensor.layout == torch.strided
-    ]  # a library's sparse ones have no storage
+    # A library's sparse ones and a plan's, which have only a shape, have no storage.
+    tensors = [t for t in tensors if t.layout == torch.strided and not isinstance(t, FakeTensor)]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

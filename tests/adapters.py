@@ -238,7 +238,7 @@ def full_round_trip(generator: DiffusersGenerator, folder: Path, draw: Draw, *, 
 
 
 def _came_back(theirs: Tensor, trained: Tensor, base: Tensor) -> None:
-    same_pictures(theirs, trained, atol=1e-5)
+    same_pictures(theirs, trained, atol=3e-5)  # diffusers decodes in the other memory format
     changed = (trained - base).abs().max()
     assert changed > 1e-2, f"training changed no more than {changed:.1e}, so the export proves nothing"
 
