@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vipo import randomness, sde
@@ -93,9 +93,17 @@ def _check_finite(flags: Sequence[Tensor]) -> None:
         )
 
 
-def _check_density(levels: Float[Tensor, " levels"], stochastic: range, solver: Solver) -> None:
+def _numbered(groups: range, members: range, group_size: int) -> tuple[list[int], Int[Tensor, " N"]]:
+    """The samples' numbers among those of all processes, and which of the groups here each is of."""
+    samples = [group * group_size + k for group in groups for k in members]
+    return samples, torch.arange(len(groups)).repeat_interleave(len(members))
+
+
+def _check_density(levels: Float[Tensor, " levels"], recorded: Sequence[int], solver: Solver) -> None:
     """Every step that is recorded has a density; told from the host's own grid, before anything is sampled."""
-    here = list(stochastic)
+    if not recorded:
+        return
+    here = list(recorded)
     _, std = sde.step_scale(levels[here], levels[[i + 1 for i in here]], kind=solver.kind, eta=solver.eta)
     sde.check_density(std)
 
@@ -193,45 +201,37 @@ def sample_groups(
         batch_size: samples per network call; None means all at once.
         at_least: make as many network calls as so many samples need; what there is not is computed in vain.
         reduce: over channels, for the recorded log-probabilities.
-        keep_steps: record the steps that will be trained; False for a loss that trains on the samples alone.
-        keep_mean: record the mean of each step too.
+        keep_steps, keep_mean: record the steps that will be trained, which some losses do without; each one's mean too.
         around: what to enter around the network's part of each step, for instance to change its weights there.
 
     Raises:
         UserError: latents stopped being finite.
     """
-    device = _network_device(generator)
-    levels = sigmas_of(solver, generator)
-    sigmas = sent(levels, device)
-    groups, members = range(first_group, first_group + len(prompts)), members or range(group_size)
-    samples = [group * group_size + k for group in groups for k in members]
-    group_of = torch.arange(len(prompts)).repeat_interleave(len(members))
-    stochastic, ode = stochastic_steps(solver, seed, iteration), solver.deterministic()
-    if keep_steps:
-        _check_density(levels, stochastic, solver)
-    shared = shared_steps(solver, stochastic)
+    device, levels = _network_device(generator), sigmas_of(solver, generator)
+    sigmas, members = sent(levels, device), members or range(group_size)
+    groups, ode = range(first_group, first_group + len(prompts)), solver.deterministic()
+    samples, group_of = _numbered(groups, members, group_size)
+    stochastic = stochastic_steps(solver, seed, iteration)
+    _check_density(levels, stochastic if keep_steps else (), solver)
     recorder = Recorder(sigmas, trained_steps(solver, seed, iteration, samples), reduce, keep_mean)
     per_group = generator.encode([prompt.text for prompt in prompts])
-    per_sample = per_group.take(group_of)
+    per_sample, calls = per_group.take(group_of), (batch_size, at_least)
     rows, starts = (per_group, groups) if solver.same_noise else (per_sample, samples)
     noise = partial(_noise, generator.latent_shape(), seed=seed, device=device)
     latents, passes, finite = noise("initial noise", [(iteration, start) for start in starts]), 0, []
     for i in range(solver.steps):
         noisy = i in stochastic
-        if solver.same_noise and i == shared:
+        if solver.same_noise and i == shared_steps(solver, stochastic):
             latents, rows = latents[sent(group_of, device)], per_sample
-        kind = solver if noisy else ode
         with around(i):
-            step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, kind, batch_size, at_least)
+            step = _batched_step(generator, latents, sigmas[i], sigmas[i + 1], rows, solver if noisy else ode, *calls)
         passes += len(latents)
-        nexts = step.mean
-        if noisy:
-            nexts = sde.sample(step, noise("step noise", [(iteration, i, s) for s in samples]))
-            if keep_steps:
-                recorder.record(i, latents, nexts, step)
+        nexts = sde.sample(step, noise("step noise", [(iteration, i, s) for s in samples])) if noisy else step.mean
+        if noisy and keep_steps:
+            recorder.record(i, latents, nexts, step)
         latents = nexts
         finite.append(latents.isfinite().all())
     _check_finite(finite)
-    whose, size = tuple(prompts[group] for group in group_of.tolist()), len(members)
+    whose = tuple(prompts[group] for group in group_of.tolist())
     media, recorded = generator.decode(latents), recorder.all(latents)
-    return Rollout(whose, size, per_sample, latents, media, recorded, passes, sigmas, first_sample=samples[0])
+    return Rollout(whose, len(members), per_sample, latents, media, recorded, passes, sigmas, first_sample=samples[0])
