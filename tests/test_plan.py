@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -31,8 +30,6 @@ from vipo.schema import Recipe
 from vipo.training.losses import LOSSES
 from vipo.types import Batched, Prompt, Rollout, Transitions
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "plan_memory.py"
-
 
 @pytest.fixture
 def recipe_of(model_folder: Path, tmp_path: Path) -> Any:
@@ -47,19 +44,11 @@ def ledger() -> Ledger:
     return Ledger()
 
 
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("plan_memory", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_predicted_memory_is_what_training_takes(recipe_of: Any, kind: str, checkpointing: bool) -> None:
     recipe = recipe_of(policy__kind=kind, training__gradient_checkpointing=checkpointing, prompts__group_size=8)
-    module = benchmark()
+    module = tiny.benchmark("plan_memory")
     assert module.predicted(recipe) == pytest.approx(module.measured(recipe), rel=0.15)
 
 
@@ -71,7 +60,7 @@ COMPARED = {"clip_range": 0.2, "kl_weight": 0.1}
 @pytest.mark.parametrize("objective", [GUARD, MATCHING, COMPARED], ids=["guard", "matching", "compared"])
 def test_predicted_memory_is_what_any_loss_takes(recipe_of: Any, objective: dict[str, Any]) -> None:
     recipe = recipe_of(objective=objective, policy__kind="full", prompts__group_size=8, training__replay_batch_size=8)
-    module = benchmark()
+    module = tiny.benchmark("plan_memory")
     assert module.predicted(recipe) == pytest.approx(module.measured(recipe), rel=0.15)
 
 

@@ -26,13 +26,6 @@ def model(model_folder: Path) -> FluxGenerator:
     return tiny.generator(model_folder)
 
 
-@torch.no_grad()
-def velocity(model: FluxGenerator) -> Tensor:
-    rng = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, *model.latent_shape(), generator=rng)
-    return model.velocity(latents, torch.tensor([0.9, 0.3]), model.encode(["a cat", "a dog"]))
-
-
 def test_lora_targets_that_match_nothing_are_refused(model: FluxGenerator) -> None:
     with pytest.raises(UserError, match=r"'nothing' match none of the \d+ linear layers, e\.g\. \['"):
         tiny.lora(model, targets="nothing")
@@ -51,9 +44,9 @@ def test_lora_sits_on_the_chosen_layers_only(model: FluxGenerator) -> None:
 
 @pytest.mark.parametrize("kind", BUILD)
 def test_an_untrained_policy_is_the_base_model(model: FluxGenerator, kind: str) -> None:
-    before = velocity(model)
+    before = tiny.velocity(model)
     BUILD[kind](model)
-    assert torch.equal(velocity(model), before)
+    assert torch.equal(tiny.velocity(model), before)
 
 
 def test_lora_starts_the_same_for_one_seed_and_leaves_the_global_generator_alone(model_folder: Path) -> None:
@@ -67,22 +60,22 @@ def test_lora_starts_the_same_for_one_seed_and_leaves_the_global_generator_alone
 
 @pytest.mark.parametrize("kind", BUILD)
 def test_the_reference_is_exactly_the_base_model_and_then_the_policy_is_back(model: FluxGenerator, kind: str) -> None:
-    before = velocity(model)
+    before = tiny.velocity(model)
     policy = tiny.nudged(BUILD[kind](model))
-    trained = velocity(model)
+    trained = tiny.velocity(model)
     with policy.reference():
-        assert torch.equal(velocity(model), before)
-    assert torch.equal(velocity(model), trained) and not torch.equal(trained, before)
+        assert torch.equal(tiny.velocity(model), before)
+    assert torch.equal(tiny.velocity(model), trained) and not torch.equal(trained, before)
     assert all(parameter.requires_grad for parameter in policy.parameters.values())
 
 
 @pytest.mark.parametrize("kind", BUILD)
 def test_the_policy_is_back_also_after_an_error_inside_the_reference(model: FluxGenerator, kind: str) -> None:
     policy = tiny.nudged(BUILD[kind](model))
-    trained = velocity(model)
+    trained = tiny.velocity(model)
     with pytest.raises(RuntimeError, match="inside"), policy.reference():
         raise RuntimeError("inside")
-    assert torch.equal(velocity(model), trained)
+    assert torch.equal(tiny.velocity(model), trained)
 
 
 def test_training_a_lora_leaves_the_base_weights_alone(model_folder: Path) -> None:
@@ -121,17 +114,17 @@ def test_the_average_follows_its_formula(model: FluxGenerator) -> None:
 
 def test_without_a_decay_no_average_is_kept(model: FluxGenerator) -> None:
     policy = tiny.nudged(tiny.lora(model))
-    trained = velocity(model)
+    trained = tiny.velocity(model)
     policy.update_average()
     with policy.averaged():
-        assert torch.equal(velocity(model), trained)
+        assert torch.equal(tiny.velocity(model), trained)
 
 
 def test_loaded_weights_give_the_saved_policy(model: FluxGenerator, model_folder: Path) -> None:
     saved = {name: value.clone() for name, value in tiny.nudged(tiny.lora(model)).state().items()}
     other = tiny.generator(model_folder)
     tiny.lora(other, seed=5).load(saved)
-    assert torch.equal(velocity(other), velocity(model))
+    assert torch.equal(tiny.velocity(other), tiny.velocity(model))
 
 
 def test_full_weights_need_no_second_copy_unless_the_reference_is_asked_for(model: FluxGenerator) -> None:
@@ -145,7 +138,7 @@ def test_full_weights_need_no_second_copy_unless_the_reference_is_asked_for(mode
 @pytest.mark.parametrize("spoil", ["shape", "name"])
 def test_weights_of_another_policy_are_refused_and_nothing_is_written(model: FluxGenerator, spoil: str) -> None:
     policy = tiny.nudged(tiny.lora(model))
-    before = velocity(model)
+    before = tiny.velocity(model)
     weights = {name: torch.zeros_like(value) for name, value in policy.state().items()}
     last = list(weights)[-1]
     if spoil == "shape":
@@ -154,7 +147,7 @@ def test_weights_of_another_policy_are_refused_and_nothing_is_written(model: Flu
         weights["another"] = weights.pop(last)
     with pytest.raises(UserError, match="do not fit this policy"):
         policy.load(weights)
-    assert torch.equal(velocity(model), before)
+    assert torch.equal(tiny.velocity(model), before)
 
 
 def pictures(pipeline: FluxPipeline) -> Tensor:

@@ -25,7 +25,6 @@ from vipo.generators.lora_start import read_start
 from vipo.options import Solver
 from vipo.policy import Policy
 from vipo.recipe import parse_recipe
-from vipo.runs.run import Run
 from vipo.runs.target import Target, open_target
 from vipo.schema import JudgeSection
 
@@ -37,13 +36,6 @@ SOME = r"(transformer_blocks\.0\.attn\.to_q|single_transformer_blocks\.0\.proj_m
 @pytest.fixture
 def model(model_folder: Path) -> FluxGenerator:
     return tiny.generator(model_folder)
-
-
-@torch.no_grad()
-def velocity(model: FluxGenerator) -> Tensor:
-    rng = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, *model.latent_shape(), generator=rng)
-    return model.velocity(latents, torch.tensor([0.9, 0.3]), model.encode(["a cat", "a dog"]))
 
 
 def ours(folder: Path, output: Path, **options: Any) -> Path:
@@ -73,17 +65,17 @@ def attached(folder: Path, path: Path) -> Tensor:
     """What diffusers' own way of loading gives."""
     other = tiny.generator(folder)
     attach_lora(other.pipeline, path)
-    return velocity(other)
+    return tiny.velocity(other)
 
 
 @pytest.mark.parametrize("write", [ours, of_peft])
 def test_it_begins_as_the_file_and_every_layer_keeps_rank_and_scale(
     model: FluxGenerator, model_folder: Path, tmp_path: Path, write: Any
 ) -> None:
-    base, path = velocity(model), write(model_folder, tmp_path / "lora")
+    base, path = tiny.velocity(model), write(model_folder, tmp_path / "lora")
     policy = begin(model, path)
-    assert torch.allclose(velocity(model), attached(model_folder, path), atol=1e-5)
-    assert not torch.allclose(velocity(model), base, atol=1e-3)
+    assert torch.allclose(tiny.velocity(model), attached(model_folder, path), atol=1e-5)
+    assert not torch.allclose(tiny.velocity(model), base, atol=1e-3)
     assert all(weight.dtype == torch.float32 for weight in policy.parameters.values())
     scales = {m.scaling["default"] for m in model.network.modules() if hasattr(m, "lora_A") and m.lora_A}
     ranks = {len(weight) for name, weight in policy.parameters.items() if "lora_A" in name}
@@ -114,7 +106,7 @@ def test_alpha_beside_the_layers_is_a_scale(
     layers = {name.rsplit(".lora_", 1)[0] for name in state}
     save_file(state | {f"{name}.alpha": torch.tensor(6.0) for name in layers}, tmp_path / "x.safetensors")
     policy = begin(model, tmp_path / "x.safetensors")
-    assert torch.allclose(velocity(model), attached(model_folder, tmp_path / "x.safetensors"), atol=1e-5)
+    assert torch.allclose(tiny.velocity(model), attached(model_folder, tmp_path / "x.safetensors"), atol=1e-5)
     scales = {m.scaling["default"] for m in model.network.modules() if hasattr(m, "lora_A") and m.lora_A}
     assert scales == {1.5} and policy.is_lora
 
@@ -124,20 +116,20 @@ def test_another_alpha_changes_the_pace_and_not_the_start(
 ) -> None:
     path = of_peft(model_folder, tmp_path)
     policy = begin(model, path, alpha=8.0)
-    assert torch.allclose(velocity(model), attached(model_folder, path), atol=1e-5)
+    assert torch.allclose(tiny.velocity(model), attached(model_folder, path), atol=1e-5)
     scales = {m.scaling["default"] for m in model.network.modules() if hasattr(m, "lora_A") and m.lora_A}
     assert scales == {8.0 / 4, 8.0 / 2} and policy.parameters
 
 
 def test_the_reference_is_the_policy_at_its_start(model: FluxGenerator, model_folder: Path, tmp_path: Path) -> None:
     """Not the network without the LoRA; without a copy it cannot be asked for."""
-    base, path = velocity(model), ours(model_folder, tmp_path)
+    base, path = tiny.velocity(model), ours(model_folder, tmp_path)
     policy = begin(model, path, ema_decay=0.9)
-    start = velocity(model)
-    trained = velocity(model) if tiny.nudged(policy, seed=8) else None
+    start = tiny.velocity(model)
+    trained = tiny.velocity(model) if tiny.nudged(policy, seed=8) else None
     with policy.reference():
-        assert torch.equal(velocity(model), start)
-    assert trained is not None and torch.equal(velocity(model), trained)
+        assert torch.equal(tiny.velocity(model), start)
+    assert trained is not None and torch.equal(tiny.velocity(model), trained)
     assert not torch.allclose(start, base, atol=1e-4) and not torch.allclose(start, trained, atol=1e-4)
     bare = begin(tiny.generator(model_folder), path, keep_reference=False)
     with pytest.raises(ValueError, match="keep_reference=True"), bare.reference():
@@ -150,15 +142,15 @@ def test_the_export_is_one_whole_lora_for_diffusers_and_for_us(
 ) -> None:
     """Beginning and training in the same matrices, also where ranks differ."""
     policy = tiny.nudged(begin(model, write(model_folder, tmp_path / "first")), seed=8)
-    trained = velocity(model)
+    trained = tiny.velocity(model)
     policy.export(model, tmp_path / "second")
     plain = FluxPipeline.from_pretrained(model_folder)
     plain.load_lora_weights(tmp_path / "second")
     other = FluxGenerator(plain, height=tiny.HEIGHT, width=tiny.WIDTH)
-    assert torch.allclose(velocity(other), trained, atol=1e-5)
+    assert torch.allclose(tiny.velocity(other), trained, atol=1e-5)
     again = tiny.generator(model_folder)
     begin(again, tmp_path / "second")
-    assert torch.allclose(velocity(again), trained, atol=1e-5)
+    assert torch.allclose(tiny.velocity(again), trained, atol=1e-5)
 
 
 def test_a_layer_whose_name_others_end_with_is_trained_alone(
@@ -262,11 +254,6 @@ def test_it_can_be_planned(model_folder: Path, tmp_path: Path) -> None:
 # --- a whole run --------------------------------------------------------------------------------------------------
 
 
-def run_all(raw: dict[str, Any], output: Path, **options: Any) -> None:
-    for _ in Run(parse_recipe(raw), output, **options):
-        pass
-
-
 def values(folder: Path) -> list[list[float]]:
     return [next(iter(record["values"].values())) for record in tiny.lines(folder / "evaluations.jsonl")]
 
@@ -285,7 +272,7 @@ def test_a_run_begins_with_it_measures_from_it_and_needs_it_no_more(
     tmp_path: Path, raw: dict[str, Any], model_folder: Path
 ) -> None:
     """Gains are over the LoRA that it began with; once begun, the run has its own copy of it."""
-    run_all(raw, tmp_path / "straight")
+    tiny.run_all(raw, tmp_path / "straight")
     first = tmp_path / "first"
     plain = open_target(str(model_folder), height=tiny.HEIGHT, width=tiny.WIDTH, lora=first)
     with_lora, without = (
@@ -304,9 +291,9 @@ def test_a_run_begins_with_it_measures_from_it_and_needs_it_no_more(
     assert untrained == pytest.approx(scored(with_lora, BASE), abs=1e-5)
     assert untrained != pytest.approx(scored(without, BASE), abs=1e-4) and trained != untrained
 
-    run_all(raw, tmp_path / "again")
+    tiny.run_all(raw, tmp_path / "again")
     shutil.rmtree(first)
-    run_all(raw, tmp_path / "again", resume=True, checkpoint="step-000001")
+    tiny.run_all(raw, tmp_path / "again", resume=True, checkpoint="step-000001")
     for file in ("metrics.jsonl", "checkpoints/step-000002/policy.safetensors", f"export/{FILE}"):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
     evaluated = open_target(str(tmp_path / "again"))
@@ -315,9 +302,9 @@ def test_a_run_begins_with_it_measures_from_it_and_needs_it_no_more(
 
 
 def test_a_run_goes_on_from_another_run(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(raw, tmp_path / "first-run")
+    tiny.run_all(raw, tmp_path / "first-run")
     raw["policy"] = {"init": str(tmp_path / "first-run"), "alpha": 8.0}
-    run_all(raw, tmp_path / "second-run")
+    tiny.run_all(raw, tmp_path / "second-run")
     assert values(tmp_path / "second-run")[0] == pytest.approx(values(tmp_path / "first-run")[-1], abs=1e-5)
     assert [file.name for file in (tmp_path / "second-run" / "init").iterdir()] == [FILE]
 
@@ -325,5 +312,5 @@ def test_a_run_goes_on_from_another_run(tmp_path: Path, raw: dict[str, Any]) -> 
 def test_what_is_refused_leaves_no_folder(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["policy"] = {"init": str(tmp_path / "first"), "rank": 7}
     with pytest.raises(UserError, match=r"policy\.rank=7, but .* has rank 4"):
-        run_all(raw, tmp_path / "run")
+        tiny.run_all(raw, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.yaml").exists() and not (tmp_path / "run" / "init").exists()

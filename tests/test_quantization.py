@@ -38,7 +38,6 @@ from vipo.training.saved import verified
 from vipo.training.trainer import Trainer
 from vipo.types import Prompt
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "plan_memory.py"
 KINDS = ["nf4", "int8", "float8", "float8_storage"]
 
 
@@ -269,21 +268,16 @@ def test_a_run_does_not_change_its_optimizer(model_folder: Path, tmp_path: Path)
 def medium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The benchmark's FLUX: wide enough that weights are more than tables and scales."""
     folder = tmp_path_factory.mktemp("medium")
-    yield folder, benchmark().flux(folder)
-
-
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("plan_memory", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    yield folder, tiny.benchmark("plan_memory").flux(folder)
 
 
 def medium_recipe(medium: tuple[Path, dict[str, Any]], **generator: Any) -> Recipe:
     folder, section = medium
     training = {"gradient_checkpointing": True, "precision": "bf16"}
-    return benchmark().recipe_of(folder, {**section, **generator}, policy={"rank": 16}, training=training)
+    recipe: Recipe = tiny.benchmark("plan_memory").recipe_of(
+        folder, {**section, **generator}, policy={"rank": 16}, training=training
+    )
+    return recipe
 
 
 def test_a_plan_knows_the_bytes_of_quantised_weights(medium: tuple[Path, dict[str, Any]], kind: str) -> None:
@@ -301,7 +295,7 @@ def test_a_plan_knows_the_bytes_of_quantised_weights(medium: tuple[Path, dict[st
 
 @pytest.mark.slow
 def test_predicted_memory_is_what_training_quantised_takes(medium: tuple[Path, dict[str, Any]], kind: str) -> None:
-    recipe, module = medium_recipe(medium, quantization=kind, dtype="bfloat16"), benchmark()
+    recipe, module = medium_recipe(medium, quantization=kind, dtype="bfloat16"), tiny.benchmark("plan_memory")
     assert module.predicted(recipe) == pytest.approx(module.measured(recipe), rel=0.15)
 
 

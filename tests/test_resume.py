@@ -32,13 +32,6 @@ def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
     return tiny.recipe(model_folder, tmp_path / "prompts.txt", training=training, evaluation__every=None)
 
 
-def run_all(raw: dict[str, Any], output: Path, **options: Any) -> Run:
-    run = Run(parse_recipe(raw), output, **options)
-    for _ in run:
-        pass
-    return run
-
-
 def changed(raw: dict[str, Any], **by_key: Any) -> dict[str, Any]:
     """A recipe with other values; ``__`` for the dot."""
     other = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
@@ -119,7 +112,7 @@ def test_the_longest_entry_counts() -> None:
 
 def test_a_changed_optimiser_is_applied_and_told_once(tmp_path: Path, raw: dict[str, Any]) -> None:
     short = changed(raw, training=raw["training"] | {"iterations": 2})
-    run_all(short, tmp_path / "run")
+    tiny.run_all(short, tmp_path / "run")
     optimizer = {"learning_rate": 1e-20, "weight_decay": 0.5, "betas": [0.5, 0.6], "max_grad_norm": 0.25}
     training = raw["training"] | {"rollout_batch_size": 2, "maps_every": 3}
     other = changed(raw, optimizer=optimizer, training=training)
@@ -138,12 +131,12 @@ def test_a_changed_optimiser_is_applied_and_told_once(tmp_path: Path, raw: dict[
     ]
     assert events(tmp_path / "run") == {2: told} and list(steps[0].events) == told and steps[1].events == ()
     assert told[0].replace(">", "&gt;") in write_report(tmp_path / "run").read_text()
-    assert run_all(other, tmp_path / "run", resume=True).start.events == ()
+    assert tiny.run_all(other, tmp_path / "run", resume=True).start.events == ()
 
 
 def test_a_change_is_told_again_when_its_iterations_are_lost_and_only_then(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["training"] |= {"checkpoint_every": 2}
-    run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "run")
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "run")
     slower = changed(raw, optimizer={"learning_rate": 1e-3})
     lost = iter(Run(parse_recipe(slower), tmp_path / "run", resume=True))
     assert next(lost).iteration == 2  # its line is on disk, its checkpoint is not
@@ -154,12 +147,12 @@ def test_a_change_is_told_again_when_its_iterations_are_lost_and_only_then(tmp_p
     list(run)
     assert [len(said) for said in events(tmp_path / "run").values()] == [1]
     shutil.copytree(tmp_path / "run", tmp_path / "kept")
-    run_all(raw, tmp_path / "run", resume=True, checkpoint="step-000002")
+    tiny.run_all(raw, tmp_path / "run", resume=True, checkpoint="step-000002")
     assert not events(tmp_path / "run")  # back to what it began with
 
 
 def test_what_is_trained_changes_only_on_request(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
     before = contents(tmp_path / "run")
     other = parse_recipe(changed(raw, credit="uniform", objective={"clip_range": 0.1}, solver={"steps": 3, "eta": 0.5}))
     with pytest.raises(UserError, match=r"credit sample -> uniform, .*0\.7 -> 0\.5.*0\.2 -> 0\.1") as raised:
@@ -175,7 +168,7 @@ def test_what_is_trained_changes_only_on_request(tmp_path: Path, raw: dict[str, 
 
 
 def test_what_never_changes_is_refused_even_on_request(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
     other = parse_recipe(changed(raw, seed=1, policy={"rank": 3}, optimizer={"learning_rate": 1.0}))
     with pytest.raises(UserError, match=r"seed 0 -> 1, policy\.rank 2 -> 3, which can never change"):
         Run(other, tmp_path / "run", resume=True)
@@ -193,7 +186,7 @@ def test_what_never_changes_is_refused_even_on_request(tmp_path: Path, raw: dict
 
 def test_evaluations_made_another_way_are_not_compared(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["evaluation"] |= {"every": 1}
-    run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "run")
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "run")
     other = changed(raw, evaluation=raw["evaluation"] | {"limit": 1, "every": 3}, judges=["brightness"])
     run = Run(parse_recipe(other), tmp_path / "run", resume=True)
     assert [event.iteration for event in run if isinstance(event, Evaluated)] == [2, 3, 4]
@@ -206,13 +199,13 @@ def test_evaluations_made_another_way_are_not_compared(tmp_path: Path, raw: dict
     page = write_report(tmp_path / "run").read_text()
     assert "Iteration 2 against iteration 4" in page and "left after iteration 2, right" in page
     again = changed(other, training=raw["training"] | {"iterations": 5})
-    run_all(again, tmp_path / "run", resume=True)  # which changes nothing more
+    tiny.run_all(again, tmp_path / "run", resume=True)  # which changes nothing more
     assert tiny.lines(tmp_path / "run" / "evaluations.jsonl")[-1]["comparable_since"] == 2
 
 
 def test_one_more_judge_leaves_the_other_scores_comparable(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
-    run_all(changed(raw, judges=["brightness"]), tmp_path / "run", resume=True)
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
+    tiny.run_all(changed(raw, judges=["brightness"]), tmp_path / "run", resume=True)
     lines = tiny.lines(tmp_path / "run" / "evaluations.jsonl")
     assert [(line["iteration"], sorted(line["values"])) for line in lines] == [
         (0, ["redness"]), (1, ["redness"]), (4, ["brightness", "redness"])
@@ -227,9 +220,9 @@ def test_from_an_earlier_checkpoint_ends_like_a_run_that_never_went_further(
     tmp_path: Path, raw: dict[str, Any]
 ) -> None:
     raw["evaluation"] |= {"every": 1}
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     write_report(tmp_path / "run")
-    run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "calm")
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "calm")
     run = Run(parse_recipe(raw), tmp_path / "run", resume=True, checkpoint="step-000002")
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"]
     assert run.notes[-1] == (
@@ -241,7 +234,7 @@ def test_from_an_earlier_checkpoint_ends_like_a_run_that_never_went_further(
     logs = [name for name in calm if name.endswith("s.jsonl") or name.startswith("samples")]
     assert logs and all(ours[name] == calm[name] for name in logs)
     list(run)
-    run_all(raw, tmp_path / "whole")
+    tiny.run_all(raw, tmp_path / "whole")
     ours, whole = contents(tmp_path / "run"), contents(tmp_path / "whole")
     assert ours == whole
 
@@ -249,7 +242,7 @@ def test_from_an_earlier_checkpoint_ends_like_a_run_that_never_went_further(
 def test_the_chosen_checkpoint_stays_until_a_newer_one_is_whole(
     tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     single = changed(raw, training=raw["training"] | {"keep_checkpoints": 1})
     run = Run(parse_recipe(single), tmp_path / "run", resume=True, checkpoint="step-000001")
     assert checkpoints(tmp_path / "run") == ["step-000001"]
@@ -263,25 +256,25 @@ def test_the_chosen_checkpoint_stays_until_a_newer_one_is_whole(
         list(run)
     assert checkpoints(tmp_path / "run") == ["step-000001"]
     monkeypatch.setattr(stored, "save_file", write)
-    run_all(single, tmp_path / "run", resume=True)
+    tiny.run_all(single, tmp_path / "run", resume=True)
     assert checkpoints(tmp_path / "run") == ["step-000004"]
 
 
 def test_a_checkpoint_that_was_kept_elsewhere_is_taken_by_its_path(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     (tmp_path / "a b").mkdir()
     kept = (tmp_path / "run" / "checkpoints" / "step-000002").rename(tmp_path / "a b" / "kept")
     run = Run(parse_recipe(raw), tmp_path / "run", resume=True, checkpoint=str(kept))
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"] and run.iteration == 2 and kept.is_dir()
     list(run)
-    run_all(raw, tmp_path / "whole")
+    tiny.run_all(raw, tmp_path / "whole")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 def test_a_checkpoint_that_is_not_there_or_not_of_this_run_is_refused(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     short = changed(raw, training=raw["training"] | {"iterations": 1, "checkpoint_every": 5})
-    run_all(short, tmp_path / "short")
+    tiny.run_all(short, tmp_path / "short")
     before = contents(tmp_path / "run"), contents(tmp_path / "short")
     recipe = parse_recipe(raw)
     with pytest.raises(UserError, match=r"no checkpoint 'step-000009'; .* there are step-000001, .*step-000004"):
@@ -320,7 +313,7 @@ def test_a_run_without_a_checkpoint_yet_begins_again_and_says_so(tmp_path: Path,
     run = Run(parse_recipe(raw), tmp_path / "run", resume=True)
     assert run.notes[-1].endswith("has no checkpoint yet: it begins again at iteration 0.")
     list(run)
-    run_all(raw, tmp_path / "whole")
+    tiny.run_all(raw, tmp_path / "whole")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
@@ -338,9 +331,9 @@ def test_an_abandoned_run_neither_locks_out_nor_writes_on(tmp_path: Path, raw: d
 
 
 def test_changing_the_number_of_processes_is_told(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
+    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 1}), tmp_path / "run")
     state = tmp_path / "run" / "checkpoints" / "step-000001" / "state.json"
     state.write_text(described(replace(read_head(state.parent), processes=2)))
-    run_all(raw, tmp_path / "run", resume=True)
+    tiny.run_all(raw, tmp_path / "run", resume=True)
     assert events(tmp_path / "run") == {1: ["resumed at iteration 1 with processes 2 -> 1"]}
     assert load_file(state.parent / "policy.safetensors")

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 from vipo.rewards import wire
+from vipo.rewards.connections import CONNECTIONS
 from vipo.rewards.remote import Remote
-from vipo.rewards.server import CONNECTIONS
 from vipo.types import Prompt
 
 TOKEN = "s3cret-of-the-floods"

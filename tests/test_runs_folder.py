@@ -29,13 +29,6 @@ def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
     return raw
 
 
-def run_all(raw: dict[str, Any], output: Path, **options: Any) -> Run:
-    run = Run(parse_recipe(raw), output, **options)
-    for _ in run:
-        pass
-    return run
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -61,12 +54,12 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, raw: dict[str, An
 
 def test_an_empty_folder_is_taken(tmp_path: Path, raw: dict[str, Any]) -> None:
     (tmp_path / "run").mkdir()
-    assert run_all(raw, tmp_path / "run").finished
+    assert tiny.run_all(raw, tmp_path / "run").finished
 
 
 def test_a_run_whose_log_was_emptied_is_still_one(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     (folder / "metrics.jsonl").write_text("")
     before = contents(folder)
     with pytest.raises(UserError, match=r"already holds a run; add --resume"):
@@ -78,43 +71,43 @@ def test_a_run_whose_log_was_emptied_is_still_one(tmp_path: Path, raw: dict[str,
 
 def test_lost_lines_of_the_log_are_told(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole.removesuffix("\n"))  # the last line is not complete any more
     raw["training"]["iterations"] = 3
-    run_all(raw, folder, resume=True)
+    tiny.run_all(raw, folder, resume=True)
     (event,) = tiny.lines(folder / "metrics.jsonl")[-1]["events"]
     assert event == "resumed at iteration 2 with a log of only 1 iterations: lines of metrics.jsonl were lost"
 
 
 def test_another_digit_in_the_log_is_told(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     log = folder / "metrics.jsonl"
     log.write_text(log.read_text().replace("0.", "1.", 1))
     raw["training"]["iterations"] = 3
-    run_all(raw, folder, resume=True)
+    tiny.run_all(raw, folder, resume=True)
     (event,) = tiny.lines(log)[-1]["events"]
     assert event.startswith("resumed at iteration 2 with another metrics.jsonl than was saved with it")
 
 
 def test_wall_times_that_were_damaged_stop_no_run_and_stay(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     timing = folder / "timing.jsonl"
     timing.write_bytes(timing.read_bytes().replace(b"{", b"\xff", 1))
     raw["training"]["iterations"] = 3
-    run_all(raw, folder, resume=True)
+    tiny.run_all(raw, folder, resume=True)
     assert len(timing.read_text(errors="replace").splitlines()) == 3
 
 
 def test_a_checkpoint_without_its_index_is_passed_over_and_said(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     (folder / "checkpoints" / "step-000002" / "state.json").unlink()
     with pytest.raises(UserError, match=r"step-000002' cannot be read: .*state\.json"):
         open_run(folder)
-    run = run_all(raw, folder, resume=True)
+    run = tiny.run_all(raw, folder, resume=True)
     assert "A newer one is passed over: checkpoint" in run.notes[-1]
     (event,) = tiny.lines(folder / "metrics.jsonl")[-1]["events"]
     assert "passed over: " in event and "step-000002' cannot be read" in event
@@ -124,7 +117,7 @@ def test_a_recipe_that_is_not_the_checkpoints_is_said(
     tmp_path: Path, raw: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     open_run(folder)
     assert not caplog.records
     recipe = folder / "recipe.yaml"
@@ -136,12 +129,12 @@ def test_a_recipe_that_is_not_the_checkpoints_is_said(
 def test_what_a_kill_left_is_cleared_away(tmp_path: Path, raw: dict[str, Any]) -> None:
     """Half a picture, a removal half done, and one checkpoint more than are kept."""
     folder, raw["training"]["keep_checkpoints"] = tmp_path / "run", 1
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     whole = contents(folder)
     (folder / "samples" / ".step-000009.png.partial").write_bytes(b"half")
     (folder / "checkpoints" / ".step-000001.partial").mkdir()
     shutil.copytree(folder / "checkpoints" / "step-000002", folder / "checkpoints" / "step-000001")
-    run_all(raw, folder, resume=True)
+    tiny.run_all(raw, folder, resume=True)
     there = {name for name in contents(folder) if not name.startswith("tensorboard")}
     assert there == {name for name in whole if not name.startswith("tensorboard")}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
@@ -149,7 +142,7 @@ def test_what_a_kill_left_is_cleared_away(tmp_path: Path, raw: dict[str, Any]) -
 
 def test_a_lost_recipe_is_no_reason_to_begin_again(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     (folder / "recipe.yaml").unlink()
     with pytest.raises(UserError, match=r"it has checkpoints but its recipe\.yaml is gone"):
         Run(parse_recipe(raw), folder, resume=True)
@@ -157,6 +150,9 @@ def test_a_lost_recipe_is_no_reason_to_begin_again(tmp_path: Path, raw: dict[str
         Run(parse_recipe(raw), folder)
 
 
+BOMB = b"a: &a0 [x]\n" + b"".join(
+    b"b%d: &a%d [%s]\n" % (k, k, b", ".join([b"*a%d" % (k - 1)] * 10)) for k in range(1, 10)
+)
 DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "a line of the log": ("metrics.jsonl", lambda whole: whole.replace(b"{", b"[", 1)),
     "bytes of the log": ("metrics.jsonl", lambda whole: b"\xff" + whole),
@@ -164,6 +160,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "a digit of an evaluation": ("evaluations.jsonl", lambda whole: whole.replace(b"[0.", b"[1.", 1)),
     "the recipe": ("recipe.yaml", lambda _: b"name: [\n"),
     "bytes of the recipe": ("recipe.yaml", lambda _: b"\xff\xfe\x00"),
+    "aliases that stand for a billion words": ("recipe.yaml", lambda _: BOMB),
     "an emptied recipe": ("recipe.yaml", lambda _: b""),
 }
 
@@ -172,7 +169,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 def test_damage_is_one_sentence_and_leaves_everything(tmp_path: Path, raw: dict[str, Any], what: str) -> None:
     folder, (name, spoil) = tmp_path / "run", DAMAGE[what]
     raw["training"]["iterations"] = 1
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     (folder / name).write_bytes(spoil((folder / name).read_bytes()))
     before = contents(folder)
     with pytest.raises(UserError, match=f"{name}' (is damaged|cannot be read|holds no recipe)") as raised:
@@ -182,13 +179,13 @@ def test_damage_is_one_sentence_and_leaves_everything(tmp_path: Path, raw: dict[
 
 def test_copies_of_checkpoints_are_neither_taken_nor_removed(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     copies = ["step-best", "step-000003-old", "step-000002.bak", "step-3", "step-0000003"]
     for name in copies:
         shutil.copytree(folder / "checkpoints" / "step-000002", folder / "checkpoints" / name)
     (folder / "samples" / "step-best.png").write_bytes(b"mine")
     raw["training"] |= {"iterations": 3, "keep_checkpoints": 1}
-    assert run_all(raw, folder, resume=True).iteration == 3
+    assert tiny.run_all(raw, folder, resume=True).iteration == 3
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {*copies, "step-000003"}
     assert (folder / "samples" / "step-best.png").read_bytes() == b"mine"
 
@@ -212,7 +209,7 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path: P
 
 def test_an_input_that_changed_is_named_and_refused_unless_allowed(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder, prompts, reward = tmp_path / "run", tmp_path / "prompts.txt", tmp_path / "red.py"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     prompts.write_text(prompts.read_text() + "one more\n")
     reward.write_text(reward.read_text().replace("[:, 0]", "[:, 1]"))
     raw["training"]["iterations"] = 3
@@ -221,7 +218,7 @@ def test_an_input_that_changed_is_named_and_refused_unless_allowed(tmp_path: Pat
     )
     with pytest.raises(UserError, match=asked):
         Run(parse_recipe(raw), folder, resume=True)
-    run_all(raw, folder, resume=True, allow_changes=["inputs.prompts.file", "inputs.rewards"])
+    tiny.run_all(raw, folder, resume=True, allow_changes=["inputs.prompts.file", "inputs.rewards"])
     events = tiny.lines(folder / "metrics.jsonl")[-1]["events"]
     changed = {event.split(" ")[5].split("/")[0] for event in events}
     assert changed == {"inputs.prompts.file", "inputs.evaluation.prompts", "inputs.rewards."}
@@ -232,10 +229,10 @@ def test_an_input_that_changed_is_named_and_refused_unless_allowed(tmp_path: Pat
 def test_another_version_of_a_package_is_told(
     tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     monkeypatch.setattr("torch.__version__", "9.9.9")
     raw["training"]["iterations"] = 3
-    run_all(raw, tmp_path / "run", resume=True)
+    tiny.run_all(raw, tmp_path / "run", resume=True)
     (event,) = tiny.lines(tmp_path / "run" / "metrics.jsonl")[-1]["events"]
     assert event.startswith("resumed at iteration 2 with inputs.packages.torch ") and event.endswith(" -> 9.9.9")
 
@@ -263,11 +260,11 @@ def flip(file: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["training"]["iterations"] = 3
     folder, newest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-000003"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     whole = contents(folder)
     flip(newest / "optimizer.safetensors")
     (newest.with_name("step-000002") / "policy.safetensors").unlink()
-    run = run_all(raw, folder, resume=True)
+    run = tiny.run_all(raw, folder, resume=True)
     assert "Going on after iteration 1. " in run.notes[-1] and "A newer one is passed over: checkpoint" in run.notes[-1]
     first, second = tiny.lines(folder / "metrics.jsonl")[1]["events"]
     assert "passed over: " in first and "'optimizer.safetensors' is damaged: its SHA-256" in first
@@ -280,7 +277,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(tmp_path: P
 
 def test_without_a_good_checkpoint_nothing_begins_again(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    run_all(raw, folder)
+    tiny.run_all(raw, folder)
     for saved in list_checkpoints(folder / "checkpoints"):
         flip(saved / "policy.safetensors")
     before = contents(folder)
@@ -313,8 +310,8 @@ def test_a_full_disk_is_one_sentence_and_what_is_there_goes_on(
     assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
     assert f"run/{what}' cannot be written: " in full.stderr and "File too large" in full.stderr, full.stderr
     going_on = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-    run_all(raw, folder, resume=bool(going_on))
-    run_all(raw, tmp_path / "calm")
+    tiny.run_all(raw, folder, resume=bool(going_on))
+    tiny.run_all(raw, tmp_path / "calm")
     kept = [name for name in contents(tmp_path / "calm") if name.endswith(("s.jsonl", ".safetensors", "yaml"))]
     ours, calm = contents(folder), contents(tmp_path / "calm")
     assert kept and all(ours[name] == calm[name] for name in kept)

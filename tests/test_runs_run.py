@@ -63,13 +63,6 @@ def raw(tmp_path: Path, model_folder: Path) -> dict[str, Any]:
     return tiny.recipe(model_folder, tmp_path / "prompts.txt", rewards=rewards, policy__ema_decay=0.9)
 
 
-def run_all(raw: dict[str, Any], output: Path, **options: Any) -> Run:
-    run = Run(parse_recipe(raw), output, **options)
-    for _ in run:
-        pass
-    return run
-
-
 def outcome(folder: Path) -> dict[str, bytes]:
     """What must not depend on whether the run was interrupted."""
     kept = ["metrics.jsonl", "evaluations.jsonl", "recipe.yaml", "export/pytorch_lora_weights.safetensors"]
@@ -123,7 +116,7 @@ def test_a_killed_and_resumed_run_ends_byte_for_byte_like_an_undisturbed_one(
     second = tiny.command_line(*arguments, "--resume")
     _, errors = second.communicate(timeout=100)
     assert second.returncode == 0, errors
-    run_all(raw, calm)
+    tiny.run_all(raw, calm)
     assert outcome(killed) == outcome(calm)
     assert not leftovers(killed)
 
@@ -156,15 +149,15 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
         if isinstance(event, TrainStep) and event.iteration == when:
             os.kill(os.getpid(), signal.SIGTERM)
     assert not stopped.finished or when == 3
-    run_all(raw, tmp_path / "stopped", resume=True)
-    run_all(raw, tmp_path / "calm")
+    tiny.run_all(raw, tmp_path / "stopped", resume=True)
+    tiny.run_all(raw, tmp_path / "calm")
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "calm")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_an_existing_run_is_not_written_over(tmp_path: Path, raw: dict[str, Any]) -> None:
     output = tmp_path / "run"
-    run_all(raw | {"training": raw["training"] | {"iterations": 1}}, output)
+    tiny.run_all(raw | {"training": raw["training"] | {"iterations": 1}}, output)
     before = (output / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="already holds a run; add --resume"):
         Run(parse_recipe(raw), output)
@@ -173,8 +166,8 @@ def test_an_existing_run_is_not_written_over(tmp_path: Path, raw: dict[str, Any]
 
 def test_a_run_encodes_each_prompt_once_and_keeps_it_for_the_next(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["generator"]["text_cache"] = str(tmp_path / "text")
-    first = run_all(raw, tmp_path / "first").session.generator.text
-    second = run_all(raw, tmp_path / "second").session.generator.text
+    first = tiny.run_all(raw, tmp_path / "first").session.generator.text
+    second = tiny.run_all(raw, tmp_path / "second").session.generator.text
     assert isinstance(first, TextCache) and isinstance(second, TextCache)
     assert 0 < first.counts.encoded <= len(tiny.PROMPTS) and second.counts.encoded == 0 < second.counts.loaded
 
@@ -190,32 +183,32 @@ def test_resuming_with_another_recipe_is_refused_and_more_iterations_are_not(
     tmp_path: Path, raw: dict[str, Any]
 ) -> None:
     raw["training"]["iterations"] = 2
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     with pytest.raises(UserError, match=r"cannot resume .*: seed 0 -> 1, which can never change"):
         Run(parse_recipe(raw | {"seed": 1, "optimizer": {"learning_rate": 1.0}}), tmp_path / "run", resume=True)
     longer = raw | {"training": raw["training"] | {"iterations": 4}}
-    assert run_all(longer, tmp_path / "run", resume=True).iteration == 4
-    run_all(longer, tmp_path / "calm")
+    assert tiny.run_all(longer, tmp_path / "run", resume=True).iteration == 4
+    tiny.run_all(longer, tmp_path / "calm")
     ours, calm = outcome(tmp_path / "run"), outcome(tmp_path / "calm")
     assert {name for name in calm if ours[name] != calm[name]} <= {"recipe.yaml"}
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["training"]["iterations"] = 1
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     before = outcome(tmp_path / "run")
-    run_all(raw, tmp_path / "run", resume=True)
+    tiny.run_all(raw, tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == before
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     whole = outcome(tmp_path / "run")
     for name in ("metrics.jsonl", "evaluations.jsonl", "timing.jsonl"):
         with (tmp_path / "run" / name).open("a") as file:
             file.write('{"iteration": 4, "rew')
     assert RunDirectory(tmp_path / "run").past().evaluated == {0, 2, 4}
-    run_all(raw, tmp_path / "run", resume=True)
+    tiny.run_all(raw, tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == whole
 
 
@@ -226,7 +219,7 @@ def test_a_score_that_is_missing_is_null_in_the_log(tmp_path: Path, raw: dict[st
     )
     raw |= {"rewards": {f"{tmp_path / 'holes.py'}:reward": 1.0}}
     raw["training"] |= {"iterations": 1}
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     line = tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "left out" in line["events"][0]
@@ -241,12 +234,12 @@ def test_too_many_missing_scores_stop_the_run(tmp_path: Path, raw: dict[str, Any
     )
     raw |= {"rewards": {f"{tmp_path / 'holes.py'}:reward": 1.0}}
     with pytest.raises(UserError, match=r"left 83% of the samples unscored.*max_failed_share=0\.5"):
-        run_all(raw, tmp_path / "run")
+        tiny.run_all(raw, tmp_path / "run")
 
 
 def test_a_loaded_run_has_the_averaged_weights_and_exports_them(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw["training"]["iterations"] = 2
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     _, model = open_run(tmp_path / "run")
     average = load_file(list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "ema.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in model.policy.state().items())
@@ -298,7 +291,7 @@ def test_a_failed_export_leaves_nothing_half_written(
 
     monkeypatch.setattr(FluxPipeline, "save_lora_weights", full)
     with pytest.raises(OSError, match="No space left"):
-        run_all(raw, tmp_path / "run")
+        tiny.run_all(raw, tmp_path / "run")
     assert not (tmp_path / "run" / "export").exists() and not leftovers(tmp_path / "run")
 
 
@@ -314,7 +307,7 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
     assert json.loads((both / "environment.json").read_text())["processes"] == 2
     again = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
     assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stdout
-    run_all(raw, alone)
+    tiny.run_all(raw, alone)
     for key, tolerance in (("reward", 1e-3), ("ratio_deviation", 1e-6)):
         ours, theirs = ([line[key] for line in tiny.lines(folder / "metrics.jsonl")] for folder in (both, alone))
         assert ours == pytest.approx(theirs, abs=tolerance)
@@ -329,7 +322,7 @@ def evaluated(session: Session, model: Model) -> dict[str, list[float]]:
 
 
 def test_the_logged_evaluation_is_of_the_averaged_weights(tmp_path: Path, raw: dict[str, Any]) -> None:
-    run = run_all(raw, tmp_path / "run")  # keeps a moving average
+    run = tiny.run_all(raw, tmp_path / "run")  # keeps a moving average
     logged = tiny.lines(tmp_path / "run" / "evaluations.jsonl")[-1]["values"]
     assert logged == evaluated(run.session, open_run(tmp_path / "run")[1])  # whose weights are the average's
     assert logged != evaluated(run.session, run.session.model)
@@ -403,7 +396,7 @@ def test_a_resumed_video_run_ends_like_an_undisturbed_one_and_rewinds_its_files(
     tmp_path: Path, video: dict[str, Any]
 ) -> None:
     video["training"]["iterations"] = 1
-    run_all(video, tmp_path / "run")
+    tiny.run_all(video, tmp_path / "run")
     for stale in ("samples/step-000002.gif", "samples/step-000002.png", "maps/step-000001.png"):
         (tmp_path / "run" / stale).write_bytes(b"of a part that was lost")
     (tmp_path / "run" / "samples" / "step-000002").mkdir()
@@ -416,7 +409,7 @@ def test_a_resumed_video_run_ends_like_an_undisturbed_one_and_rewinds_its_files(
     assert [path.name for path in (tmp_path / "run" / "maps").iterdir()] == ["step-000000.png"]
     for _ in run:
         pass
-    run_all(longer, tmp_path / "calm")
+    tiny.run_all(longer, tmp_path / "calm")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "calm")
     for name in ("samples/step-000002.png", "samples/step-000002.gif", "maps/step-000001.png"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
@@ -425,7 +418,7 @@ def test_a_resumed_video_run_ends_like_an_undisturbed_one_and_rewinds_its_files(
 def test_a_picture_run_has_no_clips_and_no_flicker(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw |= {"credit": "advantage_map"}
     raw["training"] |= {"iterations": 1}
-    run_all(raw, tmp_path / "run")
+    tiny.run_all(raw, tmp_path / "run")
     assert {path.suffix for path in (tmp_path / "run" / "samples").iterdir()} == {".png", ".json"}
     assert "map/flicker" not in tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert "frames" not in load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]
@@ -466,8 +459,8 @@ def test_a_run_resumed_before_its_first_checkpoint_tells_of_cut_prompts_again(
     stopped = Run(parse_recipe(raw), tmp_path / "stopped")
     next(event for event in stopped if isinstance(event, TrainStep))
     assert not list_checkpoints(tmp_path / "stopped" / "checkpoints")
-    run_all(raw, tmp_path / "stopped", resume=True)
-    run_all(raw, tmp_path / "calm")
+    tiny.run_all(raw, tmp_path / "stopped", resume=True)
+    tiny.run_all(raw, tmp_path / "calm")
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "calm")
     assert len(tiny.lines(tmp_path / "calm" / "metrics.jsonl")[0]["events"]) == 1
 
@@ -504,7 +497,7 @@ def test_a_reward_gets_the_rate_of_the_clips_and_a_difference_is_told(
     tmp_path: Path, rated: dict[str, Any], options: dict[str, float], rate: float
 ) -> None:
     rated["rewards"]["pace"]["options"] = options
-    run_all(rated, tmp_path / "run")
+    tiny.run_all(rated, tmp_path / "run")
     (line,) = tiny.lines(tmp_path / "run" / "metrics.jsonl")
     assert rate < line["reward"] < rate + 1
     told = "reward 'pace' has media_fps=16, but the clips have 4 frames per second; left out, it is theirs"
@@ -514,7 +507,7 @@ def test_a_reward_gets_the_rate_of_the_clips_and_a_difference_is_told(
 def test_the_rate_of_the_clips_may_not_change_where_a_score_depends_on_it(
     tmp_path: Path, rated: dict[str, Any]
 ) -> None:
-    run_all(rated, tmp_path / "run")
+    tiny.run_all(rated, tmp_path / "run")
     rated["generator"] |= {"fps": 8}
     with pytest.raises(UserError, match=r"generator\.fps 4.0 -> 8.0"):
         Run(parse_recipe(rated), tmp_path / "run", resume=True)
@@ -524,7 +517,7 @@ def test_files_of_a_run_are_as_the_umask_says(tmp_path: Path, raw: dict[str, Any
     raw["training"] |= {"iterations": 1}
     before = os.umask(0o022)
     try:
-        run_all(raw, tmp_path / "run")
+        tiny.run_all(raw, tmp_path / "run")
     finally:
         os.umask(before)
     found = list((tmp_path / "run").rglob("*"))

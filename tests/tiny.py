@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +26,9 @@ from vipo.generators.flux import LORA_TARGETS, FluxGenerator
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
 from vipo.prompts.sampler import PromptSampler
+from vipo.recipe import parse_recipe
 from vipo.rewards.suite import RewardSuite
+from vipo.runs.run import Run
 from vipo.structuring import PerceptualStructuring
 from vipo.structuring.sources import Perceptual
 from vipo.training.credit import combined
@@ -245,3 +248,28 @@ def command_line(*arguments: str | Path, **environment: str) -> subprocess.Popen
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def run_all(raw: Mapping[str, Any], output: Path, **options: Any) -> Run:
+    """The whole run of a recipe, gone on with if ``options`` say so."""
+    run = Run(parse_recipe(raw), output, **options)
+    for _ in run:
+        pass
+    return run
+
+
+@torch.no_grad()
+def velocity(model: FluxGenerator) -> Tensor:
+    """What the tiny model says of two fixed latents."""
+    rng = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, *model.latent_shape(), generator=rng)
+    return model.velocity(latents, torch.tensor([0.9, 0.3]), model.encode(["a cat", "a dog"]))
+
+
+def benchmark(name: str) -> Any:
+    """A script of ``benchmarks/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

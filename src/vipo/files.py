@@ -188,6 +188,12 @@ def complete_lines(path: Path, errors: str = "strict") -> list[str]:
     return [line for line in lines(path.read_bytes().decode(errors=errors))[:-1] if line.strip()]
 
 
+def sha256(file: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 SEAL = "sha256"
 
 

@@ -7,7 +7,6 @@ few, too many or of another shape is an error that names it.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vipo.errors import UserError
 from vipo.files import is_path
+from vipo.files import sha256 as file_sha256
 from vipo.pretrained import cause, dtype_named, not_found, quiet
 from vipo.vision.frozen import freeze, load_frozen
 
@@ -128,8 +128,7 @@ def _read(reward: str, file: Path) -> Any:
 
 def check_sha256(reward: str, file: Path, expected: str) -> None:
     """Refuse a file whose bytes are not the pinned ones."""
-    with file.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = file_sha256(file)
     if found != expected.lower():
         raise UserError(
             f"reward {reward!r}: {file} has sha256 {found}, not the pinned {expected};"

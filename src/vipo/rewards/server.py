@@ -3,14 +3,14 @@
 Requests are read side by side and scored one after the other. Without a token only this machine is listened to. A
 request that cannot be served gets a status and ``{"error": one sentence}``: 4xx if sending it again would not help.
 
-Whatever is sent, what it takes is bounded: ``CONNECTIONS`` threads, of which those that have not shown the token give
-way to others; ``HEAD_SECONDS`` and ``HEAD_BYTES`` for what comes before a body; ``BODIES`` bodies in memory, of which a
-slow one gives way to others; pixels as many as the longest body could hold in 8 bits, counted before any is decoded.
+Whatever is sent, what it takes is bounded: ``connections.CONNECTIONS`` threads, of which those that have not shown the
+token give way to others; ``HEAD_SECONDS`` and ``HEAD_BYTES`` for what comes before a body; ``BODIES`` bodies in memory,
+of which a slow one gives way to others; pixels as many as the longest body could hold in 8 bits, counted before any is
+decoded.
 """
 
 from __future__ import annotations
 
-import errno
 import hmac
 import ipaddress
 import json
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version
 from types import FrameType
 from typing import Any, cast
@@ -32,25 +32,21 @@ import torch
 from vipo.errors import UserError
 from vipo.rewards import build, wire
 from vipo.rewards.answer import Answer
+from vipo.rewards.connections import GRACE_SECONDS, BoundedServer
 from vipo.rewards.http import read_token
 from vipo.rewards.scoring import ask
 from vipo.rewards.timed import TimedSocket
 from vipo.types import Reward
 
 MEGABYTE = 10**6
-CONNECTIONS = 64  # at once, a thread each
-GRACE_SECONDS = 1.0  # a connection that shows no token for so long gives way to one that waits
 HEAD_SECONDS, HEAD_BYTES = 10.0, 2**18  # for the lines before a body
 BODIES = 4  # requests held in memory at once; others wait unread
 WAIT_SECONDS = 30.0  # for one of these places, before the client is told to come back
 BODY_SECONDS, STALL_SECONDS = 600.0, 60.0  # for a body, and for each packet of it
 SLOW_BYTES = 10**6  # a second: a body that comes slower gives way to one that waits
 LOOK_SECONDS = 0.5  # between looks whether another waits
-FINISH_SECONDS = 10.0  # requests under way at the end get so long
 DISCARD_SECONDS = 10.0
 CHUNK_BYTES = 2**20
-REFUSAL_SECONDS = 0.1  # for telling one too many
-SPENT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PORT = 8421
 
 log = logging.getLogger(__name__)
@@ -64,19 +60,7 @@ class HttpError(Exception):
         self.status = status
 
 
-class _Connection:
-    """One that was accepted: since when, and whether it has shown that it may ask."""
-
-    def __init__(self, taken: socket.socket) -> None:
-        self.socket, self.since, self.admitted = taken, time.monotonic(), False
-
-    def close(self) -> None:
-        """Let whoever waits for it go on: there is nothing more to read."""
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-
-
-class RewardServer(ThreadingHTTPServer):
+class RewardServer(BoundedServer):
     """One reward behind GET /health, GET /info and POST /score. ``serve_forever`` as in the standard library.
 
     Args:
@@ -89,8 +73,6 @@ class RewardServer(ThreadingHTTPServer):
     Raises:
         UserError: no token and not a loopback host, or the address cannot be bound.
     """
-
-    request_queue_size = 128  # connections that wait to be accepted
 
     def __init__(
         self,
@@ -112,8 +94,6 @@ class RewardServer(ThreadingHTTPServer):
         self.started = time.monotonic()
         self._model, self._decoding = threading.Lock(), threading.Lock()
         self._bodies, self.waiting = threading.BoundedSemaphore(BODIES), 0
-        self._open: dict[int, _Connection] = {}
-        self._changed = threading.Condition()
 
     @property
     def url(self) -> str:
@@ -169,82 +149,6 @@ class RewardServer(ThreadingHTTPServer):
     def _count_waiting(self, more: int) -> None:
         with self._changed:
             self.waiting += more
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept. Without a descriptor to spare it is tried again, but not at once and not with the same strangers."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in SPENT:
-                with self._changed:
-                    self._make_room()
-            raise
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more connection, if need be in the place of one that shows no token."""
-        with self._changed:
-            if len(self._open) >= CONNECTIONS:
-                self._make_room()
-            found = len(self._open) < CONNECTIONS
-        if not found:
-            with suppress(OSError):
-                request.settimeout(REFUSAL_SECONDS)
-                request.sendall(_FULL)
-        return found
-
-    def _make_room(self) -> None:
-        """Wait until a connection ends, if need be by ending the oldest that has shown no token; not for long."""
-        oldest = next((taken for taken in self._open.values() if not taken.admitted), None)
-        patient = oldest is None or time.monotonic() - oldest.since < GRACE_SECONDS
-        if patient and self._changed.wait(GRACE_SECONDS):
-            return
-        if oldest is not None:
-            oldest.close()
-            self._changed.wait(GRACE_SECONDS)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Count a connection until its answer is out."""
-        with self._changed:
-            self._open[id(request)] = _Connection(request)
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread could be started
-            self._forget(request)
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._forget(request)
-
-    def _forget(self, request: Any) -> None:
-        with self._changed:
-            self._open.pop(id(request), None)
-            self._changed.notify_all()
-
-    def admit(self, request: Any) -> None:
-        """The connection has shown the token, or needs none: it gives way to no other."""
-        with self._changed:
-            if id(request) in self._open:
-                self._open[id(request)].admitted = True
-
-    def finish(self) -> None:
-        """Close once every request that was accepted has its answer, or after a while without."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._open, FINISH_SECONDS)
-        self.server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news; anything else goes to the log with its trace."""
-        known = isinstance(sys.exc_info()[1], ConnectionError | TimeoutError)
-        log.log(logging.DEBUG if known else logging.ERROR, "request from %s failed", client_address, exc_info=True)
-
-
-_FULL = (
-    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-    b'{"error": "too many connections are open; try again later"}'
-)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ import yaml
 
 from vipo.errors import UserError
 from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import SEAL, aside_of, complete_lines, is_intact, sealed, writing
+from vipo.files import SEAL, aside_of, complete_lines, is_intact, read_yaml, sealed, writing
 from vipo.runs import lock
 from vipo.training.saved import Saved, choose, list_folders
 from vipo.types import TrainStep
@@ -103,7 +103,7 @@ class RunDirectory:
     def _recorded(self) -> Mapping[str, Any]:
         """The recipe on record, as a mapping."""
         try:
-            recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+            recipe = read_yaml(self.recipe.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"{str(self.recipe)!r} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(recipe, Mapping):

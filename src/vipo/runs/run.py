@@ -81,10 +81,11 @@ class Run:
             """Lock the folder and decide how to begin there; nothing in it is changed yet."""
             self.lock.take(make=not resume)
             inputs = fingerprints(recipe)
-            past, scored = self.directory.past(checkpoint), {**recipe.judges, **recipe.rewards}
-            by_rate = go_by_rate({name: (one.reward or name, one.options) for name, one in scored.items()})
+            past = self.directory.past(checkpoint)
             if not resume:
                 return beginning(past, inputs)
+            scored = {**recipe.judges, **recipe.rewards}
+            by_rate = go_by_rate({name: (one.reward or name, one.options) for name, one in scored.items()})
             return resumption(
                 recipe, past, inputs, allowed=allow_changes, scores_by_rate=by_rate, processes=self.processes
             )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,44 +121,34 @@ class TextRelevance:
 
 
 @dataclass(frozen=True)
-class Deviation:
+class Compares:
+    """A map that compares the samples of a group, smoothed and normalised as the paper's is."""
+
+    smoothing_sigma: float = MapOptions.smoothing_sigma
+    normalization: Normalization = MapOptions.normalization
+
+    @property
+    def finish(self) -> dict[str, Any]:
+        """As arguments of the functions that make such a map."""
+        return {"smoothing_sigma": self.smoothing_sigma, "normalization": self.normalization}
+
+
+class Deviation(Compares):
     """Where a sample differs from its group, :func:`vipo.structuring.deviation_map`."""
 
-    smoothing_sigma: float = MapOptions.smoothing_sigma
-    normalization: Normalization = MapOptions.normalization
-
     def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
-        return deviation_map(
-            rollout.latents,
-            rollout.group_size,
-            smoothing_sigma=self.smoothing_sigma,
-            normalization=self.normalization,
-        )
+        return deviation_map(rollout.latents, rollout.group_size, **self.finish)
 
 
-@dataclass(frozen=True)
-class Consensus:
+class Consensus(Compares):
     """Where a sample agrees with its better group mates, :func:`vipo.structuring.consensus_map`."""
 
-    smoothing_sigma: float = MapOptions.smoothing_sigma
-    normalization: Normalization = MapOptions.normalization
-
     def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
-        return consensus_map(
-            rollout.latents,
-            advantage,
-            rollout.group_size,
-            smoothing_sigma=self.smoothing_sigma,
-            normalization=self.normalization,
-        )
+        return consensus_map(rollout.latents, advantage, rollout.group_size, **self.finish)
 
 
-@dataclass(frozen=True)
-class Disagreement:
+class Disagreement(Compares):
     """Where the samples of a group differ from each other: the variance of their latents, one map for the group."""
-
-    smoothing_sigma: float = MapOptions.smoothing_sigma
-    normalization: Normalization = MapOptions.normalization
 
     def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
         variance = rollout.latents.unflatten(0, (-1, rollout.group_size)).var(1, correction=0).sum(1)

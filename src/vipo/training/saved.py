@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vipo.errors import UserError
-from vipo.files import aside_of, remove
+from vipo.files import SEAL, aside_of, is_intact, remove, sealed
 from vipo.training.health import Record
 from vipo.training.stored import fault
 
 FORMAT = 4
-CHECKSUM = "sha256"
 STATE = "state.json"  # there last, so what has it is complete
 _NAME = re.compile(r"step-\d{6,}")
 
@@ -97,12 +95,7 @@ def verified(checkpoint: Path) -> Head:
 
 def described(head: Head) -> str:
     """The index as text, with a checksum of itself."""
-    document = {"format": FORMAT, **asdict(head)}
-    return json.dumps({**document, CHECKSUM: _checksum(document)})
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+    return json.dumps(sealed({"format": FORMAT, **asdict(head)}))
 
 
 def read_head(checkpoint: Path) -> Head:
@@ -115,7 +108,7 @@ def read_head(checkpoint: Path) -> Head:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {str(checkpoint)!r} has format {state['format']}; this version reads {FORMAT}")
-        if state.pop(CHECKSUM) != _checksum(state):
+        if SEAL not in state or not is_intact(state):
             raise ValueError(f"{STATE!r} is damaged: its SHA-256 is not the one on record")
         return Head(
             iteration=int(state["iteration"]),

@@ -6,7 +6,6 @@ after the other, a tensor that only the first has is whole.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.files import sha256
 from vipo.sharding import cut_in_rows, is_sharded, local
 
 Checksums = Mapping[str, str]  # file's name -> SHA-256 of its bytes, in the order of the parts
@@ -37,19 +37,14 @@ def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], *, rank: int =
         raise ValueError(f"{odd[0]!r} is not cut along its first dimension, so its parts cannot be put together")
     mine = {name: local(tensor) for name, tensor in tensors.items() if rank == 0 or is_sharded(tensor)}
     save_file({name: part.contiguous() for name, part in mine.items()}, file)
-    return {file.name: checksum(file)}
-
-
-def checksum(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return {file.name: sha256(file)}
 
 
 def fault(folder: Path, files: Checksums) -> str | None:
     """What is wrong with the first of the files that is not what was written, in words; None if all are."""
     for name, expected in files.items():
         try:
-            found = checksum(folder / name)
+            found = sha256(folder / name)
         except OSError as error:
             return f"its file {name!r} cannot be read ({error.strerror})"
         if found != expected:
