@@ -232,6 +232,15 @@ def test_downloads_come_from_the_hub_and_what_is_gated_is_told(tmp_path: Path) -
     assert code == 1 and {need["name"]: need["state"] for need in again["needs"]} == states
 
 
+def test_without_a_hub_everything_stays_as_it_was_known(tmp_path: Path) -> None:
+    code, found, told = run_fetch(tmp_path / "home", "http://nowhere.invalid", "sd3.5-medium-lora")
+    assert code == 1 and "Traceback" not in told
+    states = {need["name"]: (need["state"], need["revision"]) for need in found["needs"]}
+    assert states["stabilityai/stable-diffusion-3.5-medium"] == ("missing", None)
+    code, _, told = run_fetch(tmp_path / "home", "http://nowhere.invalid", "sd3.5-medium-lora", "--download")
+    assert code == 1 and "Traceback" not in told and "cannot be downloaded: " in told
+
+
 def test_a_run_trains_on_prompts_that_were_fetched(model_folder: Path, tmp_path: Path) -> None:
     """What fetch leaves is what a run reads."""
     from vipo.assemble import build
