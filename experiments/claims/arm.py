@@ -79,12 +79,11 @@ def train(name: str, seed: int, iterations: int, every: int, prompts: int, folde
             now = evaluated(session)
             evaluations[str(done)] = numbers(arm, now, untrained)
             keep_pictures(folder, f"{name}-{seed}-{done:03d}.png", now)
+            keep_weights(folder, f"{name}-{seed}-{done:03d}.safetensors", session)
             tell(name, seed, done, evaluations[str(done)], seconds)
     if untrained is not None:
         keep_pictures(folder, f"{name}-{seed}-000.png", untrained)
-    if folder is not None:
-        with written_whole(folder / f"{name}-{seed}.safetensors") as aside:
-            save_file(session.policy.state(), aside)
+    keep_weights(folder, f"{name}-{seed}.safetensors", session)
     return {
         "arm": name,
         "seed": seed,
@@ -100,6 +99,13 @@ def train(name: str, seed: int, iterations: int, every: int, prompts: int, folde
 def tell(name: str, seed: int, done: int, evaluation: dict[str, list[float]], seconds: float) -> None:
     means = {key: round(float(torch.tensor(values).nanmean()), 4) for key, values in evaluation.items()}
     print(f"{name} seed {seed}: iteration {done}, {seconds:.0f} s, {means}", flush=True)
+
+
+def keep_weights(folder: Path | None, file: str, session: Session) -> None:
+    """What was learned so far, so that another judge can be asked later."""
+    if folder is not None:
+        with written_whole(folder / file) as aside:
+            save_file(session.policy.state(), aside)
 
 
 def keep_pictures(folder: Path | None, file: str, evaluation: Scored) -> None:

@@ -42,6 +42,7 @@ class Arm:
     recipe: file in ``recipes/``. changes: its own keys. every: iterations between evaluations, if not the setting's.
     measures: more numbers per prompt, from the untrained and the present evaluation. seeds: if not the setting's.
     short: trained up to the first evaluation only, to be compared with the others there.
+    iterations: if not the setting's.
     """
 
     changes: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Arm:
     measures: Measures | None = None
     seeds: int | None = None
     short: bool = False
+    iterations: int | None = None
     trained: bool = True
 
     @property
@@ -82,6 +84,19 @@ def rate(arm: Arm, learning_rate: str, seeds: int | None = None) -> Arm:
 def redness(*changes: str) -> Arm:
     """Half the learning rate: the reward is easy, and what matters is the way there."""
     return Arm(("optimizer.learning_rate=1e-3", *changes), recipe="redness.yaml", every=4, measures=structure)
+
+
+def full_groups(credit: str, learning_rate: str, *changes: str, seeds: int | None = None) -> Arm:
+    """The quickstart's own 96 pictures an iteration, groups of 16, evaluated every nine of 36 iterations."""
+    own = "credit=sample" if credit == "sample" else f"structuring.sources=[{credit}]"
+    keys = ("prompts.group_size=16", own, f"optimizer.learning_rate={learning_rate}", *changes)
+    return Arm(keys, every=9, iterations=36, seeds=seeds)
+
+
+def control(reward: str) -> Arm:
+    """Scalar GRPO on a reward that teaches nothing; the real one watches."""
+    rewards = f"rewards={{experiments/claims/controls.py:{reward}: 1.0}}"
+    return full_groups("sample", "1e-3", rewards, "judges=[emoji_match, emoji_judge, emoji_layout]")
 
 
 SCALAR, PAPER = Arm(("credit=sample",)), Arm()
@@ -130,8 +145,21 @@ ARMS: dict[str, Arm] = {
     "orientation-border": structuring(orientation="border"),
     "orientation-skewness": structuring(orientation="skewness"),
     "orientation-release": structuring(orientation="release"),
+    "groups-sample-1e-3": full_groups("sample", "1e-3", seeds=5),
+    "groups-consensus-1e-3": full_groups("consensus", "1e-3", seeds=5),
+    "groups-deviation-1e-3": full_groups("deviation", "1e-3"),
+    "groups-sample-2e-3": full_groups("sample", "2e-3"),
+    "groups-consensus-5e-4": full_groups("consensus", "5e-4"),
+    "groups-consensus-2e-3": full_groups("consensus", "2e-3"),
+    "groups-consensus-perceptual-1e-3": full_groups("consensus, perceptual", "1e-3"),
+    "groups-noise": control("noise"),
+    "groups-shuffled": control("Shuffled"),
+    "groups-sample-5e-4": full_groups("sample", "5e-4"),
+    "groups-deviation-2e-3": full_groups("deviation", "2e-3"),
+    "groups-deviation-5e-4": full_groups("deviation", "5e-4"),
+    "groups-perceptual-1e-3": full_groups("perceptual", "1e-3"),
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 25, 28, len(ARMS))
+BLOCKS = (13, 22, 25, 28, len(ARMS) - 13, len(ARMS) - 10, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""

@@ -41,15 +41,21 @@ def jobs(setting: Setting, out: Path, only: Sequence[str]) -> list[Job]:
     every = [
         Job(arm, seed, out / f"{arm}-{seed}.json")
         for block in blocks
-        for seed in range(setting.seeds)
+        for seed in range(max(seeds(arm, setting) for arm in block))
         for arm in block
-        if arm in names and seed < (ARMS[arm].seeds or setting.seeds)
+        if arm in names and seed < seeds(arm, setting)
     ]
     return [job for job in every if not job.result.is_file()]
 
 
+def seeds(arm: str, setting: Setting) -> int:
+    return setting.seeds if setting is QUICK else ARMS[arm].seeds or setting.seeds
+
+
 def iterations(job: Job, setting: Setting) -> int:
-    return setting.every if ARMS[job.arm].short else setting.iterations
+    arm = ARMS[job.arm]
+    own = None if setting is QUICK else arm.iterations
+    return setting.every if arm.short else own or setting.iterations
 
 
 def start(job: Job, setting: Setting, threads: int, pictures: Path) -> subprocess.Popen[bytes]:
