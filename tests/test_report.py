@@ -19,7 +19,8 @@ from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
 from vipo.media.clips import cut, spaced
 from vipo.media.map_sheets import clip_map_sheet, heat, lit, map_sheet, shown_frames
-from vipo.media.pictures import contact_sheet, labelled_grid, load_sheet, save_sheet, to_uint8
+from vipo.media.pictures import labelled_grid, to_uint8
+from vipo.media.sheets import contact_sheet, load_sheet, save_sheet
 from vipo.report import figures, gallery, svg
 from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
 from vipo.report.embed import clip_uri
@@ -70,7 +71,7 @@ def write_evaluation(root: Path, iteration: int, gain: float, judge: float, fram
     values["judge"][5] = None if iteration else values["judge"][5]
     media = torch.rand(count, 3, frames, 8, 8, generator=torch.Generator().manual_seed(iteration))
     scores = {key: [float("nan") if v is None else v for v in row] for key, row in values.items()}
-    save_sheet(root / "samples" / f"step-{iteration:06d}.png", media, 8, TEXTS, scores)
+    save_sheet(root / "samples" / f"step-{iteration:06d}.png", media, TEXTS, scores)
     record = {"iteration": iteration, "samples_per_prompt": PER_PROMPT, "prompts": TEXTS, "values": values}
     with (root / "evaluations.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -89,10 +90,13 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def test_a_contact_sheet_gives_back_the_bytes_it_was_given(tmp_path: Path) -> None:
     media = torch.rand(5, 3, 1, 6, 9)
-    save_sheet(tmp_path / "s.png", media, 3, list("abcde"), {"r": torch.tensor([1.0, 2, float("nan"), 4, 5])})
+    prompts = ["a", "a", "b", "b", "c" * 200]
+    save_sheet(tmp_path / "s.png", media, prompts, {"r": torch.tensor([1.0, 2, float("nan"), 4, 5])})
     tiles, info = load_sheet(tmp_path / "s.png")
     assert np.array_equal(np.stack([np.asarray(tile) for tile in tiles]), to_uint8(media)[:, 0])
-    assert info == {"columns": 3, "tile": [6, 9], "prompts": list("abcde"), "scores": {"r": [1, 2, None, 4, 5]}}
+    corners = info.pop("corners")
+    assert info == {"tile": [6, 9], "frames": 1, "prompts": prompts, "scores": {"r": [1, 2, None, 4, 5]}}
+    assert corners[1] == [corners[0][0] + 9, corners[0][1]] and corners[2] != [corners[1][0] + 9, corners[1][1]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.png"]
 
 
@@ -104,9 +108,9 @@ def test_bytes_are_rounded_and_clamped() -> None:
 def test_a_sheet_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     media = torch.rand(2, 3, 1, 4, 4)
     with pytest.raises(ValueError, match="1 entries of 'prompts' for 2 pictures"):
-        save_sheet(tmp_path / "s.png", media, 2, ["one"], {})
-    save_sheet(tmp_path / "s.png", media, 2, ["one", "two"], {})
-    contact_sheet(media, 1).save(tmp_path / "s.png")
+        save_sheet(tmp_path / "s.png", media, ["one"], {})
+    save_sheet(tmp_path / "s.png", media, ["one", "two"], {})
+    contact_sheet(media[:1], ["one"])[0].save(tmp_path / "s.png")
     with pytest.raises(UserError, match="does not describe"):
         load_sheet(tmp_path / "s.png")
 
@@ -319,12 +323,12 @@ def unpacked(uri: str) -> list[Image.Image]:
 
 def test_a_sheet_of_clips_gives_back_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media = torch.rand(3, 3, 5, 6, 9)
-    save_sheet(tmp_path / "s.png", media, 8, list("abc"), {})
+    save_sheet(tmp_path / "s.png", media, list("abc"), {})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard, which a sheet of clips soon exceeds
     strips, info = load_sheet(tmp_path / "s.png")
     assert Image.MAX_IMAGE_PIXELS == 100
     assert np.array_equal(np.stack([pixels(cut(strip, 5)) for strip in strips]), to_uint8(media))
-    assert info == {"columns": 5, "tile": [6, 9], "frames": 5, "prompts": list("abc"), "scores": {}}
+    assert (info["tile"], info["frames"], info["prompts"]) == ([6, 9], 5, list("abc"))
     with pytest.raises(ValueError, match="45 pixels does not hold 4 frames"):
         cut(strips[0], 4)
 

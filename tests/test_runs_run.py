@@ -30,7 +30,8 @@ from vipo.errors import UserError
 from vipo.evaluation.evaluator import Sampler, scored
 from vipo.generators.text_cache import TextCache
 from vipo.media.clips import cut
-from vipo.media.pictures import load_sheet, to_uint8
+from vipo.media.pictures import to_uint8
+from vipo.media.sheets import load_sheet
 from vipo.recipe import parse_recipe
 from vipo.report.page import write_report
 from vipo.runs.directory import RunDirectory
@@ -369,7 +370,7 @@ def test_a_video_run_leaves_clips_to_look_at_and_every_frame_that_was_scored(
     events = list(run)
     scored = to_uint8(seen[0])
     strips, info = load_sheet(root / "samples" / "step-000000.png")
-    assert (info["frames"], info["columns"], info["tile"]) == (5, 5, [32, 48]) and len(strips) == 4
+    assert (info["frames"], info["tile"]) == (5, [32, 48]) and len(strips) == 4
     read = [[np.asarray(frame) for frame in cut(strip, 5)] for strip in strips]
     assert np.array_equal(np.array(read), scored) and not np.array_equal(scored[:, 0], scored[:, 4])
 
@@ -421,7 +422,7 @@ def test_a_picture_run_has_no_clips_and_no_flicker(tmp_path: Path, raw: dict[str
     tiny.run_all(raw, tmp_path / "run")
     assert {path.suffix for path in (tmp_path / "run" / "samples").iterdir()} == {".png", ".json"}
     assert "map/flicker" not in tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
-    assert "frames" not in load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]
+    assert load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]["frames"] == 1
 
 
 def test_prompts_that_are_cut_are_told_at_the_start_and_in_the_first_event(

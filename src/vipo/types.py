@@ -161,6 +161,7 @@ class TrainStep:
     events: tuple[str, ...]  # every guard that fired and what a resume changed, in words
     rollout: Rollout
     scores: Scores
+    advantage: Float[Tensor, " N"]  # over all rewards, 0 for a sample without a score
     maps: Float[Tensor, "N T H W"] | None  # None for credits that use no map
     failure: str | None = None  # why the run must end here, in words: nothing was learned
 

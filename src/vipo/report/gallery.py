@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vipo.errors import UserError
 from vipo.media.clips import cut, resized, spaced, table
-from vipo.media.pictures import load_sheet, open_sheet
+from vipo.media.sheets import load_sheet, open_sheet
 from vipo.report.embed import clip_uri, data_uri
 from vipo.report.outcome import Change, before_and_after, total_change
 from vipo.report.run import EvaluationRecord, RunRecord
@@ -121,7 +121,7 @@ def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
     tiles, info = load_sheet(path)
     if len(tiles) != len(record.prompts):
         raise UserError(f"{path.name} holds {len(tiles)} pictures, its evaluation {len(record.prompts)}")
-    return Tiles(tiles, info.get("frames", 1))
+    return Tiles(tiles, info["frames"])
 
 
 def _scores(base: EvaluationRecord, last: EvaluationRecord, row: int) -> tuple[ScoreChange, ...]:

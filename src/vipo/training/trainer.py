@@ -163,7 +163,7 @@ class Trainer:
         failure = self.health.failure(self.iteration, last=last)
         events += [failure] if failure and not self.health.in_streak else []
         told = tuple(map(redacted, events))  # they quote what servers and libraries said
-        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, maps, failure)
+        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, advantage[self._here], maps, failure)
 
     def _sample_and_score(self, iteration: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
         """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
