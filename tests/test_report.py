@@ -20,7 +20,7 @@ from vipo.evaluation.estimate import Estimate
 from vipo.media.clips import cut, spaced
 from vipo.media.map_sheets import clip_map_sheet, heat, lit, map_sheet, shown_frames
 from vipo.media.pictures import labelled_grid, to_uint8
-from vipo.media.sheets import contact_sheet, load_sheet, save_sheet
+from vipo.media.sheets import BETWEEN, contact_sheet, load_sheet, save_sheet
 from vipo.report import figures, gallery, svg
 from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
 from vipo.report.embed import clip_uri
@@ -96,7 +96,10 @@ def test_a_contact_sheet_gives_back_the_bytes_it_was_given(tmp_path: Path) -> No
     assert np.array_equal(np.stack([np.asarray(tile) for tile in tiles]), to_uint8(media)[:, 0])
     corners = info.pop("corners")
     assert info == {"tile": [6, 9], "frames": 1, "prompts": prompts, "scores": {"r": [1, 2, None, 4, 5]}}
-    assert corners[1] == [corners[0][0] + 9, corners[0][1]] and corners[2] != [corners[1][0] + 9, corners[1][1]]
+    assert corners[1] == [corners[0][0] + 9 + BETWEEN, corners[0][1]] and corners[2] != [
+        corners[1][0] + 9 + BETWEEN,
+        corners[1][1],
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.png"]
 
 
@@ -193,7 +196,7 @@ def test_pictures_that_are_gone_leave_the_rest_of_the_page(run: Path) -> None:
     (run / "samples" / "step-000006.png").write_bytes(b"not a picture")
     (run / "maps" / "step-000000.png").write_bytes(b"")
     page = write_report(run).read_text()
-    assert "The pictures cannot be shown" in page and "rose beyond noise" in page
+    assert "The pictures cannot be shown" in page and "rose in this run" in page
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "missing", lambda p: p])
@@ -226,9 +229,9 @@ def test_the_page_escapes_prompts_describes_pictures_and_keeps_its_order(finishe
 @pytest.mark.parametrize(
     ("low", "high", "prompts", "verdict"),
     [
-        (0.01, 0.20, 40, "rose beyond noise"),
+        (0.01, 0.20, 40, "rose in this run"),
         (-0.01, 0.20, 40, "within noise"),
-        (-0.20, -0.01, 40, "fell"),
+        (-0.20, -0.01, 40, "fell in this run"),
         (0.0, 0.0, 40, "within noise"),
         (0.01, 0.20, 5, "too few prompts to tell"),
     ],
@@ -239,7 +242,7 @@ def test_the_verdict_is_where_the_interval_lies(low: float, high: float, prompts
 
 def test_changes_are_paired_and_missing_scores_leave_both_sides(finished: Path) -> None:
     trained, judge = changes(read_run(finished))
-    assert (trained.name, trained.role, trained.verdict) == ("match", "trained on", "rose beyond noise")
+    assert (trained.name, trained.role, trained.verdict) == ("match", "trained on", "rose in this run")
     assert trained.gain.mean == pytest.approx(0.3, abs=0.01) and trained.gain.high - trained.gain.low < 0.02
     assert (judge.role, judge.verdict, judge.scored) == ("held-out judge", "within noise", 35)
     assert judge.trained.mean - judge.base.mean == pytest.approx(judge.gain.mean)
@@ -249,12 +252,12 @@ def test_pairing_sees_a_gain_that_the_spread_between_prompts_would_hide() -> Non
     base = torch.linspace(0, 100, 20, dtype=torch.float64)
     records = [EvaluationRecord(i, 1, ("p",) * 20, {"r": base + 0.1 * i}) for i in range(2)]
     change = change_of("r", "trained on", *records)
-    assert change is not None and change.verdict == "rose beyond noise" and change.gain.mean == pytest.approx(0.1)
+    assert change is not None and change.verdict == "rose in this run" and change.gain.mean == pytest.approx(0.1)
 
 
 def test_a_falling_judge_beside_a_rising_reward_is_called_reward_hacking(tmp_path: Path) -> None:
     hacked = changes(read_run(write_run(tmp_path / "hacked", judge=-0.2)))
-    assert hacked[1].verdict == "fell" and "reward hacking" in headline(hacked)
+    assert hacked[1].verdict == "fell in this run" and "reward hacking" in headline(hacked)
     assert "reward hacking" not in headline(changes(read_run(write_run(tmp_path / "fair", judge=0.2))))
 
 
@@ -267,7 +270,25 @@ def test_the_extremes_are_the_extremes(run: Path) -> None:
     record = read_run(run)
     found = gallery.gallery(record, changes(record))
     assert found is not None and len(found.first) == 16 and found.one_per_prompt
-    assert [pair.prompt for pair in (*found.gains, *found.losses)] == [TEXTS[7], TEXTS[9]]
+    prompts = {title: [group.prompt for group in groups] for title, groups in found.groups.items()}
+    assert prompts == {
+        "Prompts that gained most": [TEXTS[7]],
+        "Prompts that lost most": [TEXTS[9]],
+        "Best prompt after training": [TEXTS[-1]],
+        "Worst prompt after training": [TEXTS[9]],
+    }
+    rose = found.groups["Prompts that gained most"][0]
+    assert len(rose.pairs) == PER_PROMPT and rose.scores[0].after - rose.scores[0].before == pytest.approx(0.25)
+
+
+def test_the_pictures_of_every_evaluation_can_be_slid_through(finished: Path) -> None:
+    page = write_report(finished).read_text()
+    found = gallery.gallery(read_run(finished), [])
+    assert found is not None and found.iterations == (3, 6)
+    assert page.count('type="radio"') == 2 and '<input type="radio" name="at" id="at-1" checked>' in page
+    first = found.first[0]
+    assert f'class="s0" src="{first.later[0]}"' in page and f'class="s1" src="{first.later[1]}"' in page
+    assert len({first.before, *first.later}) == 3
 
 
 def test_a_comparison_is_the_mean_of_paired_differences(tmp_path: Path) -> None:
@@ -277,7 +298,7 @@ def test_a_comparison_is_the_mean_of_paired_differences(tmp_path: Path) -> None:
     by_hand = sum(b - a for a, b in zip(*finals, strict=True)) / len(finals[0])
     cell = second.cells["match"]
     assert cell.difference is not None and cell.difference.mean == pytest.approx(by_hand)
-    assert (cell.role, cell.verdict, first.cells["match"].difference) == ("trained on", "rose beyond noise", None)
+    assert (cell.role, cell.verdict, first.cells["match"].difference) == ("trained on", "rose in this run", None)
     for table in (text_table, markdown_table, html_table):
         assert "+0.3000" in table([first, second]) and "held-out judge" in table([first, second])
 
@@ -391,8 +412,8 @@ def test_all_clips_of_a_page_share_one_room(filmed: Path, monkeypatch: pytest.Mo
     record = read_run(filmed)
     found = gallery.gallery(record, changes(record))
     assert found is not None and len(found.first) == 8
-    pairs = [*found.first, *found.gains, *found.losses]
-    assert sum(len(pair.before) + len(pair.after) for pair in pairs) * 3 / 4 < 16_000 + 40 * 2 * len(pairs)
+    pairs = [*found.first, *(pair for groups in found.groups.values() for group in groups for pair in group.pairs)]
+    assert sum(len(pair.before) + len(pair.later[-1]) for pair in pairs) * 3 / 4 < 16_000 + 40 * 2 * len(pairs)
 
 
 def test_the_map_sheet_of_a_clip_shows_the_middle_frame_of_each_latent_frame() -> None:

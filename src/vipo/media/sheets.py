@@ -21,9 +21,10 @@ from torch import Tensor
 
 from vipo.errors import UserError
 from vipo.files import write_text
-from vipo.media.pictures import GAP, MARGIN, PAPER, Media, draw_text, save_png, text_height, to_uint8, wrapped
+from vipo.media.pictures import MARGIN, PAPER, Media, draw_text, save_png, text_height, to_uint8, wrapped
 
 NARROWEST = 160  # pixels of a group of tiles: narrower ones leave no room for their prompt
+BETWEEN, APART = 4, 16  # pixels between the tiles of a group, and between groups
 LINES = 2  # of a prompt; the JSON has all of it
 
 Corner = tuple[int, int]
@@ -38,17 +39,18 @@ def contact_sheet(media: Media, prompts: Sequence[str]) -> tuple[Image.Image, li
     strips = _strips(to_uint8(media))
     height, width = strips.shape[1:3]
     groups = [(prompt, list(rows)) for prompt, rows in groupby(range(len(strips)), lambda row: prompts[row])]
-    cell = max(NARROWEST, width * max(len(rows) for _, rows in groups))
+    cell = max(NARROWEST, (width + BETWEEN) * max(len(rows) for _, rows in groups) - BETWEEN)
     captions = [_caption(prompt, cell) for prompt, _ in groups]
-    band = max(text_height(lines) for lines in captions) + GAP // 2
+    band = max(text_height(lines) for lines in captions) + BETWEEN
     columns = max(1, round(math.sqrt(len(groups) * (band + height) / cell)))
     canvas = Image.new("RGB", _size(len(groups), columns, cell, band + height), PAPER)
     corners: list[Corner] = []
     for place, ((_, rows), lines) in enumerate(zip(groups, captions, strict=True)):
-        x, y = (MARGIN + k * (side + GAP) for k, side in ((place % columns, cell), (place // columns, band + height)))
-        draw_text(canvas, (x, y), lines)
+        x = MARGIN + place % columns * (cell + APART)
+        y = MARGIN + place // columns * (band + height + APART) + band
+        draw_text(canvas, (x, y - BETWEEN - text_height(lines)), lines)
         for k, row in enumerate(rows):
-            corners.append((x + k * width, y + band))
+            corners.append((x + k * (width + BETWEEN), y))
             canvas.paste(Image.fromarray(strips[row]), corners[-1])
     return canvas, corners
 
@@ -70,7 +72,7 @@ def _caption(prompt: str, width: int) -> list[tuple[str, str]]:
 
 def _size(cells: int, columns: int, width: int, height: int) -> tuple[int, int]:
     rows = math.ceil(cells / columns)
-    return 2 * MARGIN + columns * (width + GAP) - GAP, 2 * MARGIN + rows * (height + GAP) - GAP
+    return 2 * MARGIN + columns * (width + APART) - APART, 2 * MARGIN + rows * (height + APART) - APART
 
 
 def save_sheet(

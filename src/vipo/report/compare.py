@@ -13,8 +13,8 @@ from vipo.report.outcome import Role, Verdict, check_pairs, role_of, verdict_of
 from vipo.report.run import EvaluationRecord, RunRecord, read_run
 
 _VERDICTS: Mapping[Verdict | None, str] = {
-    "rose beyond noise": "better beyond noise",
-    "fell": "worse beyond noise",
+    "rose in this run": "better in these runs",
+    "fell in this run": "worse in these runs",
     "within noise": "within noise",
     "too few prompts to tell": "too few prompts to tell",
     None: "",

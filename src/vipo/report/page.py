@@ -16,13 +16,18 @@ from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
 from vipo.options import CREDIT_MEANINGS
 from vipo.report import figures, gallery, svg
-from vipo.report.outcome import Change, before_and_after, changes, headline
+from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
 
 PAPER = "https://arxiv.org/abs/2511.18719"
 MOST_EVENTS = 200
-SIGNS = {"rose beyond noise": "▲", "fell": "▼", "within noise": "◆", "too few prompts to tell": "○"}
-TONES = {"rose beyond noise": "up", "fell": "down", "within noise": "flat", "too few prompts to tell": "flat"}
+MARKS: Mapping[Verdict, tuple[str, str]] = {
+    "rose in this run": ("▲", "up"),
+    "fell in this run": ("▼", "down"),
+    "within noise": ("◆", "flat"),
+    "too few prompts to tell": ("○", "flat"),
+}
+"""Sign and tone of each verdict."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -59,12 +64,14 @@ def render(run: RunRecord) -> str:
         headline=headline(found, noun) if found else "",
         noun=noun,
         problem=problem,
+        gain_panels=[] if problem else figures.gain_panels(run),
         reward_panels=figures.reward_panels(run),
         gallery=None if problem else gallery.gallery(run, found),
         strip=gallery.strip(run),
         maps=gallery.map_figures(run),
         uses_maps=run.recipe.get("credit") in (None, "advantage_map", "reward_map"),
         health=figures.health_panels(run),
+        constant=figures.constants(run),
         phases=figures.phases(run),
         skipped=figures.skipped_updates(run),
         events=_events(run)[-MOST_EVENTS:],
@@ -155,8 +162,8 @@ def _row(change: Change) -> dict[str, Any]:
         "scored": change.scored,
         "pictures": len(change.differences),
         "verdict": change.verdict,
-        "sign": SIGNS[change.verdict],
-        "tone": TONES[change.verdict],
+        "sign": MARKS[change.verdict][0],
+        "tone": MARKS[change.verdict][1],
         "plot": svg.interval(
             gain.low, gain.mean, gain.high, label=f"paired gain {mean}, 95 % interval {low} to {high}"
         ),
