@@ -1,9 +1,9 @@
-"""The live line of a training run: iteration, reward, judges, clipping, ratio check, seconds, time left."""
+"""The live line of a training run: iteration, reward, spreads, clipping, ratio check, seconds, time left."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ def follow(run: Run, console: Console) -> None:
     seconds: list[float] = []
     known = {} if run.start.evaluates_anew else run.directory.first_scores()
     base = {name: torch.tensor(_numbers(values)) for name, values in known.items()}
-    held_out, warned = "", False
+    warned = False
     for note in run.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     for notice in run.notices:
@@ -36,10 +36,9 @@ def follow(run: Run, console: Console) -> None:
                 console.print(_evaluation(event, base, run.comparable_since))
                 for failure in event.evaluation.failures:
                     console.print(Text(failure, style="yellow"))
-                held_out = _held_out(event, run.recipe.judges)
                 continue
             seconds.append(sum(event.seconds.values()))
-            status = _status(run, event, seconds, held_out)
+            status = _status(run, event, seconds)
             live.update(status)
             if not console.is_terminal:
                 console.print(status, soft_wrap=True)
@@ -62,26 +61,27 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _held_out(event: Evaluated, judges: Iterable[str]) -> str:
-    """The judges' last word."""
-    means = {name: float(event.scores[name].nanmean()) for name in judges}
-    return "".join(f"  {name} {mean:.3f}" for name, mean in means.items())
-
-
-def _status(run: Run, step: TrainStep, seconds: list[float], held_out: str) -> Text:
+def _status(run: Run, step: TrainStep, seconds: list[float]) -> Text:
     m, total = step.metrics, run.recipe.training.iterations
     done = step.iteration + 1
     recent = seconds[-10:]
     left = (total - done) * sum(recent) / len(recent)
-    spread = " ".join(f"±{value:.3f}" for key, value in m.items() if key.startswith("spread/"))
     return Text.assemble(
         (f"{done:>4}/{total} ", "bold"),
         ("reward ", "dim"),
         (f"{m['reward']:+.4f} ", "bold green"),
-        (f"{spread}{held_out}  ", "dim"),
+        (f"{_spreads(m)}  ", "dim"),
         f"{_loss(m)}  |g| {m['grad_norm']:.2g}  ",
         (f"{seconds[-1]:.1f} s  left {_clock(left)}", "cyan"),
     )
+
+
+def _spreads(m: Mapping[str, float]) -> str:
+    """Standard deviations within the groups; of several rewards, each with its name and mean."""
+    names = [key.removeprefix("spread/") for key in m if key.startswith("spread/")]
+    if len(names) == 1:
+        return f"±{m[f'spread/{names[0]}']:.3f}"
+    return "  ".join(f"{name} {m[f'reward/{name}']:+.3f} ±{m[f'spread/{name}']:.3f}" for name in names)
 
 
 def _loss(m: Mapping[str, float]) -> str:
