@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vipo.cli import evaluate, export, fetch, listing, maps, plan, report, rewards, sample, train
+from vipo.cli import doctor, evaluate, export, fetch, listing, maps, plan, report, rewards, sample, train
 from vipo.cli.consoles import errors
 from vipo.errors import RunFailed, UserError
 from vipo.secrets import redacted
@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "compare": report.compare,
     "export": export.export,
     "list": listing.list_parts,
+    "doctor": doctor.doctor,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
