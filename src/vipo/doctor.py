@@ -166,6 +166,7 @@ def advice(found: Findings) -> list[str]:
         told.append("this PyTorch has no NCCL: training on several GPUs needs a build that has it")
     if "does not answer" in found.hub:
         told.append(
-            "the hub cannot be reached: HF_HUB_OFFLINE=1 makes look-ups fail at once; `vipo fetch RECIPE` says what is here"
+            "the hub cannot be reached: HF_HUB_OFFLINE=1 makes look-ups fail at once, and `vipo fetch RECIPE` says"
+            " what is here"
         )
     return told
