@@ -142,8 +142,8 @@ GUARDS: Mapping[str, Guard] = {
         moment="samples",
         usual=GuardOptions("warn", below=0.2, in_a_row=3),
         means="the samples of a group score nearly alike, and their advantages are what is left of it, blown up",
-        advice="look at the samples: they are good enough for this reward, or they have all become one; stop here, or in"
-        " a new run raise solver.eta or prompts.group_size",
+        advice="look at the samples: they are good enough for this reward, or they have all become one; stop here, or"
+        " in a new run raise solver.eta or prompts.group_size",
     ),
     "flat_groups": Guard(
         quantity="the share of groups whose samples all score alike",
@@ -203,8 +203,8 @@ GUARDS: Mapping[str, Guard] = {
         moment="evaluation",
         usual=GuardOptions("warn", above=0.0),
         means="the reward rises by what only the reward likes",
-        advice="take the checkpoint of the judge's best evaluation, and in a new run stop there, give objective.kl_weight"
-        " a value, or train on the judge's kind of reward too",
+        advice="take the checkpoint of the judge's best evaluation, and in a new run stop there, give"
+        " objective.kl_weight a value, or train on the judge's kind of reward too",
     ),
 }
 """By name, as under ``guards`` in a recipe."""
@@ -300,8 +300,8 @@ def stopped(name: str) -> str:
     """Why a run ends that a guard stops."""
     guard = GUARDS[name]
     return (
-        f"guard {name} stopped the run, as guards.{name}=stop says: {guard.means}; {guard.advice}; to go on from here in"
-        f" any case, add guards.{name}=warn"
+        f"guard {name} stopped the run, as guards.{name}=stop says: {guard.means}; {guard.advice}; to go on from here"
+        f" in any case, add guards.{name}=warn"
     )
 
 
@@ -344,4 +344,3 @@ def fired(events: Sequence[tuple[int, str]]) -> list[Fired]:
         if (name := told_by(event)) is not None:
             found.setdefault(name, []).append(iteration)
     return [Fired(name, tuple(dict.fromkeys(found[name]))) for name in GUARDS if name in found]
-
