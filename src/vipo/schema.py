@@ -19,7 +19,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -284,8 +283,7 @@ class GuardsSection(Section):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _read(cls, given: Any, info: ValidationInfo) -> GuardOptions:
-        assert info.field_name is not None
+    def _read(cls, given: Any, info: Any) -> GuardOptions:  # a ValidationInfo, which cannot be checked at run time
         return guards.options_of(info.field_name, given)
 
     @property

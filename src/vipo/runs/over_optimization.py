@@ -1,7 +1,7 @@
 """The guard between a run's evaluations: a held-out judge that falls beyond doubt while the reward rises beyond doubt.
 
-Both are paired, picture by picture, with the evaluation at which that judge was highest. Nothing is kept for it: what is
-said follows from the evaluations on record, so a run that goes on says the same.
+Both are paired, picture by picture, with the evaluation at which that judge was highest. Nothing is kept for it: what
+is said follows from the evaluations on record, so a run that goes on says the same.
 """
 
 from __future__ import annotations

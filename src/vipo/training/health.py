@@ -33,7 +33,8 @@ MEND_FAINT = (
     " the division and does not help)"
 )
 FAINT = 1e-3  # an advantage_size below this is none: it is about 0.8 where scores differ by far more than their eps
-FLAT_GUARDS = ("flat_groups", "reward_spread", "diversity", "weights_still")  # what has no spread is told as a streak
+STILL_GUARDS = ("weights_still",)  # what these tell of is told as a streak of its own: of skipped updates,
+FLAT_GUARDS = ("flat_groups", "reward_spread", *STILL_GUARDS)  # and of iterations without spread
 GUARD_MEMORY = 20  # how many gradient norms the guard remembers
 
 
@@ -135,7 +136,8 @@ class Health:
             record.flat_rewards = [key.removeprefix("spread/") for key in metrics if key.startswith("spread/")]
         faint = _faint(metrics) if flat and record.flat_in_a_row == 1 else []
         streak = [f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else []
-        watched = self.watch.iteration(metrics, silent=FLAT_GUARDS if record.flat_in_a_row else ())
+        told = FLAT_GUARDS if record.flat_in_a_row else STILL_GUARDS if record.skipped_in_a_row else ()
+        watched = self.watch.iteration(metrics, silent=told)
         record.guards = self.watch.memory
         return faint + streak + watched
 

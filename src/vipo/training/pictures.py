@@ -1,5 +1,5 @@
-"""What an iteration's pictures look like in numbers: how much is saturated, whether patches show as a grid, how much the
-samples of a group differ. Of clips the middle frame stands for all.
+"""What an iteration's pictures look like in numbers: how much is saturated, whether patches show as a grid, how much
+the samples of a group differ. Of clips the middle frame stands for all.
 
 Each process makes a row per sample, and the numbers come from the rows of all, so they are the same on each. Nothing
 here waits for an accelerator.
@@ -44,7 +44,7 @@ def _rows(frames: Float[Tensor, "n 3 Y X"], period: Grid | None) -> Float[Tensor
 
 
 def _powers(lines: Float[Tensor, "n L S"], period: int) -> Float[Tensor, "n 2"]:
-    """Along the last dimension, the mean power at the period and its harmonics, and that at the frequencies beside them.
+    """Along the last dimension, the mean power at the period and its harmonics, and that at frequencies beside them.
 
     Of differences, whose power is about the same at all frequencies in a natural picture: its own is about 1 / f^2
     (Field 1987, doi:10.1364/JOSAA.4.002379). NaN where there are too few patches to tell.

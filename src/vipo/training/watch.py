@@ -1,7 +1,7 @@
 """The guards of :mod:`vipo.guards` at work: numbers of an iteration to events, refused updates and the end of a run.
 
-All of it is decided from numbers that every process has alike, and what it remembers is in the checkpoint, so a run that
-goes on says the same.
+All of it is decided from numbers that every process has alike, and what it remembers is in the checkpoint, so a run
+that goes on says the same.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Watch:
         return None
 
     def _measured(self, guard: Guard, metrics: Mapping[str, float]) -> float | None:
-        """The guard's quantity, the worst of several; None where it is not known, or has nothing to compare with yet."""
+        """The guard's quantity, the worst of several; None where it is not known or has nothing to compare with yet."""
         keys = [key for key in _keys(guard, metrics) if math.isfinite(metrics[key])]
         found = [value for key in keys if (value := self._compared(guard, key, metrics[key])) is not None]
         if not found:
