@@ -22,8 +22,7 @@ ACTION_MEANINGS: Mapping[Action, str] = {
 }
 PAGE = "docs/curves.md"
 FIRST = 3  # iterations that later ones are compared with
-SHORTEST_FLOOR = 1e-6  # a log-ratio up to this is rounding
-LARGEST_FLOOR = 0.1  # of the clip range: what is beyond is no noise
+SMALLEST_FLOOR, LARGEST_FLOOR = 1e-3, 0.1  # of the clip range: what is below does no harm, what is beyond is no noise
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ GUARDS: Mapping[str, Guard] = {
         key="approx_kl",
         measure="value",
         moment="update",
-        usual=GuardOptions("warn", above=0.1, in_a_row=3),
+        usual=GuardOptions("warn", above=0.05, in_a_row=2),
         means="the optimiser steps of one iteration go further than its samples can tell the way",
         advice="lower optimizer.learning_rate or optimizer.per_iteration",
     ),
@@ -170,7 +169,7 @@ GUARDS: Mapping[str, Guard] = {
         key="pictures/saturated",
         measure="rise",
         moment="samples",
-        usual=GuardOptions("warn", above=0.2, in_a_row=3),
+        usual=GuardOptions("warn", above=0.1, in_a_row=3),
         means="the reward is being fed with glaring colours, and what is at the end of the scale has no detail left",
         advice="look at the samples; take an earlier checkpoint, give objective.kl_weight a value, or add a reward or a"
         " judge that sees quality",

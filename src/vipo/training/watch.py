@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from vipo.guards import FIRST, GUARDS, LARGEST_FLOOR, SHORTEST_FLOOR, Guard, GuardOptions, Moment, begun, stopped
+from vipo.guards import FIRST, GUARDS, LARGEST_FLOOR, SMALLEST_FLOOR, Guard, GuardOptions, Moment, begun, stopped
 
 USUAL: Mapping[str, GuardOptions] = {name: guard.usual for name, guard in GUARDS.items()}
 
@@ -101,8 +101,8 @@ class Watch:
             return value
         first = self.memory.first.get(key, [])
         if guard.measure == "floor":
-            largest = LARGEST_FLOOR * self.clip_range
-            return value / (min(max(first, default=0.0) or SHORTEST_FLOOR, largest) if len(first) >= FIRST else largest)
+            smallest, largest = SMALLEST_FLOOR * self.clip_range, LARGEST_FLOOR * self.clip_range
+            return value / (min(max(*first, smallest), largest) if len(first) >= FIRST else largest)
         if len(first) < FIRST:
             return None
         mean = statistics.fmean(first)
