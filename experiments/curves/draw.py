@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vipo.evaluation.estimate import estimate
 from vipo.guards import FIRST, GUARDS, fired
 from vipo.report.run import RunRecord
-from vipo.report.svg import Frame, number, tick_labels, ticks
+from vipo.report.svg import Frame, tick_labels, ticks
 
 PAPER, INK, SOFT, RULE, ACCENT, WARN = "#fdfdfb", "#1c1d21", "#5b5e66", "#e2e2dd", "#1f5fa8", "#b0500e"
 SCALE = 2  # drawn larger, so that lines are smooth on any screen
@@ -69,7 +69,7 @@ def draw(run: RunRecord, guard: str, figure: Figure, file: Path) -> None:
     if not begun:
         raise SystemExit(f"guard {guard} has not fired in {run.folder}, so there is nothing to show")
     panels = [_panel(_curve(run, key), title, begun, _threshold(run, guard, key)) for key, title in figure.curves]
-    rows = [_beside(panels), *(_strips(run, WIDTH * len(panels)) if figure.samples else [])]
+    rows = [_beside(panels), *(_strips(run) if figure.samples else [])]
     whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), PAPER)
     top = 0
     for row in rows:
@@ -115,7 +115,8 @@ def _panel(curve: Curve, title: str, begun: Sequence[int], threshold: float | No
         _line(pen, [(left, frame.y(value)), (frame.right, frame.y(value))], RULE, 1)
         _text(pen, (left - 7 - 6.2 * len(name), frame.y(value) - 7), name, SOFT, 11)
     for value in [value for value in ticks(*span) if value == round(value)]:
-        _text(pen, (frame.x(value) - 3.3 * len(number(value)), frame.bottom + 6), f"{value:.0f}", SOFT, 11)
+        text = f"{value:.0f}"
+        _text(pen, (frame.x(value) - 3.3 * len(text), frame.bottom + 6), text, SOFT, 11)
     for at in [at for at in begun if span[0] <= at <= span[1]]:
         _line(pen, [(frame.x(at), frame.top), (frame.x(at), frame.bottom)], WARN, 1.6)
     if threshold is not None:
@@ -152,16 +153,16 @@ def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def _strips(run: RunRecord, width: int) -> list[Image.Image]:
+def _strips(run: RunRecord) -> list[Image.Image]:
     """The evaluation's pictures before and after, each under a line that says so."""
     strips = []
     for iteration in (min(run.sheets), max(run.sheets)):
         sheet = Image.open(run.sheets[iteration]).convert("RGB")
-        inner = width - 28
+        inner = WIDTH - 28
         sheet = sheet.resize(
             (SCALE * inner, round(SCALE * inner * sheet.height / sheet.width)), Image.Resampling.LANCZOS
         )
-        strip = Image.new("RGB", (SCALE * width, sheet.height + SCALE * 26), PAPER)
+        strip = Image.new("RGB", (SCALE * WIDTH, sheet.height + SCALE * 26), PAPER)
         words = "untrained" if iteration == 0 else f"after {iteration} iterations"
         _text(ImageDraw.Draw(strip), (14, 3), words, SOFT, 11)
         strip.paste(sheet, (SCALE * 14, SCALE * 20))
