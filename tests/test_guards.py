@@ -371,7 +371,7 @@ def test_a_run_that_is_hacked_says_so_in_its_log_its_report_and_at_its_end(
         "def pale(media, prompts):\n    return -media[:, 0].mean((1, 2, 3))\n"
     )
     prompts = tmp_path / "eight.txt"
-    prompts.write_text("\n".join(f"a {word} cat" for word in "red big small old new fat thin wet".split()) + "\n")
+    prompts.write_text("".join(f"{count} cats\n" for count in range(2, 10)))
     raw |= {"rewards": {f"{tmp_path}/reward.py:red": 1.0}, "judges": {"pale": {"reward": f"{tmp_path}/reward.py:pale"}}}
     raw["evaluation"] = {"prompts": str(prompts), "samples_per_prompt": 1, "every": 2}
     raw["optimizer"]["learning_rate"] = 5e-2
