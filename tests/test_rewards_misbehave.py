@@ -36,7 +36,7 @@ from vipo.runs.run import Run
 from vipo.threads import left_behind
 from vipo.training.background import Background
 from vipo.training.health import Health
-from vipo.training.metrics import reward_metrics
+from vipo.training.metrics import reward_numbers
 from vipo.types import Prompt, Scores
 
 PROMPTS = [Prompt(f"prompt {number}", number, {"tags": ["a"]}) for number in range(4)]
@@ -127,14 +127,14 @@ def test_what_is_no_number_is_masked_and_counted(odd: Any) -> None:
 def test_scores_of_any_size_have_a_spread_and_a_mean(scale: float) -> None:
     values = scores(lambda *_: [scale * value for value in RIGHT]).by_name["mine"]
     assert spread(values, 2).item() == pytest.approx(scale * math.sqrt(0.5), rel=1e-5)
-    numbers = reward_metrics(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)
+    numbers = reward_numbers(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)
     assert numbers["reward/mine"] == pytest.approx(scale * 1.5, rel=1e-5)
     assert all(math.isfinite(value) for value in numbers.values()), numbers
 
 
 def test_a_mean_whose_sum_is_infinite_in_float32_is_a_number() -> None:
     values = torch.full((4,), 3e38)
-    assert reward_metrics(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)["reward/mine"] == values[0]
+    assert reward_numbers(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)["reward/mine"] == values[0]
 
 
 def test_a_reward_in_tiny_units_is_an_event(model_folder: Path) -> None:

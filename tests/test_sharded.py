@@ -30,7 +30,7 @@ from vipo.types import TrainStep
 
 ITERATIONS = 5
 TOLERANCE = 1e-4  # of weights after so many iterations at a learning rate of 1e-3; most differ by 1e-6
-EXACT = ("reward", "spread/", "agreement/", "unscored/", "advantage_size", "flat_groups")
+EXACT = ("reward", "spread/", "agreement/", "unscored/", "advantage_size", "flat_groups", "pictures/")
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, R
 from vipo.structuring import sources
 from vipo.training.health import Health
 from vipo.training.trainer import Trainer
+from vipo.training.watch import Watch
 from vipo.types import Generator, KeepsText, MapSource, NamesCutPrompts, Prompt
 
 
@@ -228,6 +229,10 @@ def _remedies(recipe: Recipe, generator: Generator) -> list[str]:
     return found
 
 
+def _watch(recipe: Recipe) -> Watch:
+    return Watch(recipe.guards.options, recipe.objective.clip_range)
+
+
 def notices(session: Session) -> list[str]:
     """What to tell before the first iteration: prompts that will be cut, and clips that a reward takes for others."""
     recipe, generator = session.recipe, session.generator
@@ -344,7 +349,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         keep_per_group=training.keep_per_group,
         iterations=training.iterations,
         attention=recipe.generator.attention,
-        health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator)),
+        health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator), _watch(recipe)),
     )
     evaluation_scorer = RewardSuite(
         {**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, trains=False, **trying

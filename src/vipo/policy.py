@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vipo.errors import UserError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
 
 ADAPTER = "default"
 CHECKED_AT_ONCE = 1 << 20  # elements
+PROBED = 64  # elements of each trained tensor
 
 
 class Policy:
@@ -193,6 +195,12 @@ class Policy:
     def fingerprint(self) -> tuple[int, ...]:
         """Numbers for the bits of all trained tensors, or of this process's parts: other weights give others."""
         return tuple(torch.cat([_checksums(local(parameter)) for parameter in self.parameters.values()]).tolist())
+
+    @torch.no_grad()
+    def probe(self) -> Float[Tensor, " K"]:
+        """A copy of a few elements of each trained tensor, or of this process's parts, evenly spread over it."""
+        flat = (local(parameter).detach().flatten() for parameter in self.parameters.values())
+        return torch.cat([values[:: max(1, len(values) // PROBED)][:PROBED] for values in flat])
 
     @torch.no_grad()
     def gradient_peaks(self) -> dict[str, Tensor]:

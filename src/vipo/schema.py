@@ -12,9 +12,20 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
+from vipo import guards
+from vipo.guards import GuardOptions
 from vipo.options import (
     COMPARE_SAMPLES,
     NEEDS_MAPS,
@@ -250,6 +261,37 @@ class TrainingSection(Section):
     )
 
 
+def _guard(name: str) -> Any:
+    return Field(guards.GUARDS[name].usual, description=guards.meaning(name))
+
+
+class GuardsSection(Section):
+    """What a run is watched for; a guard's value is its action alone, or a mapping of what is not usual."""
+
+    gradient_norm: GuardOptions = _guard("gradient_norm")
+    first_ratio: GuardOptions = _guard("first_ratio")
+    clipped_fraction: GuardOptions = _guard("clipped_fraction")
+    kl: GuardOptions = _guard("kl")
+    kl_reference: GuardOptions = _guard("kl_reference")
+    reward_spread: GuardOptions = _guard("reward_spread")
+    flat_groups: GuardOptions = _guard("flat_groups")
+    weights_still: GuardOptions = _guard("weights_still")
+    saturation: GuardOptions = _guard("saturation")
+    grid: GuardOptions = _guard("grid")
+    diversity: GuardOptions = _guard("diversity")
+    over_optimization: GuardOptions = _guard("over_optimization")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, given: Any, info: Any) -> GuardOptions:  # a ValidationInfo, which cannot be checked at run time
+        return guards.options_of(info.field_name, given)
+
+    @property
+    def options(self) -> dict[str, GuardOptions]:
+        """By name."""
+        return {name: getattr(self, name) for name in guards.GUARDS}
+
+
 class EvaluationSection(Section):
     prompts: str = Field(description="as prompts.file")
     samples_per_prompt: Count = Field(2, description="each from its own fixed noise")
@@ -275,6 +317,7 @@ class Recipe(Section):
     optimizer: OptimizerOptions
     training: TrainingSection
     evaluation: EvaluationSection
+    guards: GuardsSection = Field(default_factory=GuardsSection)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -214,6 +214,15 @@ class NamesCutPrompts(Protocol):
 
 
 @runtime_checkable
+class KnowsPatches(Protocol):
+    """A generator that knows which pixels one token of its network paints."""
+
+    @property
+    def patch_period(self) -> Grid:
+        """Rows and columns of pixels: the autoencoder's stride times the patch."""
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Scores media against prompts: one float per sample, higher is better, NaN where no score could be given."""
 

@@ -12,7 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from vipo.errors import RunFailed
 from vipo.evaluation.estimate import estimate, paired, pairs
+from vipo.guards import fired
+from vipo.report.run import read_run
 from vipo.runs.run import Evaluated, Run
 from vipo.types import TrainStep
 
@@ -20,7 +23,28 @@ RATIO_TOLERANCE = 1e-6  # a first-update log-ratio above this is reported as the
 
 
 def follow(run: Run, console: Console) -> None:
-    """Drive a run to its end, showing what happens: a live line on a terminal, a line per iteration elsewhere."""
+    """Drive a run to its end, showing what happens, and then which guards have fired in it.
+
+    Raises:
+        RunFailed: what the run raises, after that.
+    """
+    try:
+        _follow(run, console)
+    except RunFailed:
+        _show_fired(run, console)
+        raise
+    _show_fired(run, console)
+
+
+def _show_fired(run: Run, console: Console) -> None:
+    found = fired(read_run(run.directory.root).events) if run.writes else []
+    for one in found:
+        text = f"guard {one.name}, {one.when}: {one.guard.means}. What to do: {one.guard.advice}. See {one.anchor}."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _follow(run: Run, console: Console) -> None:
+    """A live line on a terminal, a line per iteration elsewhere."""
     seconds: list[float] = []
     known = {} if run.start.evaluates_anew else run.directory.first_scores()
     base = {name: torch.tensor(_numbers(values)) for name, values in known.items()}
@@ -34,8 +58,9 @@ def follow(run: Run, console: Console) -> None:
         for event in run:
             if isinstance(event, Evaluated):
                 console.print(_evaluation(event, base, run.comparable_since))
-                for failure in event.evaluation.failures:
-                    console.print(Text(failure, style="yellow"))
+                told = run.directory.evaluation_events(event.iteration) if run.writes else []
+                for message in [*event.evaluation.failures, *told]:
+                    console.print(Text(message, style="yellow"))
                 continue
             seconds.append(sum(event.seconds.values()))
             status = _status(run, event, seconds)

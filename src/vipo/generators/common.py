@@ -62,6 +62,7 @@ class DiffusersGenerator(ABC):
     lora_targets: Mapping[str, str]  # linear layers by name of the choice, as regular expressions over module names
     shift: float  # each subclass sets it, from its scheduler and size
     temporal_stride = 1
+    patch: ClassVar[int] = 2  # latent positions per token side; one that has another says so in ``patch_period``
     float32_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, whatever dtype the rest is loaded in
 
     def __init__(
@@ -111,6 +112,12 @@ class DiffusersGenerator(ABC):
         sizes = {name: value for name, value in given.items() if name in SIZES}
         options = {name: value for name, value in given.items() if name not in SIZES}
         return {**sizes, "options": read_options(cls.__name__, cls.usual, cls.takes, options)}
+
+    @property
+    def patch_period(self) -> Grid:
+        """(rows, columns) of pixels that one token of the network paints."""
+        side = int(self.pipeline.vae_scale_factor) * self.patch
+        return side, side
 
     @property
     def guidance(self) -> Guidance:

@@ -27,9 +27,14 @@ HEALTH = (
     ("grad_norm", "Gradient norm", "Before clipping. Spikes far above the median are skipped."),
     ("learning_rate", "Learning rate", "Its schedule: a function of the iteration's number."),
     ("approx_kl", "Approximate KL", "How far one update moves the policy from the one that sampled."),
+    ("kl_reference", "Divergence", "How far the policy is from the untrained model."),
     ("flat_groups", "Flat groups", "Share of prompts whose samples all scored alike: they teach nothing."),
     ("map/top_quarter_mass", "Map concentration", "Share of a map's mass in its heaviest quarter; 0.25 is uniform."),
     ("map/flicker", "Flicker of the maps", "Mean change from one latent frame to the next, in units of a map's mean."),
+    ("weight_change", "Change of the weights", "In one iteration, as a share of their size."),
+    ("pictures/saturated", "Saturated colours", "Share of values at black or full."),
+    ("pictures/grid", "Grid", "Power at the patch period in that of its neighbours: about 1 without a grid."),
+    ("pictures/diversity", "Diversity", "Standard deviation of thumbnails within a group."),
     ("map/mean", "Mean of the map", "Scales the learning rate; 1 where maps are normalised to unit mean."),
 )
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
+from vipo.guards import fired
 from vipo.options import CREDIT_MEANINGS
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
@@ -74,8 +75,9 @@ def render(run: RunRecord) -> str:
         constant=figures.constants(run),
         phases=figures.phases(run),
         skipped=figures.skipped_updates(run),
-        events=_events(run)[-MOST_EVENTS:],
-        event_count=len(_events(run)),
+        events=run.events[-MOST_EVENTS:],
+        event_count=len(run.events),
+        fired=fired(run.events),
     )
 
 
@@ -188,7 +190,3 @@ def signed(value: float, places: int = 3) -> str:
     """As ``fixed``, with a plus sign."""
     text = fixed(value, places)
     return f"+{text}" if value > 0 and float(f"{value:.{places}f}") else text
-
-
-def _events(run: RunRecord) -> list[tuple[int, str]]:
-    return [(step.iteration, event) for step in run.steps for event in step.events]

@@ -57,6 +57,13 @@ class RunRecord:
     sheets: Mapping[int, Path]  # iteration -> contact sheet of the evaluation pictures
     map_sheets: Mapping[int, Path]
     unreadable: Mapping[str, int]
+    told: tuple[tuple[int, str], ...] = ()  # of evaluations: after which iteration, and what
+
+    @property
+    def events(self) -> list[tuple[int, str]]:
+        """Everything that was told, each with its iteration."""
+        of_steps = [(step.iteration, event) for step in self.steps for event in step.events]
+        return sorted([*of_steps, *self.told], key=lambda event: event[0])
 
     @property
     def name(self) -> str:
@@ -136,6 +143,7 @@ def read_run(folder: Path) -> RunRecord:
         _numbered(folder / "samples"),
         _numbered(folder / "maps"),
         {name: bad for name, (_, bad) in logs.items() if bad},
+        tuple((line["iteration"], str(event)) for line in logs["evaluations"][0] for event in line.get("events") or ()),
     )
     _check_recipe(record)
     return record

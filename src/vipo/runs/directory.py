@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,28 @@ class RunDirectory:
         self._append(METRICS, {**head, **step.metrics, "events": list(step.events), **tail})
         self._append(TIMING, {**head, **step.seconds})
 
-    def log_evaluation(self, iteration: int, evaluation: Evaluation, *, comparable_since: int = 0) -> None:
+    def evaluation_lines(self) -> list[dict[str, Any]]:
+        """The evaluations on record."""
+        return _read_log(self.root / EVALUATIONS)
+
+    def evaluation_events(self, iteration: int) -> list[str]:
+        """What was told of one of them."""
+        return [
+            event
+            for line in self.evaluation_lines()
+            if line["iteration"] == iteration
+            for event in line.get("events", [])
+        ]
+
+    def log_evaluation(
+        self,
+        iteration: int,
+        evaluation: Evaluation,
+        *,
+        comparable_since: int = 0,
+        watch: Callable[[list[dict[str, Any]]], list[str]] = lambda _lines: [],
+    ) -> None:
+        """Write one down; ``watch`` is what its record says of it, beside those before and itself."""
         record = {
             "iteration": iteration,
             **({"comparable_since": comparable_since} if comparable_since else {}),
@@ -138,7 +159,9 @@ class RunDirectory:
             "prompts": evaluation.texts,
             "values": {name: values.tolist() for name, values in evaluation.scores[POLICY].items()},
         }
-        self._append(EVALUATIONS, sealed(_plain(record)))
+        record = _plain(record)
+        told = watch([*self.evaluation_lines(), record])
+        self._append(EVALUATIONS, sealed({**record, **({"events": told} if told else {})}))
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self.root / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +17,7 @@ from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
 from vipo.rewards import go_by_rate
+from vipo.runs import over_optimization
 from vipo.runs.agreement import check_agreed
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
@@ -175,7 +177,7 @@ class Run:
         with self.stop.listening():
             if self.finished:
                 self._end_if(self.session.trainer.health.failure(self.iteration, last=True))
-            yield from self._evaluate_if_due()
+            yield from self._evaluate_and_watch()
             stopping = self._stop_agreed()
             while not self.finished and not stopping:
                 last = self.iteration + 1 >= self.recipe.training.iterations
@@ -189,7 +191,7 @@ class Run:
                     self.save()
                 self._end_if(step.failure)
                 if not stopping:
-                    yield from self._evaluate_if_due()
+                    yield from self._evaluate_and_watch()
 
     def _export(self) -> None:
         """Every process takes part: what is sharded is put together for the one that writes."""
@@ -231,6 +233,26 @@ class Run:
             logs=self.directory.checksums(self.iteration) if self.writes else None,
         )
 
+    def _evaluate_and_watch(self) -> Iterator[Evaluated]:
+        """Evaluate if that is due, and end the run if a judge has fallen too far and the recipe says so."""
+        yield from self._evaluate_if_due()
+        if self.recipe.guards.over_optimization.action != "stop":
+            return
+        failure = self.engine.agreed(self._over_optimized)
+        if failure is not None:
+            self.save()
+        self._end_if(failure)
+
+    def _over_optimized(self) -> str | None:
+        lines = self.directory.evaluation_lines()
+        if not lines or lines[-1]["iteration"] != self.iteration:
+            return None
+        return over_optimization.failure(self._scored(lines), self.recipe.guards.over_optimization)
+
+    def _scored(self, lines: Sequence[Mapping[str, Any]]) -> list[over_optimization.Scored]:
+        weights = {name: section.weight for name, section in self.recipe.rewards.items()}
+        return over_optimization.read(lines, self.recipe.judges, weights)
+
     def _evaluate_if_due(self) -> Iterator[Evaluated]:
         every = self.recipe.evaluation.every
         due = self.iteration in (0, self.comparable_since) or self.finished
@@ -247,7 +269,13 @@ class Run:
         assert self.board is not None
         sheet = self.directory.root / "samples" / f"step-{self.iteration:06d}.png"
         save_evaluation(sheet, event.evaluation, media, fps=self.recipe.generator.fps)
-        self.directory.log_evaluation(self.iteration, event.evaluation, comparable_since=self.comparable_since)
+        since, options = self.comparable_since, self.recipe.guards.over_optimization
+        self.directory.log_evaluation(
+            self.iteration,
+            event.evaluation,
+            comparable_since=since,
+            watch=lambda lines: over_optimization.events(self._scored(lines), options),
+        )
         for key, values in event.scores.items():
             self.board.add_scalar(f"evaluation/{key}", float(values.nanmean()), self.iteration)
         self.board.add_images("samples", media[:16, :, media.shape[2] // 2], self.iteration)

@@ -1,4 +1,4 @@
-"""What an iteration's samples, scores and maps come to in numbers; reproducible bit for bit."""
+"""What an iteration's samples, scores, maps and weights come to in numbers; reproducible bit for bit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from vipo import objective, structuring
 from vipo.training.credit import flat_groups
 from vipo.types import Scores
 
+MOVED, SIZE = "moved", "size"
 
-def reward_metrics(scores: Scores, advantage: Tensor, group_size: int) -> dict[str, float]:
+
+def reward_numbers(scores: Scores, advantage: Tensor, group_size: int) -> dict[str, Tensor]:
     """Per reward its mean, its spread within the groups and what went unscored; of all, what they come to."""
     numbers: dict[str, Tensor] = {}
     for name, values in scores.by_name.items():
@@ -25,7 +27,7 @@ def reward_metrics(scores: Scores, advantage: Tensor, group_size: int) -> dict[s
     numbers["reward"] = _mean(scores.total)
     numbers["flat_groups"] = flat_groups(advantage, group_size)
     numbers["advantage_size"] = advantage.abs().mean()
-    return _as_floats(numbers)
+    return numbers
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -43,9 +45,14 @@ def map_metrics(maps: Tensor | None) -> dict[str, float]:
     numbers = {"map/mean": flat.mean(), "map/top_quarter_mass": top.mean()}
     if maps.shape[1] > 1:
         numbers["map/flicker"] = structuring.flicker(maps).mean()
-    return _as_floats(numbers)
+    return as_floats(numbers)
 
 
-def _as_floats(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+def change_of(before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """Two copies of some weights to the squares of their change and of their size, which processes can add up."""
+    return {MOVED: (after - before).square().sum(), SIZE: before.square().sum()}
+
+
+def as_floats(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     """One wait for the accelerator, not one per number."""
     return dict(zip(numbers, torch.stack([value.float() for value in numbers.values()]).tolist(), strict=True))

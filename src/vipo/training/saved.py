@@ -113,7 +113,7 @@ def read_head(checkpoint: Path) -> Head:
         return Head(
             iteration=int(state["iteration"]),
             gradient_norms=[float(norm) for norm in state["gradient_norms"]],
-            health=Record(**state["health"]),
+            health=Record.of(state["health"]),
             processes=int(state["processes"]),
             recipe=dict(state["recipe"]),
             inputs=dict(state["inputs"]),

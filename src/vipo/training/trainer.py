@@ -5,6 +5,7 @@ It knows protocols only. Logging, evaluation, checkpoints and stopping live with
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,8 +30,9 @@ from vipo.training.background import Background
 from vipo.training.credit import Credit, assign, combined, step_factor
 from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
-from vipo.training.metrics import map_metrics, reward_metrics
-from vipo.types import Generator, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
+from vipo.training.metrics import MOVED, SIZE, as_floats, change_of, map_metrics, reward_numbers
+from vipo.training.pictures import PICTURES, picture_numbers, picture_rows
+from vipo.types import Generator, KnowsPatches, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
 from vipo.workload import check_updates, parts, share_of
 
 
@@ -153,11 +155,17 @@ class Trainer:
             maps = self._maps(rollout, scores, advantage[self._here])
         with clock("update"):
             credit = self._credit(everyones, advantage, maps, rollout)
+            seen = self._seen(everyones, advantage, rollout)
+            if self.health.watch.skips_samples:
+                self.health.watch.samples(as_floats(seen))
+            before = self.policy.probe()
             learned, events = self.learner.learn(rollout, credit, self._kept(advantage), iteration)
+            numbers = as_floats({**seen, **change_of(before, self.policy.probe())})
         self.iteration += 1
-        passes = self.engine.sums([float(rollout.model_passes)])[0]
-        numbers = {**reward_metrics(everyones, advantage, self.group_size), **self._mean(map_metrics(maps)), **learned}
-        metrics = {**numbers, "model_passes": passes}
+        passes, moved, size = self.engine.sums([float(rollout.model_passes), numbers.pop(MOVED), numbers.pop(SIZE)])
+        looks = {key: numbers.pop(key) for key in PICTURES if key in numbers}
+        metrics = {**numbers, **self._mean(map_metrics(maps)), **learned, "model_passes": passes}
+        metrics |= {"weight_change": math.sqrt(moved / size) if size else 0.0, **looks}
         events += [f"reward {name}: {why}" for name, why in everyones.failures.items()]
         events += self.health.iteration(metrics)
         failure = self.health.failure(self.iteration, last=last)
@@ -201,6 +209,13 @@ class Trainer:
             keep_steps=self.learner.loss.keep_steps,
             keep_mean=self.learner.loss.keep_mean,
         )
+
+    def _seen(self, scores: Scores, advantage: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+        """What all processes' samples and scores come to, in numbers that are not waited for."""
+        period = self.generator.patch_period if isinstance(self.generator, KnowsPatches) else None
+        rows = self.engine.gather(picture_rows(rollout.media, period))
+        numbers = {**reward_numbers(scores, advantage, self.group_size), **picture_numbers(rows, self.group_size)}
+        return numbers
 
     def _maps(self, rollout: Rollout, scores: Scores, advantage: Tensor) -> Float[Tensor, "N T H W"] | None:
         if self.credit not in NEEDS_MAPS:
@@ -270,4 +285,4 @@ class Trainer:
         self.policy.load(state.weights, state.averages)
         self.learner.restore_optimizer(state.optimizer)
         self.iteration, self.learner.guard.norms = state.iteration, list(state.gradient_norms)
-        self.health.record = state.health
+        self.health.restore(state.health)
