@@ -182,11 +182,11 @@ def resumed(raw: dict[str, Any], root: Path) -> dict[str, Any]:
     return run(raw, root, resume=True)
 
 
-def assert_exported(root: Path, averages: dict[str, Tensor]) -> None:
+def assert_exported(root: Path, averages: dict[str, Tensor], pipeline: Any = FluxPipeline) -> None:
     """Whole, and read by plain diffusers."""
     for file in (root / "export" / "transformer" / "config.json", root / "export" / "model_index.json"):
         assert "FSDP" not in file.read_text()  # the class's own name, not that of its wrapper
-    transformer = FluxPipeline.from_pretrained(root / "export").transformer
+    transformer = pipeline.from_pretrained(root / "export").transformer
     assert furthest(dict(transformer.state_dict()), averages) == 0
 
 

@@ -19,6 +19,7 @@ from vipo.options import (
     COMPARE_SAMPLES,
     NEEDS_MAPS,
     TIMEOUT,
+    ContextExchange,
     Count,
     CreditKind,
     MapOptions,
@@ -217,6 +218,13 @@ class TrainingSection(Section):
     sharding: Sharding = Field(
         "none", description="over several processes: none (each has all weights), or fsdp2 (each has a part)"
     )
+    context_parallel: Count = Field(
+        1, description="processes that share each sample, each with its part of the tokens; see docs/scale.md"
+    )
+    context_exchange: ContextExchange = Field(
+        "ulysses",
+        description="what they exchange in attention: ulysses (parts of all heads), or ring (keys and values)",
+    )
     timeout: float = Field(
         TIMEOUT, ge=1, le=ONE_DAY, description="seconds that processes wait for one that does not answer, then they end"
     )
@@ -294,6 +302,7 @@ class Recipe(Section):
             )
         self._check_dtype()
         self._check_quantization()
+        self._check_context()
         self._check_counts()
         return self
 
@@ -313,6 +322,19 @@ class Recipe(Section):
             raise ValueError(
                 f"generator.quantization={kind} is for weights that stay as they are, and policy.kind=full trains them"
                 " all; take policy.kind=lora, or generator.quantization=none"
+            )
+
+    def _check_context(self) -> None:
+        training = self.training
+        if training.context_parallel > 1 and training.compile:
+            raise ValueError(
+                f"training.compile=true does not go with training.context_parallel={training.context_parallel}: the"
+                " messages in each block's attention are not compiled; leave out one of the two"
+            )
+        if training.context_parallel > 1 and training.context_exchange == "ring" and training.gradient_checkpointing:
+            raise ValueError(
+                "training.context_exchange=ring does not go with training.gradient_checkpointing=true: its backward"
+                " reads what was saved twice, and a checkpoint gives it once; take ulysses"
             )
 
     def _check_likelihood(self) -> None:
