@@ -105,8 +105,8 @@ def build_generator(
         adapter = generators.adapter(name)
         adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
         return adapted
-    loaded = {"device": device, "dtype": DTYPES[section.dtype], "quantization": section.quantization}
-    generator = generators.factory(name)(path, **loaded, **arguments)
+    fewer = {"quantization": section.quantization, "text_quantization": section.text_quantization}
+    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **fewer, **arguments)
     worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
     masked = getattr(generator, "masks_text", False)
     attention.install(generator.network, section.attention, dtype=worked_in, masked=masked)

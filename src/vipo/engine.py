@@ -58,7 +58,7 @@ class Engine:
         accelerator: one that exists already, instead of a new one.
 
     Raises:
-        UserError: the launcher started more or fewer processes than the engine knows of or than make teams, or asks for sharding that is
+        UserError: the launcher started other processes than the engine knows of or than make teams, or asks for sharding that is
             not FSDP2, or this machine does not compute in that precision: it is refused before anything is written.
     """
 

@@ -32,6 +32,7 @@ from vipo.options import (
     Solver,
     SourceName,
     Steps,
+    TextQuantization,
     said,
 )
 from vipo.secrets import redacted
@@ -74,6 +75,9 @@ class GeneratorSection(Section):
         "none",
         description="of the frozen blocks, for a LoRA: nf4 (4 bits, bitsandbytes), int8 or float8 (torchao), or"
         " float8_storage (no library, coarser); computed in dtype",
+    )
+    text_quantization: TextQuantization = Field(
+        "none", description="of the text encoders' blocks: nf4 (4 bits, bitsandbytes); a LoRA learns to read those then"
     )
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
     attention: str = Field(
@@ -322,6 +326,11 @@ class Recipe(Section):
             raise ValueError(
                 f"generator.quantization={kind} is for weights that stay as they are, and policy.kind=full trains them"
                 " all; take policy.kind=lora, or generator.quantization=none"
+            )
+        if self.generator.text_quantization != "none" and self.policy.kind == "full":
+            raise ValueError(
+                f"generator.text_quantization={self.generator.text_quantization} does not go with policy.kind=full, which"
+                " exports the whole pipeline; take policy.kind=lora, or generator.offload_text=true for room"
             )
 
     def _check_context(self) -> None:

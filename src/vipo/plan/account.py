@@ -239,7 +239,7 @@ class Accountant:
         return 3 * section.frames * section.height * section.width * FLOAT
 
     def cost(self, what: str, batch: int) -> Cost:
-        """Of a pass; the network's is cut by tokens over a team, and what lies outside its blocks is taken to be so too."""
+        """Of a pass; a team cuts the network's by tokens, and what lies outside its blocks is counted as if it did too."""
         whole = self.ledger.cost(self.recipe, what, batch)
         if what == "decoding" or self.team == 1:
             return whole
