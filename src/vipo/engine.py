@@ -58,8 +58,8 @@ class Engine:
         accelerator: one that exists already, instead of a new one.
 
     Raises:
-        UserError: the launcher started other processes than the engine knows of or than make teams, or asks for sharding that is
-            not FSDP2, or this machine does not compute in that precision: it is refused before anything is written.
+        UserError: the launcher started other processes than the engine knows of or than make teams, or asks for
+            sharding that is not FSDP2, or this machine does not compute in that precision: it is refused before anything is written.
     """
 
     def __init__(

@@ -329,8 +329,8 @@ class Recipe(Section):
             )
         if self.generator.text_quantization != "none" and self.policy.kind == "full":
             raise ValueError(
-                f"generator.text_quantization={self.generator.text_quantization} does not go with policy.kind=full, which"
-                " exports the whole pipeline; take policy.kind=lora, or generator.offload_text=true for room"
+                f"generator.text_quantization={self.generator.text_quantization} does not go with policy.kind=full,"
+                " which exports the whole pipeline; take policy.kind=lora, or generator.offload_text=true for room"
             )
 
     def _check_context(self) -> None:

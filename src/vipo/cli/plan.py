@@ -10,7 +10,6 @@ from vipo.cli.arguments import Json, Overrides, Recipe
 from vipo.cli.consoles import show
 from vipo.errors import UserError
 
-
 SHARDING = {"ddp": "none", "fsdp2": "fsdp2"}
 """How weights lie on several accelerators, and what a recipe calls it."""
 DEEPSPEED = ("zero2", "zero3", "zero-2", "zero-3", "deepspeed")
@@ -22,8 +21,8 @@ def _sharding(engine: str) -> str:
     """
     if engine.lower() in DEEPSPEED:
         raise UserError(
-            f"--engine {engine}: vipo does not train with DeepSpeed, whose backward steps the optimiser before the gradient"
-            " guard has looked (docs/scale.md); take --engine fsdp2, which cuts what ZeRO-3 cuts"
+            f"--engine {engine}: vipo does not train with DeepSpeed, whose backward steps the optimiser before the"
+            " gradient guard has looked (docs/scale.md); take --engine fsdp2, which cuts what ZeRO-3 cuts"
         )
     if engine not in SHARDING:
         raise UserError(f"--engine {engine} is not known; take {' or '.join(SHARDING)}")

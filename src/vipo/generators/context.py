@@ -2,8 +2,8 @@
 
 diffusers does it (``enable_parallelism``): hooks cut a network's input where its class says so (``_cp_plan``) and
 gather its output, so that every process of a team has the whole velocity; inside, the processes' attention exchanges
-parts of all heads (ulysses) or keys and values (ring). Each process's gradient is that of its own tokens; whoever trains
-has to sum them over the team.
+parts of all heads (ulysses) or keys and values (ring). Each process's gradient is that of its own tokens; whoever
+trains has to sum them over the team.
 
 Not here are diffusers' ``ulysses_anything`` and ``ring_anything``, which take any length: they have no backward.
 """

@@ -239,7 +239,7 @@ class Accountant:
         return 3 * section.frames * section.height * section.width * FLOAT
 
     def cost(self, what: str, batch: int) -> Cost:
-        """Of a pass; a team cuts the network's by tokens, and what lies outside its blocks is counted as if it did too."""
+        """Of a pass; a team cuts the network's by tokens, and what is outside its blocks counts as if it were too."""
         whole = self.ledger.cost(self.recipe, what, batch)
         if what == "decoding" or self.team == 1:
             return whole
