@@ -59,7 +59,8 @@ class Engine:
 
     Raises:
         UserError: the launcher started other processes than the engine knows of or than make teams, or asks for
-            sharding that is not FSDP2, or this machine does not compute in that precision: it is refused before anything is written.
+            sharding that is not FSDP2, or this machine does not compute in that precision: it is refused before
+            anything is written.
     """
 
     def __init__(
