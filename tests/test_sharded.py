@@ -110,7 +110,7 @@ def cases_of(model_folder: Path, wan_folder: Path, scratch: Path) -> dict[str, C
     several = flux(model_folder, scratch, optimizer=updates, solver__train_fraction=0.5)
     in_parts = flux(model_folder, scratch, **split, training__keep_per_group=4, training__replay_batch_size=3)
     adapted = flux(model_folder, scratch, policy=lora, training__gradient_checkpointing=True)
-    begun = flux(model_folder, scratch, policy={"kind": "lora", "init": str(a_lora(model_folder, scratch / "lora"))})
+    begun = flux(model_folder, scratch, policy={"init": str(a_lora(model_folder, scratch / "lora")), "ema_decay": 0.5})
     return {
         "a lora that was there": (begun, "fsdp2", 2),
         "full": (flux(model_folder, scratch), "fsdp2", ITERATIONS),
