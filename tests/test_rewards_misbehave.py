@@ -296,13 +296,16 @@ def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, mod
 class Two:
     """The engine of one of two processes, told what the other says."""
 
-    rank, ranks, in_step, device = 0, 2, False, torch.device("cpu")
+    team, teams, in_step, device = 0, 2, False, torch.device("cpu")
 
     def __init__(self, other_failed: bool) -> None:
         self.other_failed = other_failed
 
     def gather(self, values: Tensor) -> Tensor:
-        return torch.cat([values, torch.tensor([float(self.other_failed)])])
+        raise NotImplementedError
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.other_failed
 
 
 def test_a_failure_elsewhere_is_raised_here_and_one_here_is_told_first() -> None:

@@ -17,7 +17,7 @@ from vipo import embedded, generators, rewards
 from vipo.backbones.perceptual import perceptual
 from vipo.engine import Engine
 from vipo.errors import UserError
-from vipo.generators import attention, compiled
+from vipo.generators import attention, compiled, context
 from vipo.generators.folder import pipeline_class
 from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
 from vipo.policy import Policy
@@ -106,8 +106,8 @@ def build_generator(
         adapter = generators.adapter(name)
         adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
         return adapted
-    loaded = {"device": device, "dtype": DTYPES[section.dtype], "quantization": section.quantization}
-    generator = generators.factory(name)(path, **loaded, **arguments)
+    fewer = {"quantization": section.quantization, "text_quantization": section.text_quantization}
+    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **fewer, **arguments)
     worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
     masked = getattr(generator, "masks_text", False)
     attention.install(generator.network, section.attention, dtype=worked_in, masked=masked)
@@ -287,7 +287,12 @@ def engine_of(recipe: Recipe) -> Engine:
         UserError: they are not what it says, or the recipe asks them for what they cannot do.
     """
     training = recipe.training
-    return Engine(precision=training.precision, sharding=training.sharding, timeout=training.timeout)
+    return Engine(
+        precision=training.precision,
+        sharding=training.sharding,
+        context_parallel=training.context_parallel,
+        timeout=training.timeout,
+    )
 
 
 def _check_sharded(recipe: Recipe, engine: Engine) -> None:
@@ -304,6 +309,24 @@ def _check_sharded(recipe: Recipe, engine: Engine) -> None:
             f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding=fsdp2 cuts them; leave out one"
             " of the two"
         )
+
+
+def _share_samples(recipe: Recipe, model: Model, engine: Engine) -> None:
+    """Let the processes of a team work on the same samples, if the recipe says so.
+
+    Raises:
+        UserError: the engine has no such teams, or the model cannot be shared.
+    """
+    degree, exchange = recipe.training.context_parallel, recipe.training.context_exchange
+    if engine.context_parallel != degree:
+        raise UserError(
+            f"training.context_parallel={degree}, but the engine has teams of {engine.context_parallel} process(es);"
+            f" make it with Engine(context_parallel={degree})"
+        )
+    if degree > 1:
+        network = model.generator.network
+        context.check(network, degree, exchange, masked=getattr(model.generator, "masks_text", False))
+        context.install(network, engine.context_mesh(exchange), exchange)
 
 
 def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None) -> Session:
@@ -326,6 +349,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
     if training.compile:  # with the adapters on it, and before the engine wraps it
         compiled.install(model.generator.network, engine.device)
+    _share_samples(recipe, model, engine)
     map_source: MapSource | None = None
     if recipe.credit in NEEDS_MAPS:
         _check_groups_whole(recipe, engine)
@@ -351,6 +375,9 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         attention=recipe.generator.attention,
         health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator), _watch(recipe)),
     )
+    if engine.context_parallel > 1:
+        with attention.scope(recipe.generator.attention):
+            context.try_out(model.generator)
     evaluation_scorer = RewardSuite(
         {**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, trains=False, **trying
     )
@@ -359,11 +386,11 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
 
 def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
     compared = COMPARE_SAMPLES & set(recipe.structuring.sources)
-    if compared and engine.ranks > recipe.prompts.per_iteration:
+    if compared and engine.teams > recipe.prompts.per_iteration:
         raise UserError(
             f"structuring.sources names {sorted(compared)[0]}, which compares the samples of a group, but"
-            f" {engine.ranks} processes split {recipe.prompts.per_iteration} groups; take another source, or"
-            f" prompts.per_iteration={engine.ranks}"
+            f" {engine.teams} processes split {recipe.prompts.per_iteration} groups; take another source, or"
+            f" prompts.per_iteration={engine.teams}"
         )
 
 

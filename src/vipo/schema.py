@@ -30,6 +30,7 @@ from vipo.options import (
     COMPARE_SAMPLES,
     NEEDS_MAPS,
     TIMEOUT,
+    ContextExchange,
     Count,
     CreditKind,
     MapOptions,
@@ -42,6 +43,7 @@ from vipo.options import (
     Solver,
     SourceName,
     Steps,
+    TextQuantization,
     said,
 )
 from vipo.secrets import redacted
@@ -84,6 +86,9 @@ class GeneratorSection(Section):
         "none",
         description="of the frozen blocks, for a LoRA: nf4 (4 bits, bitsandbytes), int8 or float8 (torchao), or"
         " float8_storage (no library, coarser); computed in dtype",
+    )
+    text_quantization: TextQuantization = Field(
+        "none", description="of the text encoders' blocks: nf4 (4 bits, bitsandbytes); a LoRA learns to read those then"
     )
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
     attention: str = Field(
@@ -228,6 +233,13 @@ class TrainingSection(Section):
     sharding: Sharding = Field(
         "none", description="over several processes: none (each has all weights), or fsdp2 (each has a part)"
     )
+    context_parallel: Count = Field(
+        1, description="processes that share each sample, each with its part of the tokens; see docs/scale.md"
+    )
+    context_exchange: ContextExchange = Field(
+        "ulysses",
+        description="what they exchange in attention: ulysses (parts of all heads), or ring (keys and values)",
+    )
     timeout: float = Field(
         TIMEOUT, ge=1, le=ONE_DAY, description="seconds that processes wait for one that does not answer, then they end"
     )
@@ -337,6 +349,7 @@ class Recipe(Section):
             )
         self._check_dtype()
         self._check_quantization()
+        self._check_context()
         self._check_counts()
         return self
 
@@ -356,6 +369,24 @@ class Recipe(Section):
             raise ValueError(
                 f"generator.quantization={kind} is for weights that stay as they are, and policy.kind=full trains them"
                 " all; take policy.kind=lora, or generator.quantization=none"
+            )
+        if self.generator.text_quantization != "none" and self.policy.kind == "full":
+            raise ValueError(
+                f"generator.text_quantization={self.generator.text_quantization} does not go with policy.kind=full,"
+                " which exports the whole pipeline; take policy.kind=lora, or generator.offload_text=true for room"
+            )
+
+    def _check_context(self) -> None:
+        training = self.training
+        if training.context_parallel > 1 and training.compile:
+            raise ValueError(
+                f"training.compile=true does not go with training.context_parallel={training.context_parallel}: the"
+                " messages in each block's attention are not compiled; leave out one of the two"
+            )
+        if training.context_parallel > 1 and training.context_exchange == "ring" and training.gradient_checkpointing:
+            raise ValueError(
+                "training.context_exchange=ring does not go with training.gradient_checkpointing=true: its backward"
+                " reads what was saved twice, and a checkpoint gives it once; take ulysses"
             )
 
     def _check_likelihood(self) -> None:

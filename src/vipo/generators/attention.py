@@ -50,16 +50,16 @@ def check(name: str) -> None:
 
     known = [str(entry.value) for entry in AttentionBackendName]
     if name != AUTO and name not in known:
-        trainable = ", ".join([AUTO, *(entry for entry in known if not _is_inference_only(entry))])
+        trainable = ", ".join([AUTO, *(entry for entry in known if not is_inference_only(entry))])
         raise UserError(f"generator.attention={name!r} is not known to diffusers; choose from {trainable}")
-    if _is_inference_only(name):
+    if is_inference_only(name):
         raise UserError(f"generator.attention={name!r} {_NO_BACKWARD}. Take {AUTO} or {EXACT}")
 
 
 _NO_BACKWARD = "has no backward, so nothing could be trained through it"
 
 
-def _is_inference_only(name: str) -> bool:
+def is_inference_only(name: str) -> bool:
     return "sage" in name
 
 

@@ -29,7 +29,7 @@ from vipo.generators.text import BlankText, Text, TextReader
 from vipo.generators.text_cache import MEMORY_BYTES, TextCache, cache_of
 from vipo.generators.token_limits import cut_prompts
 from vipo.generators.weights import Fewer, load_pipeline
-from vipo.options import Quantization
+from vipo.options import Quantization, TextQuantization
 from vipo.sharding import under_own_name
 from vipo.types import Batched, Grid, sent
 
@@ -87,6 +87,7 @@ class DiffusersGenerator(ABC):
         device: str,
         dtype: torch.dtype,
         quantization: Quantization = "none",
+        text_quantization: TextQuantization = "none",
         **given: Any,
     ) -> Self:
         """Load a pipeline folder or hub id; ``given`` is as in :meth:`arguments`.
@@ -96,10 +97,11 @@ class DiffusersGenerator(ABC):
                 that the adapter does not take, or no library to quantise with.
         """
         check(quantization)
+        check(text_quantization, "text_quantization")
         disable_progress_bar()
         arguments = cls.arguments(given)
         dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
-        fewer = Fewer(quantization, device)
+        fewer = Fewer(quantization, device, text_quantization)
         return cls(load_pipeline(cls.pipeline_class, str(path), dtypes, fewer).to(device), **arguments)
 
     @classmethod

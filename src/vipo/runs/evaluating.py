@@ -49,7 +49,7 @@ def evaluate_run(session: Session) -> tuple[Evaluation, UInt8[Tensor, "N 3 F Y X
     """
     recipe, engine, shown = session.recipe, session.engine, Shown()
     prompts, samples_per_prompt = session.evaluation_prompts, recipe.evaluation.samples_per_prompt
-    at_once = prompts_at_once(recipe, len(prompts), engine.ranks)
+    at_once = prompts_at_once(recipe, len(prompts), engine.teams)
     evaluate = Evaluator(
         {POLICY: session.policy.averaged},
         Sampler(

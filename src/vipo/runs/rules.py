@@ -42,6 +42,8 @@ RULES: Mapping[str, Rule] = {
     "training.maps_every": "free",
     "training.timeout": "free",
     "training.sharding": "recorded",
+    "training.context_parallel": "recorded",
+    "training.context_exchange": "recorded",
     "training.reward_retries": "free",
     "training.reward_pause_seconds": "free",
     "training.reward_timeout": "free",

@@ -134,7 +134,7 @@ class Learner:
 
     def _updates(self, rows: Any, rollout: Rollout, kept: Tensor, iteration: int) -> list[Update]:
         """The kept samples' rows, dealt to the optimiser steps; all processes make as many passes in each of them."""
-        samples = len(rollout.prompts) * self.engine.ranks
+        samples = len(rollout.prompts) * self.engine.teams
         dealt = self._deal(rows, samples, kept, iteration, rollout.first_sample)
         own = [self._batches(share) for share in dealt]
         everyones = self.engine.everyones([list(batches) for batches in own])
@@ -174,7 +174,8 @@ class Learner:
             part = len(index) / update.total
             with self.engine.syncing(self.generator.network, last=number == len(update.batches) - 1):
                 cost = self._cost(conditioning, update.rows.take(index) if len(index) else update.spare, credit)
-                self.engine.backward(cost.loss * (part * self.engine.ranks))  # processes' gradients are averaged
+                # Processes' gradients are averaged. Those of a team have a part of the tokens' each: they are summed.
+                self.engine.backward(cost.loss * (part * self.engine.ranks))
             if len(index):
                 largest = torch.maximum(largest, cost.deviation)
             for key, value in cost.numbers.items():
@@ -191,7 +192,7 @@ class Learner:
         Raises:
             ValueError: the maps of one were not sound.
         """
-        table = torch.tensor(self.engine.everyones(values), dtype=torch.float64)  # (ranks, numbers)
+        table = torch.tensor(self.engine.teams_say(values), dtype=torch.float64)  # (teams, numbers)
         *sums, largest, norm, sound = table.unbind(1)
         check_maps(bool(sound.all()))
         report = {name: float(column.sum()) for name, column in zip(names, sums, strict=True)}

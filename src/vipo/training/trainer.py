@@ -110,9 +110,9 @@ class Trainer:
         self.credit, self.solver, self.objective = credit, solver, objective
         self.group_size, self.seed, self.rollout_batch_size = group_size, seed, rollout_batch_size
         dealt = {"per_iteration": prompts.per_iteration, "group_size": group_size}
-        self.share = share_of(engine.rank, engine.ranks, **dealt)
+        self.share = share_of(engine.team, engine.teams, **dealt)
         kept = prompts.per_iteration * (keep_per_group or group_size)
-        check_updates(optimizer.per_iteration, samples=kept, processes=engine.ranks)
+        check_updates(optimizer.per_iteration, samples=kept, processes=engine.teams)
         self.prompts_at_once = prompts_at_once
         self.keep_per_group, self.attention = keep_per_group, attention
         self.health = health or Health()
@@ -152,7 +152,7 @@ class Trainer:
         everyones = self._everyones(scores)  # whatever compares samples sees those of all processes
         advantage = combined(self.objective, everyones, self.group_size)
         with clock("map"):
-            maps = self._maps(rollout, scores, advantage[self._here])
+            maps = self._maps(rollout, everyones, advantage)
         with clock("update"):
             credit = self._credit(everyones, advantage, maps, rollout)
             seen = self._seen(everyones, advantage, rollout)
@@ -223,7 +223,7 @@ class Trainer:
         if self.map_source is None:
             raise ValueError(f"credit={self.credit!r} needs a map_source")
         try:
-            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan))
+            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan)[self._here])
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
@@ -233,12 +233,15 @@ class Trainer:
         return slice(self.share.samples.start, self.share.samples.stop)
 
     def _everyones(self, scores: Scores) -> Scores:
-        """The scores of all processes' samples, in the order of their numbers; bit for bit those of one process."""
+        """The scores of all samples, in the order of their numbers; bit for bit those of one process.
+
+        Processes of a team score the same samples, and go by what the first of them found.
+        """
         if self.engine.ranks == 1:
             return scores
         device = scores.total.device
         on_cpu = Scores({name: v.cpu() for name, v in scores.by_name.items()}, dict(scores.weights), scores.failures)
-        found = Scores.join(self.engine.everyones(on_cpu))
+        found = Scores.join(self.engine.teams_say(on_cpu))
         return Scores({name: v.to(device) for name, v in found.by_name.items()}, scores.weights, found.failures)
 
     def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
@@ -261,9 +264,9 @@ class Trainer:
         return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
 
     def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Means over the processes, each of which has as many samples as any other."""
+        """Means over the teams, each of which has as many samples as any other."""
         sums = self.engine.sums(list(numbers.values()))
-        return {name: value / self.engine.ranks for name, value in zip(numbers, sums, strict=True)}
+        return {name: value / self.engine.teams for name, value in zip(numbers, sums, strict=True)}
 
     def state(self) -> TrainState:
         """What a checkpoint holds, as this process has it: tensors in use, not copies of them."""
