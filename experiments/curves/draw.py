@@ -106,7 +106,7 @@ def _panel(curve: Curve, title: str, begun: Sequence[int], threshold: float | No
     low, high = min(values), max(values)
     low, pad = min(low, 0.0) if low >= 0 else low, ROOM * ((high - low) or 1.0)
     marks = ticks(low, high + pad)
-    names = tick_labels(marks)
+    names = [name.replace("\N{MINUS SIGN}", "-") for name in tick_labels(marks)]  # a glyph that the font lacks
     left = 14 + 6.6 * max(map(len, names))
     span = (min(curve.x), max(curve.x))
     frame = Frame(span, (low, high + pad), left, WIDTH - 14.0, TOP + 4.0, HEIGHT - float(BOTTOM))
