@@ -10,24 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.evaluation.records import EvaluationRecord, recorded
 from vipo.files import complete_lines, is_intact, read_yaml
 
 _STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class EvaluationRecord:
-    """Scores of the fixed evaluation pictures after ``iteration`` iterations; 0 is the untrained model."""
-
-    iteration: int
-    samples_per_prompt: int
-    prompts: tuple[str, ...]  # one per picture
-    values: Mapping[str, Tensor]  # name -> (N,), NaN where a picture got no score
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,7 @@ def read_run(folder: Path) -> RunRecord:
     logs = {name: _read_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing", "evaluations")}
     seconds = {line["iteration"]: _numbers(line) for line in logs["timing"][0]}
     steps = [_step(line, seconds.get(line["iteration"], {})) for line in logs["metrics"][0]]
-    evaluations = [_evaluation(line) for line in _comparable(logs["evaluations"][0])]
+    evaluations = [recorded(line) for line in _comparable(logs["evaluations"][0])]
     record = RunRecord(
         folder,
         _parse_recipe(folder, recipe_text),
@@ -223,15 +212,6 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 def _step(record: Mapping[str, Any], seconds: Mapping[str, float]) -> StepRecord:
     events = tuple(str(event) for event in record.get("events") or ())
     return StepRecord(record["iteration"], _numbers(record), seconds, events, record.get("failure"))
-
-
-def _evaluation(record: Mapping[str, Any]) -> EvaluationRecord:
-    values = {
-        name: torch.tensor([math.nan if value is None else float(value) for value in listed], dtype=torch.float64)
-        for name, listed in record["values"].items()
-    }
-    prompts = tuple(str(prompt) for prompt in record.get("prompts") or ())
-    return EvaluationRecord(record["iteration"], int(record.get("samples_per_prompt") or 1), prompts, values)
 
 
 def _latest_of_each(records: Sequence[R]) -> tuple[R, ...]:
