@@ -10,7 +10,6 @@ from pathlib import Path
 
 from vipo.runs.run import Run
 
-
 WATCHING = ("training.keep_best=", "training.stop_when=")
 
 
