@@ -67,6 +67,7 @@ def _score_panel(run: RunRecord, name: str, key: str, size: tuple[int, int]) -> 
     if dots := _evaluation_dots(run, name):
         layers.append(dots)
         legend.append((dots.style, "evaluation, 95 % interval"))
+        legend += [("ring", f"the best by {run.best_by}")] if dots.ringed is not None else []
     if not layers:
         return None
     role = role_of(run, name) if name != "weighted sum" else None
@@ -85,7 +86,8 @@ def _evaluation_dots(run: RunRecord, name: str) -> Dots | None:
     if not points:
         return None
     x, y, low, high = (list(column) for column in zip(*points, strict=True))
-    return Dots(x, y, low, high, style)
+    best = run.best
+    return Dots(x, y, low, high, style, None if best is None or best.iteration not in x else float(best.iteration))
 
 
 def _described(name: str, layers: list[Line | Dots]) -> str:

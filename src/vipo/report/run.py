@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from vipo.errors import UserError
+from vipo.evaluation.best import Best, best_of
 from vipo.evaluation.records import EvaluationRecord, recorded
 from vipo.files import complete_lines, is_intact, read_yaml
 
@@ -23,7 +24,7 @@ _STEP = re.compile(r"step-(\d+)")
 class StepRecord:
     """One iteration: its numbers (NaN for null), wall seconds by phase, and every guard that fired, in words.
 
-    ``failure`` is why the run ended there, if it failed.
+    ``failure`` is why the run ended there, if it failed, and ``stopped`` if ``training.stop_when`` ended it.
     """
 
     iteration: int
@@ -31,6 +32,7 @@ class StepRecord:
     seconds: Mapping[str, float]
     events: tuple[str, ...]
     failure: str | None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class RunRecord:
     sheets: Mapping[int, Path]  # iteration -> contact sheet of the evaluation pictures
     map_sheets: Mapping[int, Path]
     unreadable: Mapping[str, int]
+    kept: frozenset[int] = frozenset()  # iterations that there are checkpoints of
 
     @property
     def name(self) -> str:
@@ -80,6 +83,22 @@ class RunRecord:
     def failure(self) -> str | None:
         """Why the run ended with its last iteration, if it failed."""
         return self.steps[-1].failure if self.steps else None
+
+    @property
+    def stopped(self) -> str | None:
+        """Why ``training.stop_when`` ended the run with its last iteration, if it did."""
+        return self.steps[-1].stopped if self.steps else None
+
+    @property
+    def best_by(self) -> str | None:
+        """The score by which the best checkpoint is kept, if one is."""
+        named = (self.recipe.get("training") or {}).get("keep_best")
+        return None if named is None else str(named)
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation whose weights are kept."""
+        return None if self.best_by is None else best_of(self.evaluations, self.best_by, self.kept)
 
     def recorded(self, section: str, key: str) -> Any:
         """A key of the recipe that every run writes down.
@@ -125,6 +144,7 @@ def read_run(folder: Path) -> RunRecord:
         _numbered(folder / "samples"),
         _numbered(folder / "maps"),
         {name: bad for name, (_, bad) in logs.items() if bad},
+        frozenset(_checkpoints(folder / "checkpoints")),
     )
     _check_recipe(record)
     return record
@@ -211,13 +231,22 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _step(record: Mapping[str, Any], seconds: Mapping[str, float]) -> StepRecord:
     events = tuple(str(event) for event in record.get("events") or ())
-    return StepRecord(record["iteration"], _numbers(record), seconds, events, record.get("failure"))
+    return StepRecord(
+        record["iteration"], _numbers(record), seconds, events, record.get("failure"), record.get("stopped")
+    )
 
 
 def _latest_of_each(records: Sequence[R]) -> tuple[R, ...]:
     """By iteration; a resumed run may have written an iteration twice, and the second is the one that counts."""
     by_iteration = {record.iteration: record for record in records}
     return tuple(by_iteration[iteration] for iteration in sorted(by_iteration))
+
+
+def _checkpoints(folder: Path) -> Iterator[int]:
+    """The iterations of the complete ones."""
+    for index in folder.glob("step-*/state.json"):
+        if match := _STEP.fullmatch(index.parent.name):
+            yield int(match[1])
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
