@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
+from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut, spaced
 from vipo.media.map_sheets import clip_map_sheet, heat, lit, map_sheet, shown_frames
 from vipo.media.pictures import labelled_grid, to_uint8
@@ -26,7 +27,7 @@ from vipo.report.compare import compare_runs, html_table, markdown_table, text_t
 from vipo.report.embed import clip_uri
 from vipo.report.outcome import change_of, changes, headline, verdict_of
 from vipo.report.page import fixed, signed, write_report
-from vipo.report.run import EvaluationRecord, read_run
+from vipo.report.run import read_run
 
 PROMPTS, PER_PROMPT, ITERATIONS = 18, 2, 6
 TEXTS = [f"a <b>thing</b> number {i // PER_PROMPT}" for i in range(PROMPTS * PER_PROMPT)]

@@ -298,6 +298,7 @@ def test_a_failed_export_leaves_nothing_half_written(
 
 @pytest.mark.slow
 def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"] |= {"keep_best": next(iter(raw["rewards"])), "checkpoint_every": 4, "keep_checkpoints": 1}
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
     both, alone = tmp_path / "both", tmp_path / "alone"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
@@ -313,6 +314,8 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
         ours, theirs = ([line[key] for line in tiny.lines(folder / "metrics.jsonl")] for folder in (both, alone))
         assert ours == pytest.approx(theirs, abs=tolerance)
     assert [e["iteration"] for e in tiny.lines(both / "evaluations.jsonl")] == [0, 2, 4]
+    saved = [[path.name for path in list_checkpoints(folder / "checkpoints")] for folder in (both, alone)]
+    assert saved[0] == saved[1]  # the best too
     assert not leftovers(both)
 
 

@@ -17,6 +17,7 @@ from vipo import embedded, generators, rewards
 from vipo.backbones.perceptual import perceptual
 from vipo.engine import Engine
 from vipo.errors import UserError
+from vipo.evaluation.estimate import FEWEST_PROMPTS
 from vipo.generators import attention, compiled, context
 from vipo.generators.folder import pipeline_class
 from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
@@ -329,6 +330,18 @@ def _share_samples(recipe: Recipe, model: Model, engine: Engine) -> None:
         context.install(network, engine.context_mesh(exchange), exchange)
 
 
+def _check_watchable(recipe: Recipe, prompts: int) -> None:
+    """Raises:
+    UserError: too few evaluation prompts for an interval that could stop the run.
+    """
+    if recipe.training.stop_when is not None and prompts < FEWEST_PROMPTS:
+        raise UserError(
+            f"training.stop_when={recipe.training.stop_when} goes by an interval over prompts, for which the"
+            f" evaluation's {prompts} are too few; give evaluation.prompts (and evaluation.limit) at least"
+            f" {FEWEST_PROMPTS}, or leave it out"
+        )
+
+
 def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
 
@@ -341,6 +354,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     _check_sharded(recipe, engine)
     training_prompts = named_prompts(recipe.prompts.file)
     evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
+    _check_watchable(recipe, len(evaluation_prompts))
     training, fps = recipe.training, recipe.generator.fps
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
     trying["patience"] = Patience(training.reward_timeout, training.on_reward_timeout)

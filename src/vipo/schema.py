@@ -258,6 +258,14 @@ class TrainingSection(Section):
     )
     checkpoint_every: Count = Field(10, description="iterations")
     keep_checkpoints: Count = Field(2, description="the newest so many stay")
+    keep_best: str | None = Field(
+        None, description="a reward or judge: the checkpoint of the evaluation with its highest mean stays too"
+    )
+    stop_when: str | None = Field(
+        None,
+        description="a judge or reward: stop once it is below its best evaluation by more than the 95 % interval;"
+        " sets keep_best, if that is null",
+    )
     max_skipped_in_a_row: Count = Field(
         3, description="updates skipped, or iterations without spread: an event, and the end if nothing was learned"
     )
@@ -271,6 +279,13 @@ class TrainingSection(Section):
     on_reward_timeout: OnTimeout = Field(
         "stop", description="of a call that takes longer: stop the run, or mask its samples"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_watched(cls, given: Any) -> Any:
+        """A run that ends because a score has fallen needs its weights from before."""
+        watched = given.get("stop_when") if isinstance(given, dict) else None
+        return given if watched is None or given.get("keep_best") is not None else {**given, "keep_best": watched}
 
 
 def _guard(name: str) -> Any:
@@ -351,6 +366,7 @@ class Recipe(Section):
         self._check_quantization()
         self._check_context()
         self._check_counts()
+        self._check_watched()
         return self
 
     def _check_dtype(self) -> None:
@@ -437,6 +453,22 @@ class Recipe(Section):
             raise ValueError(
                 f"optimizer.per_iteration={self.optimizer.per_iteration} needs as many samples per iteration, but"
                 f" prompts.per_iteration * prompts.group_size = {samples} samples"
+            )
+
+    def _check_watched(self) -> None:
+        """What evaluations decide must be evaluated."""
+        scores = [*self.judges, *self.rewards]
+        for key in ("stop_when", "keep_best"):
+            name = getattr(self.training, key)
+            if name is not None and name not in scores:
+                raise ValueError(
+                    f"training.{key}={shown(name)} is none of the rewards and judges of this recipe, which are"
+                    f" evaluated; give {' or '.join(scores)}, or null"
+                )
+        if self.training.stop_when is not None and self.evaluation.every is None:
+            raise ValueError(
+                f"training.stop_when={self.training.stop_when} can stop nothing with evaluation.every=null, which"
+                " evaluates before and after only; set evaluation.every to a number of iterations"
             )
 
     def to_yaml(self) -> str:

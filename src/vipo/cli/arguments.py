@@ -21,7 +21,9 @@ AllowCode = Annotated[
     typer.Option("--allow-code", help="Rewards that a file names may be its own Python code, file.py:function."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
+Target = Annotated[
+    str, typer.Argument(help="A run or a checkpoint of it, a pipeline folder or hub id, embedded:NAME, or a LoRA.")
+]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -30,6 +32,16 @@ Prompts = Annotated[
     ),
 ]
 Lora = Annotated[Path | None, typer.Option(help="A LoRA, .safetensors file or folder, as the policy of a plain model.")]
+Base = Annotated[
+    str | None, typer.Option(help="The model that TARGET, then a LoRA, goes on: a pipeline folder or hub id.")
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Of a run, e.g. step-000020, or best as training.keep_best has it; default the latest."),
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Default as the run was trained, or as the model's pipeline has it.")
+]
 SamplesPerPrompt = Annotated[int, typer.Option("--count", min=1, help="Pictures per prompt.")]
 Batch = Annotated[
     int | None,

@@ -126,7 +126,8 @@ def _clock(seconds: float) -> str:
 def _evaluation(event: Evaluated, base: dict[str, Tensor], since: int) -> Table:
     """Scores now, and their paired gain over those after ``since`` iterations."""
     samples_per_prompt = event.evaluation.samples_per_prompt
-    table = Table(title=f"after {event.iteration} iterations", title_justify="left")
+    best = f", the best so far by {event.best_by}" if event.best_by and event.iteration else ""
+    table = Table(title=f"after {event.iteration} iterations{best}", title_justify="left")
     over = f"iteration {since}" if since else "untrained"
     for column in ("reward", "mean", f"gain over {over}, 95 % interval"):
         table.add_column(column)

@@ -131,6 +131,11 @@ class DiffusersGenerator(ABC):
         return self.guidance.scale > self.unguided
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether the scale of guidance changes anything."""
+        return True
+
+    @property
     def text_encoders(self) -> tuple[torch.nn.Module, ...]:
         """What reads prompts; needed no more once every prompt is in a cache."""
         return self.reader.encoders

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts
+from vipo.evaluation.records import EvaluationRecord
 from vipo.report.outcome import Role, Verdict, check_pairs, role_of, verdict_of
-from vipo.report.run import EvaluationRecord, RunRecord, read_run
+from vipo.report.run import RunRecord, read_run
 
 _VERDICTS: Mapping[Verdict | None, str] = {
     "rose in this run": "better in these runs",

@@ -70,10 +70,13 @@ def _gain_panel(run: RunRecord, name: str, size: tuple[int, int]) -> Panel | Non
         return None
     x, y, low, high = (list(column) for column in zip(*points, strict=True))
     style = "evaluated" if name in run.rewards else "held-out"
+    best = None if run.best is None or run.best.iteration not in x else float(run.best.iteration)
     zero = Line([x[0], max(x[-1], run.iterations_done)], [0.0, 0.0], "zero")
     label = f"{name}, paired gain over iteration {base.iteration}: {number(y[-1])} at iteration {x[-1]:.0f}."
-    svg = chart([zero, Dots(x, y, low, high, style)], label=label, width=size[0], height=size[1])
-    return Panel(name, "", svg, ((style, "paired gain, 95 % interval over prompts"),), role_of(run, name))
+    svg = chart([zero, Dots(x, y, low, high, style, best)], label=label, width=size[0], height=size[1])
+    legend = [(style, "paired gain, 95 % interval over prompts")]
+    legend += [] if best is None else [("ring", f"the best by {run.best_by}")]
+    return Panel(name, "", svg, tuple(legend), role_of(run, name))
 
 
 def reward_panels(run: RunRecord) -> list[Panel]:

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut, resized, spaced, table
 from vipo.media.sheets import load_sheet, open_sheet
 from vipo.report.embed import clip_uri, data_uri
 from vipo.report.outcome import Change, before_and_after, total_change
-from vipo.report.run import EvaluationRecord, RunRecord
+from vipo.report.run import RunRecord
 
 FIRST, EXTREMES = 16, 3  # pictures, and prompts
 STRIP_ROWS, STRIP_COLUMNS = 6, 8

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts, pairs
-from vipo.report.run import EvaluationRecord, RunRecord
+from vipo.evaluation.estimate import FEWEST_PROMPTS, Estimate, estimate, paired, paired_prompts, pairs
+from vipo.evaluation.records import EvaluationRecord
+from vipo.report.run import RunRecord
 
 Verdict = Literal["rose in this run", "within noise", "fell in this run", "too few prompts to tell"]
 Role = Literal["trained on", "held-out judge", "measured"]
-
-FEWEST_PROMPTS = 6
-"""All of n prompts move one way by chance with probability 2^(1-n); below 6 that exceeds 5 %: no verdict."""
 
 
 @dataclass(frozen=True)

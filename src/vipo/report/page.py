@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vipo.errors import UserError
+from vipo.evaluation.best import place
 from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
 from vipo.guards import fired
@@ -102,10 +103,20 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Trained on", rewards, f"weight {weights}" if len(run.rewards) > 1 else ""),
         ("Held-out judges", ", ".join(map(str, judges)) or "none", "measured, never trained on"),
         ("Iterations", str(run.iterations_done), _of_planned(run)),
+        *_best_fact(run),
     ]
     if credit in ("advantage_map", "reward_map") and "structuring" in run.recipe:
         facts.insert(2, _map_fact(run))
     return facts
+
+
+def _best_fact(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Which evaluation is the best, where its checkpoint is kept."""
+    best = run.best
+    if best is None:
+        return []
+    remark = "nothing better was found" if best.is_untrained else f"kept in checkpoints/step-{best.iteration:06d}"
+    return [("Best evaluation", place(best.iteration), f"{run.best_by} {svg.number(best.mean)}; {remark}")]
 
 
 def _map_fact(run: RunRecord) -> tuple[str, str, str]:
@@ -129,6 +140,8 @@ def _status(run: RunRecord) -> tuple[str, str]:
     left_out = f" Left out: {', '.join(damaged)}." if damaged else ""
     if run.failure:
         return "open", f"Failed: {run.failure}.{left_out}"
+    if run.stopped:
+        return "open", f"Ended after {done} of {planned} iterations, {run.stopped}.{left_out}"
     if planned and done >= planned:
         return "done", f"Complete: all {planned} iterations.{left_out}"
     goal = f" of {planned}" if planned else ""

@@ -23,13 +23,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Dots:
-    """Points with an interval each, joined by a thin line."""
+    """Points with an interval each, joined by a thin line; the one at ``ringed`` has a ring around it."""
 
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
     style: str
+    ringed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def _layer(frame: Frame, layer: Line | Dots) -> str:
     if isinstance(layer, Line):
         return path + (_hover(frame, x, y) if layer.style == "raw" else "")
     marks = [_dot(frame, *values, layer.style) for values in zip(x, y, layer.low, layer.high, strict=True)]
-    return path + "".join(marks)
+    ring = [_ring(frame, a, b) for a, b in zip(x, y, strict=True) if a == layer.ringed]
+    return path + "".join(marks + ring)
 
 
 def _hover(frame: Frame, x: Sequence[float], y: Sequence[float]) -> str:
@@ -190,6 +192,10 @@ def _dot(frame: Frame, x: float, y: float, low: float, high: float, style: str) 
     if math.isfinite(low) and math.isfinite(high):
         bar = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>'
     return f'<g class="dot {style}">{title}{bar}<circle cx="{at:.1f}" cy="{frame.y(y):.1f}" r="3.6"/></g>'
+
+
+def _ring(frame: Frame, x: float, y: float) -> str:
+    return f'<circle class="ring" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="7.5"/>'
 
 
 def interval(low: float, middle: float, high: float, *, label: str) -> Markup:

@@ -18,14 +18,15 @@ from typing import Any
 import yaml
 
 from vipo.errors import UserError
-from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import SEAL, aside_of, complete_lines, is_intact, read_yaml, sealed, writing
+from vipo.evaluation.records import POLICY, Evaluation, EvaluationRecord, recorded
+from vipo.files import SEAL, aside_of, complete_lines, is_intact, read_yaml, sealed, write_text, writing
 from vipo.runs import lock
-from vipo.training.saved import Saved, choose, list_folders
+from vipo.training.saved import Saved, choose, iteration_of, list_checkpoints, list_folders
 from vipo.types import TrainStep
 
 METRICS, TIMING, EVALUATIONS = LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
 RECIPE = "recipe.yaml"
+STOPPED = "stopped"  # in the metrics of the last iteration: why the run ended there, see training.stop_when
 CHECKPOINTS = "checkpoints"
 
 
@@ -115,6 +116,14 @@ class RunDirectory:
         found = list_folders(self.checkpoints)
         return found[-1] if found else None
 
+    def kept(self) -> frozenset[int]:
+        """The iterations that there are complete checkpoints of."""
+        return frozenset(map(iteration_of, list_checkpoints(self.checkpoints)))
+
+    def evaluations(self) -> list[EvaluationRecord]:
+        """Those on record, in their order."""
+        return [recorded(line) for line in _read_log(self.root / EVALUATIONS)]
+
     def first_scores(self) -> dict[str, list[float | None]]:
         """The scores that later ones are compared with, picture by picture; empty if they are not on record.
 
@@ -163,6 +172,14 @@ class RunDirectory:
         told = watch([*self.evaluation_lines(), record])
         self._append(EVALUATIONS, sealed({**record, **({"events": told} if told else {})}))
 
+    def log_stop(self, iteration: int, why: str) -> None:
+        """Tell in the log of the last iteration, as an event, why the run ended after so many; once only."""
+        lines = complete_lines(self.root / METRICS)
+        last = json.loads(lines[-1]) if lines else {}
+        if last.get("iteration") == iteration - 1 and STOPPED not in last:
+            told = {**last, "events": [*last["events"], why], STOPPED: why}
+            write_text(self.root / METRICS, "".join(f"{line}\n" for line in [*lines[:-1], json.dumps(told)]))
+
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self.root / name
         with writing(path), path.open("a", encoding="utf-8") as file:
@@ -175,8 +192,15 @@ def _is_torn(path: Path) -> bool:
 
 
 def _before(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """The records of the iterations before one."""
-    return [record for record in _read_log(path) if record["iteration"] < iteration]
+    """The records of the iterations before one, as they were when it was saved: a stop is told later."""
+    return [_without_stop(record) for record in _read_log(path) if record["iteration"] < iteration]
+
+
+def _without_stop(record: dict[str, Any]) -> dict[str, Any]:
+    if STOPPED not in record:
+        return record
+    events = [event for event in record["events"] if event != record[STOPPED]]
+    return {key: value for key, value in {**record, "events": events}.items() if key != STOPPED}
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,10 @@ def _fall_of(judge: str, past: Sequence[Scored], now: Scored) -> Fall | None:
         return None
     best = max(known, key=lambda one: float(one.judges[judge].nanmean()))
     before, after = best.judges[judge], now.judges[judge]
-    if _verdict(after, before, now) != "fell" or _verdict(now.reward, best.reward, now) != "rose beyond noise":
+    if (
+        _verdict(after, before, now) != "fell in this run"
+        or _verdict(now.reward, best.reward, now) != "rose in this run"
+    ):
         return None
     spread = float(before[before.isfinite()].std())
     least = -paired(after, before, now.samples_per_prompt).high  # what the interval leaves no doubt of

@@ -39,6 +39,7 @@ RULES: Mapping[str, Rule] = {
     "training.iterations": "free",  # not where the learning rate comes down towards the last one, see changed
     "training.checkpoint_every": "free",
     "training.keep_checkpoints": "free",
+    "training.keep_best": "free",
     "training.maps_every": "free",
     "training.timeout": "free",
     "training.sharding": "recorded",
@@ -54,6 +55,7 @@ RULES: Mapping[str, Rule] = {
     "training.on_reward_timeout": "recorded",
     "training.max_failed_share": "recorded",
     "training.max_skipped_in_a_row": "recorded",
+    "training.stop_when": "recorded",
     "evaluation": "recorded",
     "guards": "recorded",
     "inputs.packages": "recorded",  # inputs: what was in the files that the recipe names, see vipo.runs.inputs

@@ -19,6 +19,7 @@ from vipo.media.pictures import save_png
 from vipo.rewards import go_by_rate
 from vipo.runs import over_optimization
 from vipo.runs.agreement import check_agreed
+from vipo.runs.best import best_so_far, best_told, fallen, spared
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
 from vipo.runs.init import keep_init, with_kept_init
@@ -40,6 +41,7 @@ class Evaluated:
 
     iteration: int
     evaluation: Evaluation
+    best_by: str | None = None  # the score by which it is the best so far, if training.keep_best names one
 
     @property
     def scores(self) -> Mapping[str, Tensor]:
@@ -105,12 +107,13 @@ class Run:
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
-                prune(self.directory.checkpoints, recipe.training.keep_checkpoints)  # a kill may have left one too many
+                self._prune()  # a kill may have left one too many
                 keep_init(recipe, self.directory.root, anew=not self.start.resumed)
             self._events = self.start.events  # to be told with the first iteration
             keep_text(self.session)
             self.notices = notices(self.session)
             self.engine.wait()
+            self.stopped: str | None = None
             self._evaluated, self.comparable_since = set(self.start.evaluated), self.start.comparable_since
             board = str(self.directory.root / "tensorboard")
             self.board = SummaryWriter(board, purge_step=self.iteration) if self.writes else None
@@ -150,7 +153,8 @@ class Run:
     def __iter__(self) -> Iterator[TrainStep | Evaluated]:
         """Train to the recipe's last iteration, yielding each step and each evaluation as it is on disk.
 
-        After a stop request the state is saved; ``finished`` says whether the run is complete.
+        After a stop request the state is saved; ``over`` says whether the run has come to its end: ``finished``, or
+        ``stopped`` by ``training.stop_when``.
 
         Raises:
             RunFailed: nothing was learned, and the state is saved; or another process is lost. Nothing is exported.
@@ -161,7 +165,7 @@ class Run:
                 for event in self._train():
                     yield event
                     self._check_ours()
-                if self.finished:
+                if self.over:
                     self._export()
         finally:
             if self.board is not None:
@@ -179,7 +183,7 @@ class Run:
                 self._end_if(self.session.trainer.health.failure(self.iteration, last=True))
             yield from self._evaluate_and_watch()
             stopping = self._stop_agreed()
-            while not self.finished and not stopping:
+            while not self.over and not stopping:
                 last = self.iteration + 1 >= self.recipe.training.iterations
                 step = _with_notices(self._with_events(self.session.trainer.step(last=last)), self.notices)
                 if self.writes:
@@ -221,6 +225,21 @@ class Run:
     def finished(self) -> bool:
         return self.iteration >= self.recipe.training.iterations
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to go on with: all iterations are done, or a score has fallen (``stopped``)."""
+        return self.finished or self.stopped is not None
+
+    @property
+    def best(self) -> str | None:
+        """The best checkpoint in a sentence, where ``training.keep_best`` keeps one."""
+        name = self.recipe.training.keep_best
+        return None if name is None else best_told(self.directory, name)
+
+    def _prune(self) -> None:
+        training = self.recipe.training
+        prune(self.directory.checkpoints, training.keep_checkpoints, spared(self.directory, training.keep_best))
+
     def save(self) -> None:
         """Checkpoint now."""
         save(
@@ -228,6 +247,7 @@ class Run:
             self.directory.checkpoints,
             engine=self.engine,
             keep=self.recipe.training.keep_checkpoints,
+            spared=spared(self.directory, self.recipe.training.keep_best) if self.writes else (),
             recipe=self.recipe.model_dump(mode="json"),
             inputs=self.start.inputs,
             logs=self.directory.checksums(self.iteration) if self.writes else None,
@@ -257,13 +277,50 @@ class Run:
         every = self.recipe.evaluation.every
         due = self.iteration in (0, self.comparable_since) or self.finished
         due = due or (every is not None and self.iteration % every == 0)
-        if due and self.iteration not in self._evaluated:
-            evaluation, media = evaluate_run(self.session)
-            event = Evaluated(self.iteration, evaluation)
-            self._evaluated.add(self.iteration)
+        if not due:
+            return
+        new = self._evaluate() if self.iteration not in self._evaluated else None
+        best_by = self._keep_best()
+        self._stop_if_fallen()
+        if new is not None:
+            yield Evaluated(self.iteration, new, best_by)
+
+    def _evaluate(self) -> Evaluation:
+        """The present weights', on record."""
+        evaluation, media = evaluate_run(self.session)
+        self._evaluated.add(self.iteration)
+        if self.writes:
+            self._keep_evaluation(Evaluated(self.iteration, evaluation), media)
+        return evaluation
+
+    def _keep_best(self) -> str | None:
+        """Keep the evaluated weights if they are the best so far; the score by which they are."""
+        name = self.recipe.training.keep_best
+        if name is None:
+            return None
+        best = self.engine.agreed(lambda: best_so_far(self.directory, name, [self.iteration]))
+        if best is None or best.iteration != self.iteration:
+            return None
+        if not best.is_untrained:
+            self._save_if_missing()
+        if self.writes:
+            self._prune()  # the one that was the best before
+        return name
+
+    def _save_if_missing(self) -> None:
+        if not self.engine.agreed(lambda: self.iteration in self.directory.kept()):
+            self.save()
+
+    def _stop_if_fallen(self) -> None:
+        """End the run here if ``training.stop_when`` says so; the main process looks, and all do as it says."""
+        name = self.recipe.training.stop_when
+        if name is None or self.finished:
+            return
+        self.stopped = self.engine.agreed(lambda: fallen(self.directory, name, self.iteration))
+        if self.stopped is not None:
+            self._save_if_missing()
             if self.writes:
-                self._keep_evaluation(event, media)
-            yield event
+                self.directory.log_stop(self.iteration, self.stopped)
 
     def _keep_evaluation(self, event: Evaluated, media: Tensor) -> None:
         assert self.board is not None
