@@ -169,7 +169,7 @@ def survey(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 def _verdict(name: str, device: torch.device, dtype: torch.dtype) -> str:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry, _check_attention_backend_requirements
 
-    if _is_inference_only(name):
+    if is_inference_only(name):
         return "no backward"
     if "_hub" in name:
         return "not tried: its kernel comes from the hub"
