@@ -177,7 +177,7 @@ def test_where_the_map_puts_its_weight_matters(model_folder: Path) -> None:
 def test_a_map_on_one_side_moves_that_side(model_folder: Path) -> None:
     """The transposition test of the whole path: weight on the left columns, and the loss is about those alone."""
 
-    def left(rollout: Rollout, advantage: Tensor) -> Tensor:  # noqa: ARG001
+    def left(rollout: Rollout, *_: object) -> Tensor:
         maps = torch.zeros(len(rollout.media), *rollout.latent_grid)
         maps[..., : rollout.latent_grid[2] // 2] = 2.0
         return maps

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
-from vipo.options import CREDIT_MEANINGS
+from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, NEEDS_SOURCES
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
@@ -63,7 +63,7 @@ def render(run: RunRecord) -> str:
         gallery=None if problem else gallery.gallery(run, found),
         strip=gallery.strip(run),
         maps=gallery.map_figures(run),
-        uses_maps=run.recipe.get("credit") in (None, "advantage_map", "reward_map"),
+        uses_maps=run.recipe.get("credit") in (None, *NEEDS_MAPS),
         health=figures.health_panels(run),
         phases=figures.phases(run),
         skipped=figures.skipped_updates(run),
@@ -94,7 +94,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Held-out judges", ", ".join(map(str, judges)) or "none", "measured, never trained on"),
         ("Iterations", str(run.iterations_done), _of_planned(run)),
     ]
-    if credit in ("advantage_map", "reward_map") and "structuring" in run.recipe:
+    if credit in NEEDS_SOURCES and "structuring" in run.recipe:
         facts.insert(2, _map_fact(run))
     return facts
 

@@ -19,7 +19,15 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators.attention import AUTO, scope
 from vipo.objective import extremes
-from vipo.options import NEEDS_MAPS, CreditKind, Objective, OptimizerOptions, Solver
+from vipo.options import (
+    NEEDS_MAPS,
+    NORMALISES_POSITIONS,
+    SIGNED_MAPS,
+    CreditKind,
+    Objective,
+    OptimizerOptions,
+    Solver,
+)
 from vipo.policy import Policy
 from vipo.prompts.sampler import PromptSampler
 from vipo.ranks import together
@@ -29,7 +37,7 @@ from vipo.training.background import Background
 from vipo.training.credit import Credit, assign, combined, step_factor
 from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
-from vipo.training.metrics import map_metrics, reward_metrics
+from vipo.training.metrics import evidence_metrics, map_metrics, reward_metrics
 from vipo.types import Generator, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
 from vipo.workload import check_updates, parts, share_of
 
@@ -156,7 +164,11 @@ class Trainer:
             learned, events = self.learner.learn(rollout, credit, self._kept(advantage), iteration)
         self.iteration += 1
         passes = self.engine.sums([float(rollout.model_passes)])[0]
-        numbers = {**reward_metrics(everyones, advantage, self.group_size), **self._mean(map_metrics(maps)), **learned}
+        numbers = {
+            **reward_metrics(everyones, advantage, self.group_size),
+            **self._mean(self._of_positions(maps, scores)),
+            **learned,
+        }
         metrics = {**numbers, "model_passes": passes}
         events += [f"reward {name}: {why}" for name, why in everyones.failures.items()]
         events += self.health.iteration(metrics)
@@ -208,7 +220,7 @@ class Trainer:
         if self.map_source is None:
             raise ValueError(f"credit={self.credit!r} needs a map_source")
         try:
-            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan))
+            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan), scores)
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
@@ -229,7 +241,7 @@ class Trainer:
     def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
         """The credit of this process's samples, from the scores and advantages of all."""
         steps, here = step_factor(self.objective, self.solver, rollout.sigmas), self._here
-        joined = self.credit == "reward_map" and self.share.splits_groups  # normalised in the group, at each position
+        joined = self.credit in NORMALISES_POSITIONS and self.share.splits_groups
         if joined and maps is not None:
             maps = self.engine.gather(maps)
         elif not joined:
@@ -244,6 +256,9 @@ class Trainer:
         if self.keep_per_group is None:
             return torch.arange(len(advantage))
         return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
+
+    def _of_positions(self, maps: Tensor | None, scores: Scores) -> dict[str, float]:
+        return {**map_metrics(maps, signed=self.credit in SIGNED_MAPS), **evidence_metrics(scores)}
 
     def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Means over the processes, each of which has as many samples as any other."""
