@@ -151,7 +151,7 @@ def test_a_loss_without_a_ratio_records_no_step(model_folder: Path) -> None:
     assert sorted(torch.cat([share.sample for share in shares]).tolist()) == sorted(list(range(8)) * 3)
 
 
-@pytest.mark.parametrize("credit", ["sample", "uniform", "reward_map", "advantage_map"])
+@pytest.mark.parametrize("credit", ["sample", "uniform", "reward_map", "advantage_map", "flaw_map"])
 def test_every_credit_moves_the_weights(model_folder: Path, credit: str) -> None:
     trainer = tiny.trainer(model_folder, credit=credit)
     before = {name: value.clone() for name, value in trainer.policy.state().items()}

@@ -4,10 +4,10 @@
     EmojiJudge    mean over named objects of p(object is there)
     EmojiLayout   share of the caption's claims that hold: objects, relation, ground colour
 
-EmojiMatch knows the drawings that the embedded generator was trained on, and also says where it found what it scored; the
-other two have never seen them, only other
-artists' drawings of the same things. A prompt outside the vocabulary's grammar gets NaN, no score. Videos are scored
-frame by frame and averaged. Data, licence and accuracy: ``vipo/embedded/judges/README.md``.
+EmojiMatch knows the drawings that the embedded generator was trained on, and says where it found what it scored; the
+other two have never seen them, only other artists' drawings of the same things. A prompt outside the vocabulary's
+grammar gets NaN, no score. Videos are scored frame by frame and averaged. Data, licence and accuracy:
+``vipo/embedded/judges/README.md``.
 """
 
 from __future__ import annotations
