@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.rewards.evidence import OVERSHOOT, Box, drawn
-from vipo.rewards.npy import TooLargeError, WireError, npy, opened_npy
+from vipo.rewards.npy import TooLargeError, WireError, npy, read_npy
 
 MOST_CELLS = 2**17  # of a sample's evidence: of a clip of 81 x 480 x 832, at a latent's resolution
 MOST_BOXES = 1000
@@ -101,7 +101,7 @@ def _numbers(said: Any) -> Tensor:
     if isinstance(said, Mapping):
         if said.get("kind") != "npy":
             raise ValueError('an object must have the "kind" npy')
-        return _read(base64.b64decode(said["data"], validate=True))
+        return torch.from_numpy(read_npy(base64.b64decode(said["data"], validate=True), _check_map))
     if not isinstance(said, list):
         raise ValueError(f"it is {type(said).__name__}")
     found = torch.tensor(said)
@@ -126,8 +126,6 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _read(data: bytes) -> Float[Tensor, "t h w"]:
-    buffer, shape, dtype = opened_npy(data)
+def _check_map(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype != np.float32 or len(shape) != 3:
         raise ValueError(f"{dtype} {shape} is not float32 of shape (T, H, W)")
-    return torch.from_numpy(np.ascontiguousarray(np.load(buffer, allow_pickle=False)))

@@ -35,7 +35,7 @@ from vipo.rewards import evidence_wire
 from vipo.rewards.answer import Answer
 from vipo.rewards.npy import TooLargeError as TooLargeError
 from vipo.rewards.npy import WireError as WireError
-from vipo.rewards.npy import npy, opened_npy
+from vipo.rewards.npy import npy, read_npy
 from vipo.secrets import redacted
 from vipo.types import Prompt
 
@@ -234,12 +234,14 @@ def _read_png(data: bytes, max_pixels: int = MOST_PIXELS) -> Float[Tensor, "3 1 
 
 
 def _read_npy(data: bytes, max_pixels: int) -> Float[Tensor, "3 F Y X"]:
-    buffer, shape, dtype = opened_npy(data)
+    array = torch.from_numpy(read_npy(data, _check_media))
+    _check_pixels(math.prod(array.shape[1:]), max_pixels)
+    return array.float().div_(255) if array.dtype == torch.uint8 else array
+
+
+def _check_media(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype not in (np.float32, np.uint8) or len(shape) != 4 or shape[0] != 3 or 0 in shape:
         raise ValueError(f"{dtype} {shape} is not float32 or uint8 of shape (3, F, Y, X)")
-    _check_pixels(math.prod(shape[1:]), max_pixels)
-    array = torch.from_numpy(np.ascontiguousarray(np.load(buffer, allow_pickle=False)))
-    return array.float().div_(255) if dtype == np.uint8 else array
 
 
 _READERS = {"png": _read_png, "npy": _read_npy}
