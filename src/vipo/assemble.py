@@ -7,7 +7,7 @@ a model and what trains it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from vipo.errors import UserError
 from vipo.evaluation.estimate import FEWEST_PROMPTS
 from vipo.generators import attention, compiled, context
 from vipo.generators.folder import pipeline_class
-from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
+from vipo.options import NEEDS_SOURCES, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, named_prompts
 from vipo.prompts.sampler import PromptSampler
+from vipo.rewards.answer import Locating
+from vipo.rewards.evidence import EvidenceGrid
 from vipo.rewards.scoring import Patience
 from vipo.rewards.suite import RewardSuite
 from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
@@ -118,21 +120,66 @@ def build_generator(
 def build_map_source(section: StructuringSection, generator: Generator, scorer: RewardSuite, device: str) -> MapSource:
     """What the recipe's ``structuring.sources`` name; several are multiplied."""
     stride = generator.temporal_stride
-    shaped: dict[str, Any] = {"smoothing_sigma": section.smoothing_sigma, "normalization": section.normalization}
+    own = {entry.name: getattr(section.source_options, entry.name) for entry in fields(section.source_options)}
+
+    def width(name: str) -> float:
+        given = own[name].smoothing_sigma
+        return section.smoothing_sigma if given is None else float(given)
+
+    def shaped(name: str) -> dict[str, Any]:
+        return {"smoothing_sigma": width(name), "normalization": section.normalization}
+
+    def seen() -> MapSource:
+        how = replace(section, smoothing_sigma=width("perceptual"))
+        named = perceptual(section.backbone, section.backbone_options, how, temporal_stride=stride, device=device)
+        return sources.Perceptual(named)
+
     makers: dict[SourceName, Callable[[], MapSource]] = {
-        "perceptual": lambda: sources.Perceptual(
-            perceptual(section.backbone, section.backbone_options, section, temporal_stride=stride, device=device)
-        ),
+        "perceptual": seen,
         "reward_gradient": lambda: sources.RewardGradient(
-            scorer.rewards, scorer.weights, temporal_stride=stride, **shaped
+            scorer.rewards, scorer.weights, temporal_stride=stride, **shaped("reward_gradient")
         ),
-        "text_relevance": lambda: sources.TextRelevance(generator, **shaped),
-        "disagreement": lambda: sources.Disagreement(**shaped),
-        "deviation": lambda: sources.Deviation(**shaped),
-        "consensus": lambda: sources.Consensus(**shaped),
+        "text_relevance": lambda: sources.TextRelevance(generator, **shaped("text_relevance")),
+        "disagreement": lambda: sources.Disagreement(**shaped("disagreement")),
+        "deviation": lambda: sources.Deviation(power=own["deviation"].power, **shaped("deviation")),
+        "consensus": lambda: sources.Consensus(floor=own["consensus"].floor, **shaped("consensus")),
+        "evidence": lambda: sources.Evidence(**shaped("evidence")),
     }
     named = [makers[name]() for name in section.sources]
     return named[0] if len(named) == 1 else sources.Product(named, section.normalization)
+
+
+def _map_source(recipe: Recipe, generator: Generator, scorer: RewardSuite, device: str) -> MapSource | None:
+    """Where the maps of the recipe's credit come from; None for a credit without."""
+    section, options = recipe.structuring, recipe.structuring.source_options
+    if recipe.credit == "signed_consensus":
+        given = options.consensus.smoothing_sigma
+        return sources.SignedConsensus(section.smoothing_sigma if given is None else given)
+    smoothed = options.evidence.smoothing_sigma or 0.0  # the formulas have none
+    if recipe.credit == "flaw_map":
+        return sources.Flawless(smoothed)
+    if recipe.credit == "dense_reward":
+        return sources.DenseEvidence(smoothed)
+    return build_map_source(section, generator, scorer, device) if recipe.credit in NEEDS_SOURCES else None
+
+
+def _asked_for_evidence(recipe: Recipe, scorer: RewardSuite) -> dict[str, float]:
+    """The rewards whose evidence is taken, with its weights.
+
+    Raises:
+        UserError: it is to be taken, and no reward gives any.
+    """
+    if not recipe.takes_evidence:
+        return {}
+    weights = {name: section.evidence for name, section in recipe.rewards.items() if section.evidence > 0}
+    found = {name: weight for name, weight in weights.items() if isinstance(scorer.rewards[name], Locating)}
+    if not found:
+        asking = f"credit={recipe.credit}" if recipe.credit not in NEEDS_SOURCES else "structuring.sources=[evidence]"
+        raise UserError(
+            f"{asking} takes evidence, and of {', '.join(recipe.rewards)} none gives any with a weight above 0; name a"
+            " reward that has a method with_evidence, such as emoji_match (docs/rewards.md, Dense rewards)"
+        )
+    return found
 
 
 def build_rewards(sections: Mapping[str, JudgeSection], *, fps: float, **policy: Any) -> RewardSuite:
@@ -360,14 +407,17 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     trying["patience"] = Patience(training.reward_timeout, training.on_reward_timeout)
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
     held_out = build_rewards(recipe.judges, fps=fps)
+    located = _asked_for_evidence(recipe, scorer)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
     if training.compile:  # with the adapters on it, and before the engine wraps it
         compiled.install(model.generator.network, engine.device)
     _share_samples(recipe, model, engine)
-    map_source: MapSource | None = None
-    if recipe.credit in NEEDS_MAPS:
-        _check_groups_whole(recipe, engine)
-        map_source = build_map_source(recipe.structuring, model.generator, scorer, str(engine.device))
+    _check_groups_whole(recipe, engine)
+    map_source = _map_source(recipe, model.generator, scorer, str(engine.device))
+    if located:
+        generator = model.generator
+        where = EvidenceGrid(located, generator.latent_shape()[1:], generator.temporal_stride)
+        scorer = replace(scorer, evidence=where)
     trainer = Trainer(
         engine=engine,
         generator=model.generator,
@@ -399,12 +449,10 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
 
 
 def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
-    compared = COMPARE_SAMPLES & set(recipe.structuring.sources)
-    if compared and engine.teams > recipe.prompts.per_iteration:
+    if recipe.comparing and engine.teams > recipe.prompts.per_iteration:
         raise UserError(
-            f"structuring.sources names {sorted(compared)[0]}, which compares the samples of a group, but"
-            f" {engine.teams} processes split {recipe.prompts.per_iteration} groups; take another source, or"
-            f" prompts.per_iteration={engine.teams}"
+            f"{recipe.comparing}, which compares the samples of a group, but {engine.teams} processes split"
+            f" {recipe.prompts.per_iteration} groups; take another, or prompts.per_iteration={engine.teams}"
         )
 
 

@@ -28,12 +28,13 @@ from vipo import guards
 from vipo.guards import GuardOptions
 from vipo.options import (
     COMPARE_SAMPLES,
-    NEEDS_MAPS,
+    NEEDS_SOURCES,
     TIMEOUT,
     ContextExchange,
     Count,
     CreditKind,
     MapOptions,
+    NotNegative,
     Objective,
     OnTimeout,
     OptimizerOptions,
@@ -42,6 +43,7 @@ from vipo.options import (
     Sharding,
     Solver,
     SourceName,
+    SourcesOptions,
     Steps,
     TextQuantization,
     said,
@@ -116,6 +118,10 @@ class JudgeSection(Section):
 
 class RewardSection(JudgeSection):
     weight: float = Field(1.0, description="in the sum of several")
+    evidence: NotNegative = Field(
+        0.5,
+        description="weight of its evidence, if it gives any and credit or structuring.sources take it; 0 asks none",
+    )
 
 
 def _weight_alone(value: Any) -> Any:
@@ -190,6 +196,7 @@ class StructuringSection(MapOptions):
     backbone_options: Annotated[dict[str, Any], said("the backbone's own, e.g. pretrained")] = field(
         default_factory=dict
     )
+    source_options: SourcesOptions = field(default_factory=SourcesOptions)
 
 
 class PolicySection(Section):
@@ -421,13 +428,27 @@ class Recipe(Section):
                 " steps leaves no step to train on; raise it, or solver.steps or solver.window.size"
             )
 
+    @property
+    def comparing(self) -> str | None:
+        """What of the recipe compares the samples of a group position by position, to begin a sentence with."""
+        if self.credit == "signed_consensus":
+            return "credit is signed_consensus"
+        between = sorted(COMPARE_SAMPLES & set(self.structuring.sources)) if self.credit in NEEDS_SOURCES else []
+        return f"structuring.sources names {between[0]}" if between else None
+
+    @property
+    def takes_evidence(self) -> bool:
+        """Whether it trains on what rewards say of positions."""
+        from_sources = self.credit in NEEDS_SOURCES and "evidence" in self.structuring.sources
+        return from_sources or self.credit in ("flaw_map", "dense_reward")
+
     def _check_groups(self) -> None:
         """The samples of a group must differ, and where a map compares them, by their steps alone."""
-        between = COMPARE_SAMPLES & set(self.structuring.sources)
-        if between and self.credit in NEEDS_MAPS and not self.solver.same_noise:
+        comparing = self.comparing
+        if comparing and not self.solver.same_noise:
             raise ValueError(
-                f"structuring.sources names {sorted(between)[0]}, which compares the samples of a group, but with"
-                " solver.same_noise=false they differ everywhere; set it to true or take another source"
+                f"{comparing}, which compares the samples of a group, but with solver.same_noise=false they differ"
+                " everywhere; set it to true or take another"
             )
         if self.solver.same_noise and (self.solver.kind == "ode" or self.solver.eta == 0):
             raise ValueError(

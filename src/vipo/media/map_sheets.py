@@ -95,6 +95,15 @@ def _plane(values: Tensor) -> Float[np.ndarray, "*shape"]:
     return values.detach().float().cpu().numpy()
 
 
+def _coloured(plane: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """By its own scale; a map that blames positions as well is shown as credit is."""
+    return (
+        signed_heat(plane / _largest(abs(plane)))
+        if np.nanmin(plane, initial=0.0) < 0
+        else heat(plane / _largest(plane))
+    )
+
+
 def _largest(plane: Float[np.ndarray, "*shape"]) -> float:
     """The largest finite weight; 1 if there is none above 0."""
     return float(plane[np.isfinite(plane)].max(initial=0.0)) or 1.0
@@ -128,9 +137,11 @@ def _row(
 ) -> list[Image.Image]:
     image = _fitted(picture, tile)
     cells = [] if components is None else [_components(components)]
-    cells += [Image.fromarray(heat(values / _largest(values))) for values in (*factors, plane)]
-    cells += [] if advantage is None else [Image.fromarray(signed_heat(np.sign(advantage) * plane / _largest(plane)))]
-    return [image, *(cell.resize(image.size, Image.Resampling.NEAREST) for cell in cells), lit(image, plane)]
+    cells += [Image.fromarray(_coloured(values)) for values in (*factors, plane)]
+    cells += (
+        [] if advantage is None else [Image.fromarray(signed_heat(np.sign(advantage) * plane / _largest(abs(plane))))]
+    )
+    return [image, *(cell.resize(image.size, Image.Resampling.NEAREST) for cell in cells), lit(image, abs(plane))]
 
 
 def _fitted(picture: Float[Tensor, "3 Y X"], tile: int) -> Image.Image:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vipo.options import NEEDS_MAPS
+from vipo.options import NEEDS_SOURCES
 from vipo.plan import passes
 from vipo.plan.blueprint import empty_network, shapes_only
 from vipo.plan.passes import Cost
@@ -66,7 +66,7 @@ def judges_of(recipe: Recipe) -> tuple[list[Judge], list[str]]:
             found.setdefault(
                 (kind, str(section.options.get("dtype")), judge.offload), judge
             )  # one model, many questions
-    if recipe.credit in NEEDS_MAPS and "perceptual" in recipe.structuring.sources:
+    if recipe.credit in NEEDS_SOURCES and "perceptual" in recipe.structuring.sources:
         kind, options = recipe.structuring.backbone, recipe.structuring.backbone_options
         if kind in table("judges"):
             found["backbone", kind, False] = _judge(kind, options, recipe, True)

@@ -16,7 +16,7 @@ from vipo.evaluation.best import place
 from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
 from vipo.guards import fired
-from vipo.options import CREDIT_MEANINGS
+from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, NEEDS_SOURCES
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
@@ -71,7 +71,7 @@ def render(run: RunRecord) -> str:
         gallery=None if problem else gallery.gallery(run, found),
         strip=gallery.strip(run),
         maps=gallery.map_figures(run),
-        uses_maps=run.recipe.get("credit") in (None, "advantage_map", "reward_map"),
+        uses_maps=run.recipe.get("credit") in (None, *NEEDS_MAPS),
         health=figures.health_panels(run),
         constant=figures.constants(run),
         phases=figures.phases(run),
@@ -105,7 +105,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Iterations", str(run.iterations_done), _of_planned(run)),
         *_best_fact(run),
     ]
-    if credit in ("advantage_map", "reward_map") and "structuring" in run.recipe:
+    if credit in NEEDS_SOURCES and "structuring" in run.recipe:
         facts.insert(2, _map_fact(run))
     return facts
 

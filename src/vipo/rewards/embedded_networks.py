@@ -11,6 +11,8 @@ They share no weights, and two of the three no training data either: what one is
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -33,6 +35,10 @@ class Presence(nn.Module):
 
     def forward(self, logits: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K"]:
         return self.gain * logits.flatten(2).logsumexp(2) + self.offset
+
+    def alone(self, logits: Float[Tensor, "*B K h w"]) -> Float[Tensor, "*B K h w"]:
+        """The presence of each cell, as if all cells of its picture were like it."""
+        return self.gain * (logits + math.log(logits.shape[-1] * logits.shape[-2])) + self.offset
 
 
 class MatchHead(nn.Module):

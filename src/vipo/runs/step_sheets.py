@@ -45,7 +45,7 @@ def _factors(step: TrainStep, session: Session) -> dict[str, Float[Tensor, "N T 
         return {}
     known = step.advantage.where(step.scores.total.isfinite(), torch.nan)
     names = session.recipe.structuring.sources
-    return {name: part(step.rollout, known) for name, part in zip(names, source.sources, strict=True)}
+    return {name: part(step.rollout, known, step.scores) for name, part in zip(names, source.sources, strict=True)}
 
 
 def _captions(texts: list[str], rewards: list[str]) -> list[str]:

@@ -20,7 +20,15 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators.attention import AUTO, scope
 from vipo.objective import extremes
-from vipo.options import NEEDS_MAPS, CreditKind, Objective, OptimizerOptions, Solver
+from vipo.options import (
+    NEEDS_MAPS,
+    NORMALISES_POSITIONS,
+    SIGNED_MAPS,
+    CreditKind,
+    Objective,
+    OptimizerOptions,
+    Solver,
+)
 from vipo.policy import Policy
 from vipo.prompts.sampler import PromptSampler
 from vipo.ranks import together
@@ -30,7 +38,7 @@ from vipo.training.background import Background
 from vipo.training.credit import Credit, assign, combined, step_factor
 from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
-from vipo.training.metrics import MOVED, SIZE, as_floats, change_of, map_metrics, reward_numbers
+from vipo.training.metrics import MOVED, SIZE, as_floats, change_of, evidence_metrics, map_metrics, reward_numbers
 from vipo.training.pictures import PICTURES, picture_numbers, picture_rows
 from vipo.types import Generator, KnowsPatches, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
 from vipo.workload import check_updates, parts, share_of
@@ -152,7 +160,7 @@ class Trainer:
         everyones = self._everyones(scores)  # whatever compares samples sees those of all processes
         advantage = combined(self.objective, everyones, self.group_size)
         with clock("map"):
-            maps = self._maps(rollout, everyones, advantage)
+            maps = self._maps(rollout, scores, everyones, advantage)
         with clock("update"):
             credit = self._credit(everyones, advantage, maps, rollout)
             seen = self._seen(everyones, advantage, rollout)
@@ -164,7 +172,7 @@ class Trainer:
         self.iteration += 1
         passes, moved, size = self.engine.sums([float(rollout.model_passes), numbers.pop(MOVED), numbers.pop(SIZE)])
         looks = {key: numbers.pop(key) for key in PICTURES if key in numbers}
-        metrics = {**numbers, **self._mean(map_metrics(maps)), **learned, "model_passes": passes}
+        metrics = {**numbers, **self._mean(self._of_positions(maps, scores)), **learned, "model_passes": passes}
         metrics |= {"weight_change": math.sqrt(moved / size) if size else 0.0, **looks}
         events += [f"reward {name}: {why}" for name, why in everyones.failures.items()]
         events += self.health.iteration(metrics)
@@ -217,13 +225,17 @@ class Trainer:
         numbers = {**reward_numbers(scores, advantage, self.group_size), **picture_numbers(rows, self.group_size)}
         return numbers
 
-    def _maps(self, rollout: Rollout, scores: Scores, advantage: Tensor) -> Float[Tensor, "N T H W"] | None:
+    def _maps(
+        self, rollout: Rollout, scores: Scores, everyones: Scores, advantage: Tensor
+    ) -> Float[Tensor, "N T H W"] | None:
         if self.credit not in NEEDS_MAPS:
             return None
         if self.map_source is None:
             raise ValueError(f"credit={self.credit!r} needs a map_source")
         try:
-            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan)[self._here])
+            known = advantage.where(everyones.total.isfinite(), torch.nan)[self._here]
+            mine = {name: values[self._here] for name, values in everyones.by_name.items()}
+            return self.map_source(rollout, known, replace(scores, by_name=mine))
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
@@ -247,7 +259,7 @@ class Trainer:
     def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
         """The credit of this process's samples, from the scores and advantages of all."""
         steps, here = step_factor(self.objective, self.solver, rollout.sigmas), self._here
-        joined = self.credit == "reward_map" and self.share.splits_groups  # normalised in the group, at each position
+        joined = self.credit in NORMALISES_POSITIONS and self.share.splits_groups
         if joined and maps is not None:
             maps = self.engine.gather(maps)
         elif not joined:
@@ -262,6 +274,9 @@ class Trainer:
         if self.keep_per_group is None:
             return torch.arange(len(advantage))
         return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
+
+    def _of_positions(self, maps: Tensor | None, scores: Scores) -> dict[str, float]:
+        return {**map_metrics(maps, signed=self.credit in SIGNED_MAPS), **evidence_metrics(scores)}
 
     def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Means over the teams, each of which has as many samples as any other."""
