@@ -29,6 +29,7 @@ Sharding = Literal["none", "fsdp2"]
 Quantization = Literal["none", "nf4", "int8", "float8", "float8_storage"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 OnTimeout = Literal["stop", "mask"]
+TrackerName = Literal["tensorboard", "trackio", "wandb", "swanlab"]
 SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus"]
 
 CREDIT_MEANINGS: Mapping[str, str] = {

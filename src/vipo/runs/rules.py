@@ -53,6 +53,7 @@ RULES: Mapping[str, Rule] = {
     "training.max_failed_share": "recorded",
     "training.max_skipped_in_a_row": "recorded",
     "evaluation": "recorded",
+    "tracking": "free",
     "inputs.packages": "recorded",  # inputs: what was in the files that the recipe names, see vipo.runs.inputs
     "inputs.evaluation": "recorded",
     "inputs.judges": "recorded",
