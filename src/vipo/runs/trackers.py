@@ -132,9 +132,12 @@ class Service:
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
         self.tracker.log(dict(values), step=step)
 
+    def media(self, key: str, shown: list[Any], step: int) -> None:
+        self.scalars({key: shown}, step)
+
     def pictures(self, key: str, pictures: Sequence[Image.Image], captions: Sequence[str], step: int) -> None:
         shown = [self.tool.Image(one, caption=text) for one, text in zip(pictures, captions, strict=True)]
-        self.scalars({key: shown}, step)
+        self.media(key, shown, step)
 
     def clips(self, key: str, clips: Sequence[Clip], captions: Sequence[str], fps: float, step: int) -> None:
         """As GIF files, the one format that all of them take without an encoder; they copy a file when it is logged."""
@@ -143,7 +146,7 @@ class Service:
             for file, clip in zip(files, clips, strict=True):
                 save_gif(file, clip, fps)
             shown = [self.tool.Video(str(file), caption=text) for file, text in zip(files, captions, strict=True)]
-            self.scalars({key: shown}, step)
+            self.media(key, shown, step)
 
     def events(self, text: str, step: int) -> None:
         self.tracker.tracker.alert(title=f"iteration {step}", text=text)
@@ -160,6 +163,10 @@ class Trackio(Service):
     @staticmethod
     def begins(whose: Whose) -> dict[str, Any]:
         return {"name": f"{whose.name}-{whose.id[:8]}", "resume": "allow"}  # it knows runs by their names
+
+    def media(self, key: str, shown: list[Any], step: int) -> None:
+        """It takes one thing under one name; of a list it would keep nothing."""
+        self.scalars({f"{key}/{number}": one for number, one in enumerate(shown)}, step)
 
 
 class Wandb(Service):
