@@ -32,8 +32,8 @@ def watch(run: RunFolder, port: Annotated[int, typer.Option(min=0, max=65535, he
 
     server = watching(run, port)
     host, taken = server.server_address[:2]
-    console.print(f"http://{host!s}:{taken}/ shows {run}; Ctrl-C ends it", highlight=False, soft_wrap=True)
     try:
+        console.print(f"http://{host!s}:{taken}/ shows {run}; Ctrl-C ends it", highlight=False, soft_wrap=True)
         server.serve_forever()
     except KeyboardInterrupt:
         return

@@ -110,18 +110,20 @@ class Sweep:
 
     def _start(self, one: Combination, state: State, place: int) -> subprocess.Popen[bytes]:
         """In a session of its own: a terminal's Ctrl-C comes here only, and is handed on once."""
-        resume = ["--resume"] if state == "broken off" else []
-        folder = ["--output", str(self.root / one.name)]
-        command = [sys.executable, "-m", "vipo", "train", self.recipe, *one.overrides, *folder, *resume, *self.words]
         with self._log(one).open("ab") as log:
             return subprocess.Popen(
-                command,
+                self._command(one, state),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self._share(place)},
                 start_new_session=True,
             )
+
+    def _command(self, one: Combination, state: State) -> list[str]:
+        resume = ["--resume"] if state == "broken off" else []
+        folder = ["--output", str(self.root / one.name)]
+        return [sys.executable, "-m", "vipo", "train", self.recipe, *one.overrides, *folder, *resume, *self.words]
 
     def _share(self, place: int) -> dict[str, str]:
         """What a run gets of the machine beside others: one accelerator of several, its part of the cores."""

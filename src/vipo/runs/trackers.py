@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -51,6 +51,7 @@ class Whose:
         return str(json.loads(record.read_text(encoding="utf-8"))["id"])
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One tool, following one run. Each call may raise whatever the tool does."""
 
