@@ -199,8 +199,8 @@ def test_the_tool_itself_takes_a_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: Recipe, kind: str
 ) -> None:
     """Offline, with the real package where it is installed."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # it reads this when it is imported
     pytest.importorskip(kind)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = {"swanlab": {"mode": "offline"}, "trackio": {"auto_log_cpu": False}}.get(kind, {})
     raw = {**recipe.model_dump(mode="json"), "tracking": {kind: options}}

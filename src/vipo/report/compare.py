@@ -51,12 +51,8 @@ def compare_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
     Raises:
         UserError: a folder is not a run directory, has no evaluation, or was evaluated on other prompts.
     """
-    if not run_dirs:
-        raise UserError("there is nothing to compare; name at least one run directory")
-    runs = [read_run(Path(folder)) for folder in run_dirs]
-    records = [_last(run) for run in runs]
-    for run, record in zip(runs[1:], records[1:], strict=True):
-        check_pairs(records[0], record, f"{str(runs[0].folder)!r} and {str(run.folder)!r}")
+    runs = _comparable(run_dirs)
+    records = [run.evaluations[-1] for run in runs]
     named = zip(runs, records, labels(runs), strict=True)
     return [_compared(run, record, records[0], label) for run, record, label in named]
 
@@ -67,8 +63,18 @@ def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
     Raises:
         UserError: as :func:`compare_runs`.
     """
-    compare_runs(run_dirs)
-    return groups([read_run(Path(folder)) for folder in run_dirs])
+    return groups(_comparable(run_dirs))
+
+
+def _comparable(run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """The runs, each with an evaluation, all of the same pictures."""
+    if not run_dirs:
+        raise UserError("there is nothing to compare; name at least one run directory")
+    runs = [read_run(Path(folder)) for folder in run_dirs]
+    records = [_last(run) for run in runs]
+    for run, record in zip(runs[1:], records[1:], strict=True):
+        check_pairs(records[0], record, f"{str(runs[0].folder)!r} and {str(run.folder)!r}")
+    return runs
 
 
 def _last(run: RunRecord) -> EvaluationRecord:

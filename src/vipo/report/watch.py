@@ -41,7 +41,8 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._lock = folder, threading.Lock()
-        self._stamp, self._page = "", b""
+        self._stamp: str | None = None  # of the page
+        self._page = b""
 
     def stamp(self) -> str:
         """Another one whenever the page would be another."""
