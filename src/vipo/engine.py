@@ -13,14 +13,16 @@ on its part of their tokens. Samples are dealt to teams; without it every proces
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
@@ -218,6 +220,22 @@ class Engine:
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+def open_tracker(kind: str, project: str, folder: Path, options: Mapping[str, Any]) -> Any:
+    """One of Accelerate's trackers, started in this process, as a ``GeneralTracker``; whatever it raises comes through.
+
+    Not by ``Accelerator.init_trackers``: there one that fails ends them all.
+
+    Args:
+        kind: Accelerate's name of it, such as ``wandb``.
+        project: what its runs are gathered under; of one that writes files, the name of its folder in ``folder``.
+        options: for its own ``init``.
+    """
+    make = LOGGER_TYPE_TO_CLASS[kind]
+    tracker = make(project, *([folder] if make.requires_logging_directory else []), **options)
+    tracker.start()
+    return tracker
 
 
 def _accelerator(precision: str, sharding: Sharding, timeout: float) -> Accelerator:

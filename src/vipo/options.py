@@ -31,6 +31,7 @@ Quantization = Literal["none", "nf4", "int8", "float8", "float8_storage"]
 TextQuantization = Literal["none", "nf4"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 OnTimeout = Literal["stop", "mask"]
+TrackerName = Literal["tensorboard", "trackio", "wandb", "swanlab"]
 SourceName = Literal[
     "perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus", "evidence"
 ]

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
@@ -46,6 +47,7 @@ from vipo.options import (
     SourcesOptions,
     Steps,
     TextQuantization,
+    TrackerName,
     said,
 )
 from vipo.secrets import redacted
@@ -131,17 +133,28 @@ def _weight_alone(value: Any) -> Any:
     return {"weight": value} if isinstance(value, int | float) else value
 
 
-def _names_alone(value: Any) -> Any:
-    """``[a, b]`` is short for ``{a: {}, b: {}}``."""
+def _names_alone(value: Any, listed: str) -> Any:
+    """``[a, b]`` is short for ``{a: {}, b: {}}``; ``listed`` says what it is a list of, and how one has options."""
     if not isinstance(value, list | tuple):
         return value
     if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
-        raise ValueError("a list of judges is names, each once; one with options is {NAME: {options: {...}}}")
+        raise ValueError(f"a list of {listed}")
     return {name: {} for name in value}
 
 
 Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
-Judges = Annotated[dict[str, JudgeSection], BeforeValidator(_names_alone)]
+Judges = Annotated[
+    dict[str, JudgeSection],
+    BeforeValidator(
+        partial(_names_alone, listed="judges is names, each once; one with options is {NAME: {options: {...}}}")
+    ),
+]
+Trackers = Annotated[
+    dict[TrackerName, dict[str, Any]],
+    BeforeValidator(
+        partial(_names_alone, listed="trackers is names, each once; one with options is {NAME: {project: ...}}")
+    ),
+]
 
 
 def _word_no(value: Any) -> Any:
@@ -352,6 +365,11 @@ class Recipe(Section):
     training: TrainingSection
     evaluation: EvaluationSection
     guards: GuardsSection = Field(default_factory=GuardsSection)
+    tracking: Trackers = Field(
+        {"tensorboard": {}},
+        description="where the run can be followed: tensorboard, trackio, wandb, swanlab, a list, or with options of"
+        " their init; [] for nowhere",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vipo.cli import doctor, evaluate, export, fetch, listing, maps, plan, report, rewards, sample, train
+from vipo.cli import doctor, evaluate, export, fetch, listing, maps, plan, report, rewards, sample, sweep, train
 from vipo.cli.consoles import errors
 from vipo.errors import RunFailed, UserError
 from vipo.secrets import redacted
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
+    "sweep": sweep.sweep,
     "sample": sample.sample,
     "maps": maps.maps,
     "plan": plan.plan,
@@ -43,6 +44,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "convert-reward": rewards.convert_reward,
     "report": report.report,
     "compare": report.compare,
+    "metrics": report.metrics,
+    "watch": report.watch,
     "export": export.export,
     "list": listing.list_parts,
     "doctor": doctor.doctor,

@@ -2,7 +2,7 @@
 
 ``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (one object per iteration, reproducible bit for
 bit), ``timing.jsonl`` (wall seconds by phase), ``evaluations.jsonl``, ``samples/``, ``maps/``, ``checkpoints/``,
-``tensorboard/``, ``export/``, ``report.html``.
+``tensorboard/``, ``tracking.json`` (the run's id with other trackers), ``export/``, ``report.html``.
 """
 
 from __future__ import annotations

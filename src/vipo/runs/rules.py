@@ -58,6 +58,7 @@ RULES: Mapping[str, Rule] = {
     "training.stop_when": "recorded",
     "evaluation": "recorded",
     "guards": "recorded",
+    "tracking": "free",
     "inputs.packages": "recorded",  # inputs: what was in the files that the recipe names, see vipo.runs.inputs
     "inputs.evaluation": "recorded",
     "inputs.judges": "recorded",

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vipo.assemble import Session, build, engine_of, keep_text, notices
 from vipo.engine import Engine
@@ -29,6 +28,8 @@ from vipo.runs.opening import settle
 from vipo.runs.resume import Start, beginning, resumption
 from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
+from vipo.runs.trackers import check_trackers
+from vipo.runs.tracking import Tracking
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load, save
 from vipo.training.saved import STATE, prune
@@ -83,6 +84,7 @@ class Run:
 
         def claim() -> Start:
             """Lock the folder and decide how to begin there; nothing in it is changed yet."""
+            check_trackers(recipe.tracking)
             self.lock.take(make=not resume)
             inputs = fingerprints(recipe)
             past = self.directory.past(checkpoint)
@@ -115,11 +117,13 @@ class Run:
             self.engine.wait()
             self.stopped: str | None = None
             self._evaluated, self.comparable_since = set(self.start.evaluated), self.start.comparable_since
-            board = str(self.directory.root / "tensorboard")
-            self.board = SummaryWriter(board, purge_step=self.iteration) if self.writes else None
+            self.tracking = self._tracked() if self.writes else None
         except BaseException:
             self.lock.release()
             raise
+
+    def _tracked(self) -> Tracking:
+        return Tracking(self.recipe, self.directory.root, iteration=self.iteration, processes=self.processes)
 
     def _check_agreed(self) -> None:
         """Every process must see what the main one began with."""
@@ -168,8 +172,8 @@ class Run:
                 if self.over:
                     self._export()
         finally:
-            if self.board is not None:
-                self.board.close()
+            if self.tracking is not None:
+                self.tracking.close()
             self.lock.release()
 
     def _check_ours(self) -> None:
@@ -206,8 +210,10 @@ class Run:
             self.session.policy.export(self.session.generator, aside)
 
     def _with_events(self, step: TrainStep) -> TrainStep:
-        """The first iteration after a resume tells what was changed."""
+        """The first iteration after a resume tells what was changed; any, what went wrong with tracking."""
         events, self._events = self._events, ()
+        if self.tracking is not None:
+            events += self.tracking.told()
         return replace(step, events=(*events, *step.events)) if events else step
 
     def _end_if(self, failure: str | None) -> None:
@@ -323,9 +329,9 @@ class Run:
                 self.directory.log_stop(self.iteration, self.stopped)
 
     def _keep_evaluation(self, event: Evaluated, media: Tensor) -> None:
-        assert self.board is not None
-        sheet = self.directory.root / "samples" / f"step-{self.iteration:06d}.png"
-        save_evaluation(sheet, event.evaluation, media, fps=self.recipe.generator.fps)
+        assert self.tracking is not None
+        sheet, fps = self.directory.root / "samples" / f"step-{self.iteration:06d}.png", self.recipe.generator.fps
+        save_evaluation(sheet, event.evaluation, media, fps=fps)
         since, options = self.comparable_since, self.recipe.guards.over_optimization
         self.directory.log_evaluation(
             self.iteration,
@@ -333,18 +339,16 @@ class Run:
             comparable_since=since,
             watch=lambda lines: over_optimization.events(self._scored(lines), options),
         )
-        for key, values in event.scores.items():
-            self.board.add_scalar(f"evaluation/{key}", float(values.nanmean()), self.iteration)
-        self.board.add_images("samples", media[:16, :, media.shape[2] // 2], self.iteration)
+        self.tracking.evaluation(event.evaluation, media, fps=fps, iteration=self.iteration)
 
     def _keep(self, step: TrainStep) -> None:
-        assert self.board is not None
+        assert self.tracking is not None
         self.directory.log_step(step)
-        for key, value in step.metrics.items():
-            self.board.add_scalar(key, value, step.iteration)
+        sheet = None
         if step.maps is not None and step.iteration % self.recipe.training.maps_every == 0:
             sheet = step_sheet(step, step.maps, self.session)
             save_png(self.directory.root / "maps" / f"step-{step.iteration:06d}.png", sheet)
+        self.tracking.step(step, sheet)
 
 
 def _with_notices(step: TrainStep, told: Sequence[str]) -> TrainStep:

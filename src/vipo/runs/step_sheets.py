@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vipo.assemble import Session
 from vipo.media.map_sheets import clip_map_sheet, map_sheet
+from vipo.options import NORMALISES_POSITIONS
 from vipo.structuring import PerceptualStructuring, oriented_components
 from vipo.structuring.sources import Perceptual, Product
 from vipo.types import MapSource, TrainStep
@@ -34,7 +35,7 @@ def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session
     pictures, structuring = step.rollout.media[rows, :, 0], _structuring(session.trainer.map_source)
     parts = None if structuring is None else oriented_components(structuring, pictures)
     factors = {name: factor[rows, 0] for name, factor in _factors(step, session).items()}
-    advantages = step.advantage[rows].tolist()
+    advantages = None if session.recipe.credit in NORMALISES_POSITIONS else step.advantage[rows].tolist()
     return map_sheet(pictures, parts, maps[rows, 0], captions, factors=factors, advantages=advantages)
 
 
