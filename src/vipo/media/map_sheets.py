@@ -96,12 +96,10 @@ def _plane(values: Tensor) -> Float[np.ndarray, "*shape"]:
 
 
 def _coloured(plane: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
-    """By its own scale; a map that blames positions as well is shown as credit is."""
-    return (
-        signed_heat(plane / _largest(abs(plane)))
-        if np.nanmin(plane, initial=0.0) < 0
-        else heat(plane / _largest(plane))
-    )
+    """By a scale of its own; a map that blames positions as well is shown as credit is."""
+    if np.nanmin(plane, initial=0.0) < 0:
+        return signed_heat(plane / _largest(abs(plane)))
+    return heat(plane / _largest(plane))
 
 
 def _largest(plane: Float[np.ndarray, "*shape"]) -> float:
@@ -198,12 +196,12 @@ def _clip_rows(
     smallest, row = CLIP_TILES
     tile = max(smallest, min(TILE, row // len(pairs)))
     images = [_fitted(clip[:, frame], tile) for _, frame in pairs]
-    most = _largest(planes)
-    maps = [Image.fromarray(heat(planes[latent] / most)) for latent, _ in pairs]
+    most, coloured = _largest(abs(planes)), _coloured(planes)
+    maps = [Image.fromarray(coloured[latent]) for latent, _ in pairs]
     return [
         images,
         [plane.resize(image.size, Image.Resampling.NEAREST) for plane, image in zip(maps, images, strict=True)],
-        [lit(image, planes[latent], most) for image, (latent, _) in zip(images, pairs, strict=True)],
+        [lit(image, abs(planes[latent]), most) for image, (latent, _) in zip(images, pairs, strict=True)],
     ]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from vipo.evaluation.estimate import Estimate, estimate, paired_prompts
+from vipo.evaluation.records import EvaluationRecord
 from vipo.report.outcome import Role, Verdict, role_of, verdict_of
-from vipo.report.run import EvaluationRecord, RunRecord
+from vipo.report.run import RunRecord
 from vipo.report.table import pictures_of
 
 NAMELESS = ("name", "tracking")  # keys that change nothing of what is trained

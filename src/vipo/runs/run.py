@@ -327,6 +327,7 @@ class Run:
             self._save_if_missing()
             if self.writes:
                 self.directory.log_stop(self.iteration, self.stopped)
+                self._tell([self.stopped])
 
     def _keep_evaluation(self, event: Evaluated, media: Tensor) -> None:
         assert self.tracking is not None
@@ -340,6 +341,12 @@ class Run:
             watch=lambda lines: over_optimization.events(self._scored(lines), options),
         )
         self.tracking.evaluation(event.evaluation, media, fps=fps, iteration=self.iteration)
+        self._tell(self.directory.evaluation_events(self.iteration))
+
+    def _tell(self, events: Sequence[str]) -> None:
+        """Trackers, what the log has already."""
+        assert self.tracking is not None
+        self.tracking.events(events, self.iteration)
 
     def _keep(self, step: TrainStep) -> None:
         assert self.tracking is not None

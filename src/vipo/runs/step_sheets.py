@@ -25,17 +25,18 @@ def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session
     firsts = list(range(0, len(maps), step.rollout.group_size))
     texts = [step.rollout.prompts[i].text for i in firsts]
     rewards = [f"reward {float(step.scores.total[i]):.3f}" for i in firsts]
+    by_sample = session.recipe.credit not in NORMALISES_POSITIONS  # else there is no one advantage for all positions
     if maps.shape[1] > 1:
         short = [textwrap.shorten(text, CAPTION, placeholder=" ...") for text in texts]
         rows, captions = firsts[:CLIPS], _captions(short, rewards)[:CLIPS]
-        stride, advantages = session.generator.temporal_stride, step.advantage[rows].tolist()
-        clips = step.rollout.media[rows]
+        stride, clips = session.generator.temporal_stride, step.rollout.media[rows]
+        advantages = step.advantage[rows].tolist() if by_sample else None
         return clip_map_sheet(clips, maps[rows], captions, temporal_stride=stride, advantages=advantages)
     rows, captions = firsts[:PICTURES], _captions(texts, rewards)[:PICTURES]
     pictures, structuring = step.rollout.media[rows, :, 0], _structuring(session.trainer.map_source)
     parts = None if structuring is None else oriented_components(structuring, pictures)
     factors = {name: factor[rows, 0] for name, factor in _factors(step, session).items()}
-    advantages = None if session.recipe.credit in NORMALISES_POSITIONS else step.advantage[rows].tolist()
+    advantages = step.advantage[rows].tolist() if by_sample else None
     return map_sheet(pictures, parts, maps[rows, 0], captions, factors=factors, advantages=advantages)
 
 

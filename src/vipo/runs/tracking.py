@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as TookTooLong
 from functools import partial
 from pathlib import Path
@@ -53,11 +53,15 @@ class Tracking:
     def step(self, step: TrainStep, sheet: Image.Image | None) -> None:
         """One iteration: its numbers, what fired, and its sheet of maps if one was drawn."""
         self._each(lambda tool: tool.scalars(step.metrics, step.iteration))
-        if step.events or step.failure:
-            text = redacted("\n".join([*step.events, *([step.failure] if step.failure else [])]))
-            self._each(lambda tool: tool.events(text, step.iteration))
+        self.events([*step.events, *([step.failure] if step.failure else [])], step.iteration)
         if sheet is not None:
             self._each(lambda tool: tool.pictures("maps", [sheet], [f"iteration {step.iteration}"], step.iteration))
+
+    def events(self, events: Sequence[str], iteration: int) -> None:
+        """What fired; nothing if nothing did."""
+        if events:
+            text = redacted("\n".join(events))
+            self._each(lambda tool: tool.events(text, iteration))
 
     def evaluation(
         self, evaluation: Evaluation, media: UInt8[Tensor, "N 3 F Y X"], *, fps: float, iteration: int
