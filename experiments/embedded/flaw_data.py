@@ -200,7 +200,7 @@ class FlawSource:
 
     def _strengths(self, spotless: NDArray[np.bool_], kind: str) -> Tensor:
         """How grainy or blurred each picture is as a whole; most are not."""
-        share = {"grain": 0.4, "blur": 0.12}[kind]
+        share = {"grain": 0.35, "blur": 0.25}[kind]
         chosen = ~spotless & (self.rng.random(len(spotless)) < share) & (kind in self.plant)
         strength = 0.06 + 0.94 * self.rng.random(len(spotless)) ** 1.5
         return torch.from_numpy(np.where(chosen, strength, 0.0)).float()

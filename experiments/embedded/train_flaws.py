@@ -33,7 +33,7 @@ WIDTH = 1.0
 
 def pool_of(args: argparse.Namespace) -> Flawed:
     """The scenes to learn from; kept in the work folder, since drawing and encoding them takes as long as learning."""
-    file = args.work.expanduser() / f"{args.command}.safetensors"
+    file = args.work.expanduser() / f"{args.command}-{args.seed}.safetensors"
     if file.is_file():
         return Flawed(**load_file(file))
     autoencoder = AutoencoderKL.from_pretrained(PIPELINE / "vae")
