@@ -88,6 +88,8 @@ class FlawSource:
         plant: kinds of flaws that are planted, all of ``KINDS`` if not given.
         clean: share of scenes without any flaw.
         encoded: share of pictures that go through the autoencoder.
+        moved: how far pictures are turned, stretched and recoloured, 0 to 1.
+        grain, blur: shares of the others that are grainy, or blurred, as a whole.
     """
 
     def __init__(
@@ -101,6 +103,8 @@ class FlawSource:
         clean: float = 0.3,
         encoded: float = 0.75,
         moved: float = 0.4,
+        grain: float = 0.4,
+        blur: float = 0.12,
     ) -> None:
         self.composers = [SceneComposer(art, vendor, objects_of(art, vendor)) for vendor in vendors]
         self.autoencoder, self.plant = (
@@ -108,6 +112,7 @@ class FlawSource:
             set(plant),
         )
         self.clean, self.encoded, self.moved = clean, encoded, moved
+        self.shares = {"grain": grain, "blur": blur}
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -200,8 +205,7 @@ class FlawSource:
 
     def _strengths(self, spotless: NDArray[np.bool_], kind: str) -> Tensor:
         """How grainy or blurred each picture is as a whole; most are not."""
-        share = {"grain": 0.35, "blur": 0.25}[kind]
-        chosen = ~spotless & (self.rng.random(len(spotless)) < share) & (kind in self.plant)
+        chosen = ~spotless & (self.rng.random(len(spotless)) < self.shares[kind]) & (kind in self.plant)
         strength = 0.06 + 0.94 * self.rng.random(len(spotless)) ** 1.5
         return torch.from_numpy(np.where(chosen, strength, 0.0)).float()
 

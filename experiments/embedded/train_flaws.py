@@ -2,7 +2,9 @@
 
 python fetch_art.py && python judge_art.py           # the drawings
 python train_flaws.py critic                         # emoji_count, emoji_quality, emoji_flaws: never Noto
-python train_flaws.py clean                          # the reward emoji_clean, on Noto
+python train_flaws.py critic --start critic.safetensors --seed 910 --scenes 4096 --grain 0.35 --blur 0.25 \\
+    --steps 120 --lr 1e-3                            # more blur
+python train_flaws.py clean --steps 1000             # the reward emoji_clean, on Noto
 python flaw_measure.py                               # every number of the card, on fresh scenes
 """
 
@@ -37,7 +39,7 @@ def pool_of(args: argparse.Namespace) -> Flawed:
     if file.is_file():
         return Flawed(**load_file(file))
     autoencoder = AutoencoderKL.from_pretrained(PIPELINE / "vae")
-    source = FlawSource(args.art, ART[args.command], autoencoder, args.seed)
+    source = FlawSource(args.art, ART[args.command], autoencoder, args.seed, grain=args.grain, blur=args.blur)
     parts, start = [], time.time()
     for done in range(0, args.scenes, 128):
         parts.append(source.batch(128))
@@ -112,8 +114,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("~/.cache/vipo/flaws"), help="where the scenes are kept")
     parser.add_argument("--start", type=Path, help="weights to go on from, instead of random ones")
     parser.add_argument("--out", type=Path, default=SHIPPED)
-    parser.add_argument("--scenes", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--scenes", type=int, default=12288)
+    parser.add_argument("--grain", type=float, default=0.4, help="share of grainy pictures")
+    parser.add_argument("--blur", type=float, default=0.12, help="share of pictures blurred as a whole")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int)
