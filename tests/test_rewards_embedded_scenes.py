@@ -79,7 +79,7 @@ def test_grain_and_blur_lower_quality(
     media, prompts = scenes
     for name in ("emoji_quality", "emoji_clean"):
         whole, spoilt = built[name](media, prompts), built[name](spoil(media), prompts)  # type: ignore[operator]
-        assert whole.mean() > 0.6 and whole.mean() - spoilt.mean() > 0.15 and (whole > spoilt).sum() >= 7
+        assert whole.mean() > 0.6 and whole.mean() - spoilt.mean() > 0.25 and (whole > spoilt).sum() >= 7
 
 
 def test_the_reward_prefers_one_copy(built: dict[str, Reward], scenes: tuple[Tensor, list[Prompt]]) -> None:
