@@ -21,7 +21,7 @@ from vipo import rewards
 from vipo.embedded import VOCABULARY, make_caption
 from vipo.types import Prompt, Reward
 
-SCORERS = ("emoji_match", "emoji_judge", "emoji_layout", "emoji_count", "emoji_quality", "emoji_flaws", "emoji_clean")
+SCORERS = ("emoji_match", "emoji_judge", "emoji_count", "emoji_quality", "emoji_flaws", "emoji_clean")
 NAMES = VOCABULARY.names
 
 
@@ -36,7 +36,7 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 
 
 def captions(batch: Flawed) -> list[Prompt]:
-    """A caption of each picture's named objects; its ground and relation are made up, these scorers read neither."""
+    """A caption of each picture's named objects; its ground and relation are made up, the scorers here read neither."""
     return [Prompt(_caption([NAMES[i] for i in row.nonzero().flatten()])) for row in batch.named]
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--art", type=Path, default=Path("~/.cache/vipo/art"))
     parser.add_argument("--scorers", nargs="+", default=list(SCORERS))
-    parser.add_argument("--scenes", type=int, default=256)
+    parser.add_argument("--scenes", type=int, default=96)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
