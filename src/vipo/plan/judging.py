@@ -26,6 +26,7 @@ EVERY_FRAME = ("dinov2", "hpsv2.1", "pickscore", "clipscore", "aesthetic")  # wh
 LIGHT = (  # under 25 MB, or in another process
     *("redness", "brightness", "jpeg_compressibility", "remote", "openai_judge", "efficientnet_lite"),
     *("emoji_match", "emoji_judge", "emoji_layout", "emoji_motion", "emoji_motion_judge"),
+    *("emoji_clean", "emoji_count", "emoji_quality", "emoji_flaws"),
 )
 
 

@@ -68,7 +68,7 @@ class EmojiMatch:
         with p_k(c) the presence that it would give k in a picture of which every cell is this one; the picture's own
         is their smooth maximum.
         """
-        named = _named(prompts).to(media.device)
+        named = named_objects(prompts).to(media.device)
         others = ~named & named.any(1, keepdim=True)
         cells = in_frames(self.cells, media)
         logits = self.head.presence(cells.flatten(0, 1)).unflatten(0, cells.shape[:2]).mean(1)
@@ -107,7 +107,7 @@ class EmojiJudge:
         self.network = load_shipped(JudgeNetwork(len(VOCABULARY.names)), "judge")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
-        return _mean_where(_over_frames(self.probabilities, media), _named(prompts).to(media.device))
+        return _mean_where(_over_frames(self.probabilities, media), named_objects(prompts).to(media.device))
 
     def probabilities(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B K"]:
         """P(object is there) for each vocabulary object."""
@@ -221,7 +221,7 @@ def _claims(prompt: Prompt) -> Claims | None:
     return None
 
 
-def _named(prompts: Sequence[Prompt]) -> Bool[Tensor, "N K"]:
+def named_objects(prompts: Sequence[Prompt]) -> Bool[Tensor, "N K"]:
     """Which vocabulary objects each prompt names; no object at all for a prompt outside the grammar."""
     named = torch.zeros(len(prompts), len(VOCABULARY.names), dtype=torch.bool)
     for row, claims in enumerate(map(_claims, prompts)):
@@ -258,12 +258,12 @@ def load_shipped(network: Network, name: str) -> Network:
 
     file = Path(embedded.__file__).parent / "judges" / f"{name}.safetensors"
     if not file.is_file():
-        raise UserError(f"no weights at {file}; reinstall vipo, or make them with experiments/embedded/train_judges.py")
+        raise UserError(f"no weights at {file}; reinstall vipo, or make them with the scripts in experiments/embedded")
     with safe_open(file, framework="pt") as handle:
         objects = (handle.metadata() or {}).get("objects", "")
         tensors = {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118
     if objects != _vocabulary_stamp():
-        raise UserError(f"{file} was trained on another vocabulary ({objects}); run train_judges.py again")
+        raise UserError(f"{file} was trained on another vocabulary ({objects}); run the script that made it again")
     report = network.load_state_dict(tensors, strict=False)
     lacking = [key for key in report.missing_keys if not key.endswith("num_batches_tracked")]
     if lacking or report.unexpected_keys:
