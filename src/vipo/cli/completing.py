@@ -1,6 +1,6 @@
 """What a shell offers after a tab, beside the options: recipes, recipe keys, runs and lists. It imports no torch.
 
-`vipo --install-completion` sets it up for the shell it is called in, `vipo --show-completion` prints what it would write.
+`vipo --install-completion` sets it up for the shell it is called in, `vipo --show-completion` prints what that writes.
 Where nothing here begins as it was typed, the shell offers its own file names.
 """
 

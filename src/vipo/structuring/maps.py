@@ -123,6 +123,14 @@ def deviation_map(
 
     Raises:
         ValueError: the samples do not divide into groups.
+
+    Examples:
+        >>> import torch
+        >>> from vipo.structuring import deviation_map
+        >>> latents = torch.zeros(2, 4, 1, 1, 4)
+        >>> latents[0, :, :, :, 0] = 1.0  # the two differ in the first position alone
+        >>> deviation_map(latents, group_size=2, smoothing_sigma=0)[0]
+        tensor([[[4., 0., 0., 0.]]])
     """
     grouped = _in_groups(latents.float(), group_size)
     squared = (grouped - grouped.mean(1, keepdim=True)).square().sum(2).flatten(0, 1)
