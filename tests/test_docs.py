@@ -8,7 +8,6 @@ from __future__ import annotations
 import doctest
 import re
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def entries(nav: Any) -> Iterator[str]:
-    for item in nav:
-        for value in item.values():
-            yield from [value] if isinstance(value, str) else entries(value)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_to_a_file_and_a_heading_of_it(page: Path) -> None:
     for link in LINK.findall(prose(page)):
@@ -62,8 +55,8 @@ def test_every_link_leads_to_a_file_and_a_heading_of_it(page: Path) -> None:
 
 
 def test_every_page_is_on_the_map_of_the_site_once_and_every_entry_is_there() -> None:
-    named = list(entries(SITE["nav"]))
-    assert len(named) == len(set(named))
+    named = pages.titles(SITE["nav"])
+    assert len(named) == len(set(named.values())) == str(SITE["nav"]).count(".md")
     assert set(named) == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} | set(pages.FROM_THE_TOP)
 
 
@@ -73,6 +66,14 @@ def test_links_of_files_at_the_top_are_moved_with_them() -> None:
     )
     assert pages.moved("[a](../../README.md#b) [c](../plan.md)", "guides/x.md") == "[a](../index.md#b) [c](../plan.md)"
     assert pages.moved("[a](../CHANGELOG.md)", "x.md") == "[a](changelog.md)"
+
+
+def test_a_link_that_is_called_by_its_file_has_the_pages_title() -> None:
+    nav = [{"Guides": [{"Will it fit?": "plan.md"}, {"Speed": "guides/speed.md"}]}]
+    text = "[docs/plan.md](../plan.md#a), [speed.md](speed.md), [here](speed.md), [other.md](other.md)"
+    assert pages.titled(text, "guides/x.md", pages.titles(nav)) == (
+        "[Will it fit?](../plan.md#a), [Speed](speed.md), [here](speed.md), [other.md](other.md)"
+    )
 
 
 def test_the_references_have_every_command_option_and_key() -> None:

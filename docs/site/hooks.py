@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import FROM_THE_TOP, filled, moved
+from pages import FROM_THE_TOP, filled, moved, titled, titles
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,9 +23,10 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """Links are those of the repository until here; references are written where a page asks for them."""
-    return filled(moved(markdown, page.file.src_uri))
+    name = page.file.src_uri
+    return filled(titled(moved(markdown, name), name, titles(config.nav)))
 
 
 def on_post_page(output: str, **_: Any) -> str:

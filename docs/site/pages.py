@@ -5,6 +5,7 @@ It needs vipo alone, so that tests read the same pages as the site without its p
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
@@ -19,6 +20,7 @@ FROM_THE_TOP = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "
 """Pages of the site and the files at the top of the repository that they are."""
 
 LINK = re.compile(r"(\]\()([^)\s#]+)")
+BY_NAME = re.compile(r"\[((?:[\w.-]+/)*[\w.-]+\.md)\]\(([^)\s#]+\.md)([^)\s]*)\)")
 Row = tuple[str, ...]
 
 
@@ -30,6 +32,25 @@ def moved(markdown: str, page: str) -> str:
     tops = {"../" * (depth + 1) + source: "../" * depth + target for target, source in FROM_THE_TOP.items()}
     tops |= {source: target for target, source in FROM_THE_TOP.items() if page in FROM_THE_TOP}
     return LINK.sub(lambda found: found[1] + tops.get(found[2], found[2]), markdown)
+
+
+def titled(markdown: str, page: str, titles: Mapping[str, str]) -> str:
+    """Links that are called by their file's name, by the page's title on the site instead."""
+
+    def by_title(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), found[2]))
+        return f"[{titles.get(target, found[1])}]({found[2]}{found[3]})"
+
+    return BY_NAME.sub(by_title, markdown)
+
+
+def titles(nav: list[dict[str, Any]]) -> dict[str, str]:
+    """Pages to the titles that the map of the site gives them."""
+    found: dict[str, str] = {}
+    for item in nav:
+        for title, value in item.items():
+            found |= {value: title} if isinstance(value, str) else titles(value)
+    return found
 
 
 def filled(markdown: str) -> str:
