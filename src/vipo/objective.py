@@ -42,6 +42,12 @@ def group_advantage(
     Groups are consecutive. A reward that is not finite means "no score": the sample is left out of its group's mean and
     deviation and gets advantage 0. A group without spread gets 0, not rounding noise. Trailing dimensions are
     normalised independently (``reward_map`` uses that).
+
+    Examples:
+        >>> import torch
+        >>> from vipo import objective
+        >>> objective.group_advantage(torch.tensor([1.0, 3.0, 5.0, 5.0]), group_size=2)
+        tensor([-0.7071,  0.7071,  0.0000,  0.0000])
     """
     grouped = _in_groups(rewards, group_size)
     deviation, std = _moments(grouped)
@@ -141,6 +147,13 @@ def spatial_advantage(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H
 
     Raises:
         ValueError: advantage is not (N,), maps are not (N, T, H, W), or a map is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from vipo import objective
+        >>> maps = torch.tensor([0.5, 1.5]).reshape(1, 1, 1, 2)
+        >>> objective.spatial_advantage(torch.tensor([-2.0]), maps)
+        tensor([[[[-1., -3.]]]])
     """
     spread_out = weighted(advantage, maps)
     check_maps(sound(maps))
@@ -205,6 +218,15 @@ def clipped_surrogate(
     Raises:
         ValueError: the three shapes differ (a broadcast here would silently change the method), clip_range <= 0, or an
             unknown ratio.
+
+    Examples:
+        >>> import torch
+        >>> from vipo import objective
+        >>> log_prob = torch.zeros(4, 1, 8, 8, requires_grad=True)
+        >>> weight = torch.ones(4, 1, 8, 8)
+        >>> found = objective.clipped_surrogate(log_prob, log_prob.detach(), weight, clip_range=5e-4)
+        >>> found.loss.item(), found.clipped_fraction.item()
+        (-1.0, 0.0)
     """
     if ratio not in get_args(Ratio):
         raise ValueError(f"ratio={ratio!r} is not known; choose from {', '.join(get_args(Ratio))}")

@@ -8,21 +8,38 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vipo.cli import completing
 from vipo.errors import UserError
 
 if TYPE_CHECKING:
     from vipo.types import Prompt
 
-Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`vipo list recipes`).")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe file, or the name of a shipped one (`vipo list recipes`).", autocompletion=completing.recipes
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Keys of the recipe and their values here (`vipo list keys`).",
+        autocompletion=completing.overrides,
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=completing.runs)]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Rewards that a file names may be its own Python code, file.py:function."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Target = Annotated[
-    str, typer.Argument(help="A run or a checkpoint of it, a pipeline folder or hub id, embedded:NAME, or a LoRA.")
+    str,
+    typer.Argument(
+        help="A run or a checkpoint of it, a pipeline folder or hub id, embedded:NAME, or a LoRA.",
+        autocompletion=completing.runs,
+    ),
 ]
 Prompts = Annotated[
     list[str] | None,

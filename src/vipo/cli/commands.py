@@ -25,7 +25,6 @@ FAILED = 3  # exit code of a run in which nothing was learned
 app = typer.Typer(
     name="vipo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -122,7 +121,7 @@ def _call() -> None:
         _quiet()
     _grow_segments()
     try:
-        app()
+        app(prog_name="vipo")
     except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise

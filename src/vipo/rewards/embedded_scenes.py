@@ -101,12 +101,22 @@ class EmojiFlaws(Critic):
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         return 1 - self.heat(media, prompts).mean((1, 2))
 
+    def with_evidence(
+        self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N F 32 32"]]:
+        """Scores, and minus the flaws of each frame."""
+        flaws = self._flaws(media, prompts)
+        return 1 - flaws.mean((1, 2, 3)), -flaws
+
     def heat(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, "N 32 32"]:
         """Probability that a place is wrong under the caption: a copy too many, an object nobody named, a cut, blurred,
         torn or wrongly coloured one, a grainy ground. NaN without a caption of the vocabulary."""
+        return self._flaws(media, prompts).mean(1)
+
+    def _flaws(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, "N F 32 32"]:
         read = self.read(media, prompts)
-        heats = (logits.sigmoid().where(named.any(1)[:, None, None], torch.nan) for _, logits, named in read)
-        return _by_clip(heats, media)
+        heats = [logits.sigmoid().where(named.any(1)[:, None, None], torch.nan) for _, logits, named in read]
+        return torch.cat(heats).unflatten(0, (len(media), -1))
 
 
 class EmojiClean:

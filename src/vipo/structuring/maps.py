@@ -125,6 +125,14 @@ def deviation_map(
 
     Raises:
         ValueError: the samples do not divide into groups, or the power is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from vipo.structuring import deviation_map
+        >>> latents = torch.zeros(2, 4, 1, 1, 4)
+        >>> latents[0, :, :, :, 0] = 1.0  # the two differ in the first position alone
+        >>> deviation_map(latents, group_size=2, smoothing_sigma=0)[0]
+        tensor([[[4., 0., 0., 0.]]])
     """
     if not power > 0:
         raise ValueError(f"power={power} must be positive; 1 is the squared distance, 0.5 its root")
