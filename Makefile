@@ -10,7 +10,7 @@ TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check wheel clean
+.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check docs wheel clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,8 +66,17 @@ gpu-check: ## What this GPU does and whether a ratio became worse: nine minutes,
 faults: $(VENV)/.installed-dev ## Kills, full disks, damaged files and bad input by the hundred (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --run-long -m long
 
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs ## Build the documentation into site/, strictly: links, anchors, references, examples
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --strict
+	@echo "Look at it: $(BIN)/python -m http.server --directory site"
+
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## Remove what was built (not runs/)
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache

@@ -40,6 +40,44 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = with_plugin  # type: ignore[method-assign]
 
 
+def allow_context_parallel_on_cpu() -> None:
+    """Let diffusers share samples over processes on a CPU, for as long as this process lives.
+
+    It takes a rank modulo the number of accelerators, which is 0, and for its flash attention it asks for PyTorch's by
+    the GPU's name, which on a CPU is another operator with the same mathematics. Nothing else keeps it from a CPU.
+    """
+    import torch
+
+    torch.accelerator.device_count = lambda: 1
+    KEPT.append(aten := torch.library.Library("aten", "IMPL"))
+    aten.impl("_scaled_dot_product_flash_attention", _flash, "CPU")
+    aten.impl("_scaled_dot_product_flash_attention_backward", _flash_backward, "CPU")
+
+
+KEPT: list[Any] = []  # a library's operators go with it
+
+
+def _flash(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, *_: Any, scale: Any = None
+) -> Any:
+    import torch
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = flash(query, key, value, dropout, causal, scale=scale)
+    none = [torch.empty(0, dtype=torch.long) for _ in range(5)]
+    return out, sums, *none[:2], query.shape[2], key.shape[2], *none[2:]
+
+
+def _flash_backward(
+    gradient: Any, query: Any, key: Any, value: Any, out: Any, sums: Any, *rest: Any, scale: Any = None
+) -> Any:
+    import torch
+
+    _, _, _, _, dropout, causal, *_ = rest
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(gradient, query, key, value, out, sums, dropout, causal, scale=scale)
+
+
 def forks() -> multiprocessing.context.ForkServerContext:
     """What starts processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")

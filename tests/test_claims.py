@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vipo.errors import UserError
-from vipo.media.pictures import save_sheet
+from vipo.media.sheets import save_sheet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "claims"))
 import page
@@ -89,7 +89,7 @@ def write_everything(folder: Path, pictures: Path) -> None:
 
 
 def write_sheet(path: Path, prompt: str = "a <b>fox</b>") -> None:
-    save_sheet(path, torch.rand(6, 3, 1, 16, 16), 3, [f"{prompt} {i}" for i in range(6)], {})
+    save_sheet(path, torch.rand(6, 3, 1, 16, 16), [f"{prompt} {i}" for i in range(6)], {})
 
 
 def row(table: Table, *start: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from vipo.cli.catalogue import CATALOGUES
 
 COMMANDS = [
     "train",
+    "sweep",
     "sample",
     "maps",
     "plan",
@@ -26,6 +27,8 @@ COMMANDS = [
     "convert-reward",
     "report",
     "compare",
+    "metrics",
+    "watch",
     "export",
     "list",
 ]
@@ -33,6 +36,7 @@ HEAVY = {"torch", "transformers", "diffusers", "accelerate", "peft", "tensorboar
 CALL = "from vipo.cli import main; main()"
 SLIP = "traning.iterations=3"
 LIGHT = ["--help", "--version", f"train quickstart {SLIP}", f"plan quickstart {SLIP}", "maps --help", "list planets"]
+LIGHT += [f"sweep quickstart seed=0..1 {SLIP}"]
 LIGHT += ["fetch flux1-dev-vipo-hpsv2 --offline", "fetch wan2.1-14b-vipo-videoalign --offline"]
 LIGHT += [f"list {kind}" for kind in CATALOGUES]
 

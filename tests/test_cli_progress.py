@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiny
 from terminal import Vipo
-from vipo.cli.progress import _loss
+from vipo.cli.progress import _loss, _spreads
 
 WITHOUT_RATIO = ["objective.loss=matching", "solver.kind=ode", "solver.same_noise=false"]
 
@@ -32,3 +32,9 @@ def test_a_run_without_a_ratio_is_told_and_reported(vipo: Vipo, model_folder: Pa
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "Gradient norm" in page and "Matching error" in page and "Complete" in page
     assert not any(title in page for title in ("Clipped fraction", "Replay error", "Approximate KL"))
+
+
+def test_several_rewards_are_named_and_one_is_not() -> None:
+    one = {"reward": 0.5, "reward/a": 0.5, "spread/a": 0.1}
+    assert _spreads(one) == "±0.100"
+    assert _spreads({**one, "reward/b": -2.0, "spread/b": 0.25}) == "a +0.500 ±0.100  b -2.000 ±0.250"

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import tiny
 import vipo
 from vipo import engine as engine_module
+from vipo.cli.plan import plan as plan_command
 from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.policy import Policy
@@ -81,6 +82,13 @@ def test_a_sharding_plugin_is_refused_before_its_library_is_asked_for(
     with pytest.raises(UserError, match=rf"^{name} is not"):
         Engine()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_for_an_engine_that_is_not_there_says_why() -> None:
+    with pytest.raises(UserError, match=r"--engine zero3: .* DeepSpeed, .* gradient guard .* take --engine fsdp2"):
+        plan_command("quickstart", engine="zero3")
+    with pytest.raises(UserError, match=r"--engine fsdp1 is not known; take ddp or fsdp2"):
+        plan_command("quickstart", engine="fsdp1")
 
 
 def test_an_engine_of_a_callers_own_is_refused_if_it_shards_otherwise(raw: dict[str, Any]) -> None:

@@ -63,24 +63,27 @@ def test_more_steps_may_be_asked_for(model_folder: Path) -> None:
 class Thread:
     """One of several threads that gather like processes."""
 
-    rank: int
-    ranks: int
+    team: int
+    teams: int
     barrier: threading.Barrier
     said: dict[int, torch.Tensor]
     in_step: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        self.said[self.rank] = values
+        self.said[self.team] = values
         self.barrier.wait(20)
         assert len({tuple(value.shape) for value in self.said.values()}) == 1  # as a real gather asks for
-        found = torch.cat([self.said[rank] for rank in range(self.ranks)])
+        found = torch.cat([self.said[rank] for rank in range(self.teams)])
         self.barrier.wait(20)
         return found
 
+    def any(self, flag: bool) -> bool:
+        return bool(self.gather(torch.tensor([flag])).any())
+
 
 def together(ranks: int, work: Callable[[Thread], Any]) -> list[Any]:
-    """What ``work`` returns in each of so many ranks."""
+    """What ``work`` returns in each of so many teams of one."""
     barrier, said = threading.Barrier(ranks), {}
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(work, [Thread(rank, ranks, barrier, said) for rank in range(ranks)]))
@@ -112,7 +115,7 @@ def test_ranks_share_the_prompts_and_all_know_every_score(prompts: int, at_once:
     samplers = [Numbers() for _ in range(ranks)]
 
     def work(rank: Thread) -> Evaluation:
-        sampler = samplers[rank.rank]
+        sampler = samplers[rank.team]
         return Evaluator({"policy": nullcontext}, sampler, sampler.score, at_once, ranks=rank)(asked)
 
     numbers = torch.arange(2.0 * prompts)
@@ -133,7 +136,7 @@ def test_ranks_share_the_prompts_and_all_know_every_score(prompts: int, at_once:
 def test_rows_of_all_ranks_come_together_a_few_at_a_time(at_once: int | None) -> None:
     counts = (5, 1, 3)
     rows = [torch.full((count, 3, 1, 2, 2), rank, dtype=torch.uint8) for rank, count in enumerate(counts)]
-    found = together(3, lambda rank: everyones_rows(rows[rank.rank], rank, at_once=at_once, wanted=rank.rank < 2))
+    found = together(3, lambda rank: everyones_rows(rows[rank.team], rank, at_once=at_once, wanted=rank.team < 2))
     assert [[len(part) for part in parts] for parts in found] == [[5, 1, 3], [5, 1, 3], []]
     assert torch.equal(torch.cat(found[0]), torch.cat(rows))
 

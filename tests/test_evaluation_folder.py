@@ -24,6 +24,7 @@ from vipo.errors import UserError
 from vipo.evaluation.evaluator import Evaluator
 from vipo.evaluation.folder import EvaluationFolder, _csv
 from vipo.evaluation.records import Evaluation
+from vipo.media.sheets import load_sheet
 from vipo.rewards.answer import RewardUnavailable
 from vipo.rewards.suite import RewardSuite
 from vipo.types import Prompt, Scores
@@ -141,9 +142,9 @@ def test_sheets_show_the_first_sample_of_the_first_prompts(whole: Path) -> None:
         named = json.loads((whole / f"sheet-{model}.json").read_text())
         assert named["prompts"] == [prompt.text for prompt in PROMPTS[:16]]
         assert named["scores"]["grey"] == [2 * k / 64 + gain for k in range(16)]
-        with Image.open(whole / f"sheet-{model}.png") as sheet:
-            assert sheet.size == (8 * 6, 2 * 4)
-            assert sheet.getpixel((6, 4))[0] == round(255 * (2 * 9 / 64 + gain))  # the tenth tile
+        tiles, _ = load_sheet(whole / f"sheet-{model}.png")
+        assert len(tiles) == 16 and tiles[9].size == (6, 4)
+        assert tiles[9].getpixel((0, 0))[0] == round(255 * (2 * 9 / 64 + gain))
     with Image.open(whole / "before-after.png") as shown:
         assert shown.width > 2 * 6 and shown.height > 16 * 4
 

@@ -41,3 +41,15 @@ def test_the_guide_shows_the_file_and_a_recipe_line_that_trains(model_folder: Pa
     scores = step.scores.by_name[NAME]
     assert torch.equal(scores, rewards.build(NAME)(step.rollout.media, step.rollout.prompts))
     assert bool(((scores >= 0) & (scores <= 1)).all())
+
+
+def test_the_dense_example_says_where_and_its_command_trains(model_folder: Path, tmp_path: Path) -> None:
+    assert (ROOT / "docs/examples/my_dense_reward.py").read_text() in GUIDE
+    given = re.search(r"^vipo train quickstart (credit=\S+) \"(rewards=.*Warmth.*)\" --output", GUIDE, re.MULTILINE)
+    assert given is not None
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", training__iterations=1)
+    (step,) = vipo.train(vipo.load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", raw), list(given.groups())))
+    (evidence,) = step.scores.evidence.values()
+    warm = step.rollout.media[:, 0] - step.rollout.media[:, 2]
+    assert torch.corrcoef(torch.stack([evidence.mean((1, 2, 3)), warm.mean((1, 2, 3))]))[0, 1] > 0.99
+    assert evidence.shape == (6, *tiny.GRID) and step.metrics["grad_norm"] > 0

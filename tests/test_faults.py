@@ -32,7 +32,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "full weights with their average": {"policy": {"kind": "full", "rank": None, "ema_decay": 0.9}},
     "two optimiser steps": {"optimizer": {"per_iteration": 2}, "policy": {"ema_decay": 0.9}},
     "scored in the background": {"training": {"prompts_at_once": 1}},
-    "text cache": {"generator": {"text_cache": "cache"}},
+    "text cache, the best kept": {
+        "generator": {"text_cache": "cache"},
+        "training": {"keep_best": "redness", "checkpoint_every": 3, "keep_checkpoints": 1},
+        "evaluation": {"every": 1},
+    },
     "clips": {},
 }
 
@@ -92,7 +96,7 @@ def kill(place: Place, at: int) -> int:
     ("case", "kinds"),
     [
         ("LoRA with maps", ("checkpoint", "evaluation", "export", "beginning")),
-        ("text cache", ("text cache", "pictures")),
+        ("text cache, the best kept", ("text cache", "pictures", "checkpoint")),
     ],
 )
 def test_a_run_killed_inside_any_write_ends_as_if_nothing_had_happened(

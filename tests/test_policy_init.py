@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from vipo.assemble import build_policy, open_model
+from vipo.assemble import build, build_policy, open_model
 from vipo.errors import UserError
 from vipo.evaluation.records import BASE, POLICY
+from vipo.generators import quantization
 from vipo.generators.flux import LORA_TARGETS, FluxGenerator
 from vipo.generators.lora import attach_lora
 from vipo.generators.lora_start import read_start
@@ -36,6 +38,27 @@ SOME = r"(transformer_blocks\.0\.attn\.to_q|single_transformer_blocks\.0\.proj_m
 @pytest.fixture
 def model(model_folder: Path) -> FluxGenerator:
     return tiny.generator(model_folder)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "float8", "float8_storage"])
+def test_it_goes_on_from_a_lora_on_a_quantised_base(model_folder: Path, tmp_path: Path, kind: str) -> None:
+    library = quantization.LIBRARIES.get(kind)  # type: ignore[call-overload]
+    if library is not None and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    fewer = {"quantization": kind, "dtype": "bfloat16"}
+    raw = tiny.recipe(
+        model_folder, tmp_path / "prompts.txt", policy={"init": str(ours(model_folder, tmp_path / "lora"))}
+    )
+    raw["training"] |= {"precision": "bf16"}
+    raw["objective"] |= {"kl_weight": 0.1}
+    whole = open_model(parse_recipe(raw), device="cpu").policy.state()
+    raw["generator"] |= fewer
+    session = build(parse_recipe(raw))
+    begun = session.policy.state()
+    assert all(torch.equal(begun[name], value) and value.dtype == torch.float32 for name, value in whole.items())
+    first, second = (session.trainer.step().metrics for _ in range(2))
+    assert first["ratio_deviation"] == 0 and first["grad_norm"] > 0
+    assert first["kl_reference"] == 0 < second["kl_reference"]  # the reference is the LoRA as it came, not the base
 
 
 def ours(folder: Path, output: Path, **options: Any) -> Path:

@@ -25,7 +25,7 @@ from vipo.generators.lora import attach_lora
 from vipo.generators.wan import WanGenerator
 from vipo.options import OptimizerOptions
 from vipo.plan import Ledger, Machine, advise, plan
-from vipo.plan.blueprint import empty_network
+from vipo.plan.blueprint import empty_network, empty_pipeline
 from vipo.plan.published import table
 from vipo.pretrained import fingerprint
 from vipo.recipe import load_recipe, parse_recipe
@@ -197,6 +197,59 @@ def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) ->
     drawn = next(value for name, value in policy.state().items() if "lora_A" in name)
     assert drawn.unique().numel() > 0.9 * drawn.numel()
     assert not torch.equal(drawn, drawn.to(torch.float8_e4m3fn).float())
+
+
+# Text encoders
+
+
+@pytest.mark.usefixtures("eight_bit")
+def test_two_iterations_with_prompts_read_in_4_bits(model_folder: Path, tmp_path: Path) -> None:
+    fewer = {"generator__text_quantization": "nf4", "generator__dtype": "bfloat16", "generator__offload_text": True}
+    list(Run(recipe_of(model_folder, tmp_path, **fewer, training__precision="bf16", **TRAINED), tmp_path / "run"))
+    for metrics in tiny.lines(tmp_path / "run" / "metrics.jsonl"):
+        assert metrics["ratio_deviation"] == 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+    generator: Any = open_run(tmp_path / "run")[1].generator  # as it trained
+    found = [n for part in generator.text_encoders for n, m in part.named_modules() if quantization.is_quantised(m)]
+    assert len(found) == 6 + 5 and not any(name.endswith("wo") for name in found)  # CLIP's, and T5's but for one
+    assert not any(quantization.is_quantised(module) for module in generator.network.modules())
+
+
+@pytest.mark.usefixtures("eight_bit")
+def test_prompts_read_in_4_bits_are_near_the_whole_ones_and_planned_for(model_folder: Path) -> None:
+    sizes = {"path": str(model_folder), "height": tiny.HEIGHT, "width": tiny.WIDTH}
+    sections = [GeneratorSection(**sizes, text_quantization=kind) for kind in ("none", "nf4")]
+    whole, fewer = (build_generator(section, device="cpu") for section in sections)
+    theirs, ours = ([*vars(generator.encode(tiny.PROMPTS[:2])).values()] for generator in (whole, fewer))
+    for one, other in zip(theirs, ours, strict=True):
+        assert 0 < (one.float() - other.float()).norm() / one.float().norm() < 0.6  # 16 wide, and of random weights
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        drawn = [empty_pipeline(section) for section in sections]
+    planned, real = ([g.text_encoder_2, g.text_encoder] for g in (drawn[1], fewer.pipeline))
+    for place, encoder in enumerate(real):
+        linear = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+        held = sum(map(storage, linear)) - sum(table_bytes(m) for m in linear)
+        held += sum(p.numel() * p.element_size() for p in encoder.parameters())
+        held -= sum(m.weight.numel() * m.weight.element_size() for m in linear)
+        assert sum(p.numel() * p.element_size() for p in planned[place].parameters()) == held
+
+
+def table_bytes(module: nn.Module) -> int:
+    """Of the sixteen values that a 4-bit weight's codes stand for, which lie there once per layer."""
+    state = getattr(module.weight, "quant_state", None)
+    return 0 if state is None else state.code.untyped_storage().nbytes()
+
+
+def test_text_encoders_stay_whole_where_a_pipeline_is_exported_or_a_library_is_missing(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"text_quantization=nf4 does not go with policy\.kind=full"):
+        recipe_of(model_folder, tmp_path, generator__text_quantization="nf4", policy__kind="full")
+    monkeypatch.setattr(quantization, "find_spec", lambda _: None)
+    section = GeneratorSection(path=str(model_folder), height=24, width=40, text_quantization="nf4")
+    with pytest.raises(
+        UserError, match=r"text_quantization=nf4 needs bitsandbytes.*pip install 'vipo\[bitsandbytes\]'"
+    ):
+        build_generator(section, device="cpu")
 
 
 # 8-bit AdamW

@@ -17,15 +17,17 @@ from PIL import Image, ImageSequence
 
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
+from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut, spaced
 from vipo.media.map_sheets import clip_map_sheet, heat, lit, map_sheet, shown_frames
-from vipo.media.pictures import contact_sheet, labelled_grid, load_sheet, save_sheet, to_uint8
+from vipo.media.pictures import labelled_grid, to_uint8
+from vipo.media.sheets import BETWEEN, contact_sheet, load_sheet, save_sheet
 from vipo.report import figures, gallery, svg
 from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
 from vipo.report.embed import clip_uri
 from vipo.report.outcome import change_of, changes, headline, verdict_of
 from vipo.report.page import fixed, signed, write_report
-from vipo.report.run import EvaluationRecord, read_run
+from vipo.report.run import read_run
 
 PROMPTS, PER_PROMPT, ITERATIONS = 18, 2, 6
 TEXTS = [f"a <b>thing</b> number {i // PER_PROMPT}" for i in range(PROMPTS * PER_PROMPT)]
@@ -70,7 +72,7 @@ def write_evaluation(root: Path, iteration: int, gain: float, judge: float, fram
     values["judge"][5] = None if iteration else values["judge"][5]
     media = torch.rand(count, 3, frames, 8, 8, generator=torch.Generator().manual_seed(iteration))
     scores = {key: [float("nan") if v is None else v for v in row] for key, row in values.items()}
-    save_sheet(root / "samples" / f"step-{iteration:06d}.png", media, 8, TEXTS, scores)
+    save_sheet(root / "samples" / f"step-{iteration:06d}.png", media, TEXTS, scores)
     record = {"iteration": iteration, "samples_per_prompt": PER_PROMPT, "prompts": TEXTS, "values": values}
     with (root / "evaluations.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -89,10 +91,16 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def test_a_contact_sheet_gives_back_the_bytes_it_was_given(tmp_path: Path) -> None:
     media = torch.rand(5, 3, 1, 6, 9)
-    save_sheet(tmp_path / "s.png", media, 3, list("abcde"), {"r": torch.tensor([1.0, 2, float("nan"), 4, 5])})
+    prompts = ["a", "a", "b", "b", "c" * 200]
+    save_sheet(tmp_path / "s.png", media, prompts, {"r": torch.tensor([1.0, 2, float("nan"), 4, 5])})
     tiles, info = load_sheet(tmp_path / "s.png")
     assert np.array_equal(np.stack([np.asarray(tile) for tile in tiles]), to_uint8(media)[:, 0])
-    assert info == {"columns": 3, "tile": [6, 9], "prompts": list("abcde"), "scores": {"r": [1, 2, None, 4, 5]}}
+    corners = info.pop("corners")
+    assert info == {"tile": [6, 9], "frames": 1, "prompts": prompts, "scores": {"r": [1, 2, None, 4, 5]}}
+    assert corners[1] == [corners[0][0] + 9 + BETWEEN, corners[0][1]] and corners[2] != [
+        corners[1][0] + 9 + BETWEEN,
+        corners[1][1],
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.png"]
 
 
@@ -104,9 +112,9 @@ def test_bytes_are_rounded_and_clamped() -> None:
 def test_a_sheet_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     media = torch.rand(2, 3, 1, 4, 4)
     with pytest.raises(ValueError, match="1 entries of 'prompts' for 2 pictures"):
-        save_sheet(tmp_path / "s.png", media, 2, ["one"], {})
-    save_sheet(tmp_path / "s.png", media, 2, ["one", "two"], {})
-    contact_sheet(media, 1).save(tmp_path / "s.png")
+        save_sheet(tmp_path / "s.png", media, ["one"], {})
+    save_sheet(tmp_path / "s.png", media, ["one", "two"], {})
+    contact_sheet(media[:1], ["one"])[0].save(tmp_path / "s.png")
     with pytest.raises(UserError, match="does not describe"):
         load_sheet(tmp_path / "s.png")
 
@@ -189,7 +197,7 @@ def test_pictures_that_are_gone_leave_the_rest_of_the_page(run: Path) -> None:
     (run / "samples" / "step-000006.png").write_bytes(b"not a picture")
     (run / "maps" / "step-000000.png").write_bytes(b"")
     page = write_report(run).read_text()
-    assert "The pictures cannot be shown" in page and "rose beyond noise" in page
+    assert "The pictures cannot be shown" in page and "rose in this run" in page
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "missing", lambda p: p])
@@ -222,9 +230,9 @@ def test_the_page_escapes_prompts_describes_pictures_and_keeps_its_order(finishe
 @pytest.mark.parametrize(
     ("low", "high", "prompts", "verdict"),
     [
-        (0.01, 0.20, 40, "rose beyond noise"),
+        (0.01, 0.20, 40, "rose in this run"),
         (-0.01, 0.20, 40, "within noise"),
-        (-0.20, -0.01, 40, "fell"),
+        (-0.20, -0.01, 40, "fell in this run"),
         (0.0, 0.0, 40, "within noise"),
         (0.01, 0.20, 5, "too few prompts to tell"),
     ],
@@ -235,7 +243,7 @@ def test_the_verdict_is_where_the_interval_lies(low: float, high: float, prompts
 
 def test_changes_are_paired_and_missing_scores_leave_both_sides(finished: Path) -> None:
     trained, judge = changes(read_run(finished))
-    assert (trained.name, trained.role, trained.verdict) == ("match", "trained on", "rose beyond noise")
+    assert (trained.name, trained.role, trained.verdict) == ("match", "trained on", "rose in this run")
     assert trained.gain.mean == pytest.approx(0.3, abs=0.01) and trained.gain.high - trained.gain.low < 0.02
     assert (judge.role, judge.verdict, judge.scored) == ("held-out judge", "within noise", 35)
     assert judge.trained.mean - judge.base.mean == pytest.approx(judge.gain.mean)
@@ -245,12 +253,12 @@ def test_pairing_sees_a_gain_that_the_spread_between_prompts_would_hide() -> Non
     base = torch.linspace(0, 100, 20, dtype=torch.float64)
     records = [EvaluationRecord(i, 1, ("p",) * 20, {"r": base + 0.1 * i}) for i in range(2)]
     change = change_of("r", "trained on", *records)
-    assert change is not None and change.verdict == "rose beyond noise" and change.gain.mean == pytest.approx(0.1)
+    assert change is not None and change.verdict == "rose in this run" and change.gain.mean == pytest.approx(0.1)
 
 
 def test_a_falling_judge_beside_a_rising_reward_is_called_reward_hacking(tmp_path: Path) -> None:
     hacked = changes(read_run(write_run(tmp_path / "hacked", judge=-0.2)))
-    assert hacked[1].verdict == "fell" and "reward hacking" in headline(hacked)
+    assert hacked[1].verdict == "fell in this run" and "reward hacking" in headline(hacked)
     assert "reward hacking" not in headline(changes(read_run(write_run(tmp_path / "fair", judge=0.2))))
 
 
@@ -263,7 +271,25 @@ def test_the_extremes_are_the_extremes(run: Path) -> None:
     record = read_run(run)
     found = gallery.gallery(record, changes(record))
     assert found is not None and len(found.first) == 16 and found.one_per_prompt
-    assert [pair.prompt for pair in (*found.gains, *found.losses)] == [TEXTS[7], TEXTS[9]]
+    prompts = {title: [group.prompt for group in groups] for title, groups in found.groups.items()}
+    assert prompts == {
+        "Prompts that gained most": [TEXTS[7]],
+        "Prompts that lost most": [TEXTS[9]],
+        "Best prompt after training": [TEXTS[-1]],
+        "Worst prompt after training": [TEXTS[9]],
+    }
+    rose = found.groups["Prompts that gained most"][0]
+    assert len(rose.pairs) == PER_PROMPT and rose.scores[0].after - rose.scores[0].before == pytest.approx(0.25)
+
+
+def test_the_pictures_of_every_evaluation_can_be_slid_through(finished: Path) -> None:
+    page = write_report(finished).read_text()
+    found = gallery.gallery(read_run(finished), [])
+    assert found is not None and found.iterations == (3, 6)
+    assert page.count('type="radio"') == 2 and '<input type="radio" name="at" id="at-1" checked>' in page
+    first = found.first[0]
+    assert f'class="s0" src="{first.later[0]}"' in page and f'class="s1" src="{first.later[1]}"' in page
+    assert len({first.before, *first.later}) == 3
 
 
 def test_a_comparison_is_the_mean_of_paired_differences(tmp_path: Path) -> None:
@@ -273,7 +299,7 @@ def test_a_comparison_is_the_mean_of_paired_differences(tmp_path: Path) -> None:
     by_hand = sum(b - a for a, b in zip(*finals, strict=True)) / len(finals[0])
     cell = second.cells["match"]
     assert cell.difference is not None and cell.difference.mean == pytest.approx(by_hand)
-    assert (cell.role, cell.verdict, first.cells["match"].difference) == ("trained on", "rose beyond noise", None)
+    assert (cell.role, cell.verdict, first.cells["match"].difference) == ("trained on", "rose in this run", None)
     for table in (text_table, markdown_table, html_table):
         assert "+0.3000" in table([first, second]) and "held-out judge" in table([first, second])
 
@@ -319,12 +345,12 @@ def unpacked(uri: str) -> list[Image.Image]:
 
 def test_a_sheet_of_clips_gives_back_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media = torch.rand(3, 3, 5, 6, 9)
-    save_sheet(tmp_path / "s.png", media, 8, list("abc"), {})
+    save_sheet(tmp_path / "s.png", media, list("abc"), {})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard, which a sheet of clips soon exceeds
     strips, info = load_sheet(tmp_path / "s.png")
     assert Image.MAX_IMAGE_PIXELS == 100
     assert np.array_equal(np.stack([pixels(cut(strip, 5)) for strip in strips]), to_uint8(media))
-    assert info == {"columns": 5, "tile": [6, 9], "frames": 5, "prompts": list("abc"), "scores": {}}
+    assert (info["tile"], info["frames"], info["prompts"]) == ([6, 9], 5, list("abc"))
     with pytest.raises(ValueError, match="45 pixels does not hold 4 frames"):
         cut(strips[0], 4)
 
@@ -387,8 +413,8 @@ def test_all_clips_of_a_page_share_one_room(filmed: Path, monkeypatch: pytest.Mo
     record = read_run(filmed)
     found = gallery.gallery(record, changes(record))
     assert found is not None and len(found.first) == 8
-    pairs = [*found.first, *found.gains, *found.losses]
-    assert sum(len(pair.before) + len(pair.after) for pair in pairs) * 3 / 4 < 16_000 + 40 * 2 * len(pairs)
+    pairs = [*found.first, *(pair for groups in found.groups.values() for group in groups for pair in group.pairs)]
+    assert sum(len(pair.before) + len(pair.later[-1]) for pair in pairs) * 3 / 4 < 16_000 + 40 * 2 * len(pairs)
 
 
 def test_the_map_sheet_of_a_clip_shows_the_middle_frame_of_each_latent_frame() -> None:

@@ -36,7 +36,7 @@ from vipo.runs.run import Run
 from vipo.threads import left_behind
 from vipo.training.background import Background
 from vipo.training.health import Health
-from vipo.training.metrics import reward_metrics
+from vipo.training.metrics import reward_numbers
 from vipo.types import Prompt, Scores
 
 PROMPTS = [Prompt(f"prompt {number}", number, {"tags": ["a"]}) for number in range(4)]
@@ -127,14 +127,14 @@ def test_what_is_no_number_is_masked_and_counted(odd: Any) -> None:
 def test_scores_of_any_size_have_a_spread_and_a_mean(scale: float) -> None:
     values = scores(lambda *_: [scale * value for value in RIGHT]).by_name["mine"]
     assert spread(values, 2).item() == pytest.approx(scale * math.sqrt(0.5), rel=1e-5)
-    numbers = reward_metrics(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)
+    numbers = reward_numbers(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)
     assert numbers["reward/mine"] == pytest.approx(scale * 1.5, rel=1e-5)
     assert all(math.isfinite(value) for value in numbers.values()), numbers
 
 
 def test_a_mean_whose_sum_is_infinite_in_float32_is_a_number() -> None:
     values = torch.full((4,), 3e38)
-    assert reward_metrics(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)["reward/mine"] == values[0]
+    assert reward_numbers(Scores({"mine": values}, {"mine": 1.0}), torch.zeros(4), 2)["reward/mine"] == values[0]
 
 
 def test_a_reward_in_tiny_units_is_an_event(model_folder: Path) -> None:
@@ -296,13 +296,16 @@ def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, mod
 class Two:
     """The engine of one of two processes, told what the other says."""
 
-    rank, ranks, in_step, device = 0, 2, False, torch.device("cpu")
+    team, teams, in_step, device = 0, 2, False, torch.device("cpu")
 
     def __init__(self, other_failed: bool) -> None:
         self.other_failed = other_failed
 
     def gather(self, values: Tensor) -> Tensor:
-        return torch.cat([values, torch.tensor([float(self.other_failed)])])
+        raise NotImplementedError
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.other_failed
 
 
 def test_a_failure_elsewhere_is_raised_here_and_one_here_is_told_first() -> None:

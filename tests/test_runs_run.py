@@ -30,7 +30,8 @@ from vipo.errors import UserError
 from vipo.evaluation.evaluator import Sampler, scored
 from vipo.generators.text_cache import TextCache
 from vipo.media.clips import cut
-from vipo.media.pictures import load_sheet, to_uint8
+from vipo.media.pictures import to_uint8
+from vipo.media.sheets import load_sheet
 from vipo.recipe import parse_recipe
 from vipo.report.page import write_report
 from vipo.runs.directory import RunDirectory
@@ -297,6 +298,7 @@ def test_a_failed_export_leaves_nothing_half_written(
 
 @pytest.mark.slow
 def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"] |= {"keep_best": next(iter(raw["rewards"])), "checkpoint_every": 4, "keep_checkpoints": 1}
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
     both, alone = tmp_path / "both", tmp_path / "alone"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
@@ -312,6 +314,8 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
         ours, theirs = ([line[key] for line in tiny.lines(folder / "metrics.jsonl")] for folder in (both, alone))
         assert ours == pytest.approx(theirs, abs=tolerance)
     assert [e["iteration"] for e in tiny.lines(both / "evaluations.jsonl")] == [0, 2, 4]
+    saved = [[path.name for path in list_checkpoints(folder / "checkpoints")] for folder in (both, alone)]
+    assert saved[0] == saved[1]  # the best too
     assert not leftovers(both)
 
 
@@ -369,7 +373,7 @@ def test_a_video_run_leaves_clips_to_look_at_and_every_frame_that_was_scored(
     events = list(run)
     scored = to_uint8(seen[0])
     strips, info = load_sheet(root / "samples" / "step-000000.png")
-    assert (info["frames"], info["columns"], info["tile"]) == (5, 5, [32, 48]) and len(strips) == 4
+    assert (info["frames"], info["tile"]) == (5, [32, 48]) and len(strips) == 4
     read = [[np.asarray(frame) for frame in cut(strip, 5)] for strip in strips]
     assert np.array_equal(np.array(read), scored) and not np.array_equal(scored[:, 0], scored[:, 4])
 
@@ -421,7 +425,7 @@ def test_a_picture_run_has_no_clips_and_no_flicker(tmp_path: Path, raw: dict[str
     tiny.run_all(raw, tmp_path / "run")
     assert {path.suffix for path in (tmp_path / "run" / "samples").iterdir()} == {".png", ".json"}
     assert "map/flicker" not in tiny.lines(tmp_path / "run" / "metrics.jsonl")[0]
-    assert "frames" not in load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]
+    assert load_sheet(tmp_path / "run" / "samples" / "step-000000.png")[1]["frames"] == 1
 
 
 def test_prompts_that_are_cut_are_told_at_the_start_and_in_the_first_event(

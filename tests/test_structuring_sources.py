@@ -12,11 +12,23 @@ from torch import Tensor
 import tiny
 from vipo.assemble import build_map_source
 from vipo.errors import UserError
+from vipo.options import ConsensusOptions, DeviationOptions, SourcesOptions
 from vipo.rollout import sample_groups
 from vipo.schema import StructuringSection
-from vipo.structuring import consensus_map, deviation_map
-from vipo.structuring.sources import Deviation, Disagreement, Perceptual, Product, RewardGradient, TextRelevance
-from vipo.types import MapSource, Prompt, Rollout
+from vipo.structuring import consensus_map, deviation_map, signed_consensus_map, smooth
+from vipo.structuring.sources import (
+    Consensus,
+    DenseEvidence,
+    Deviation,
+    Disagreement,
+    Evidence,
+    Flawless,
+    Perceptual,
+    Product,
+    RewardGradient,
+    TextRelevance,
+)
+from vipo.types import MapSource, Prompt, Rollout, Scores
 
 
 def even(rollout: Rollout) -> Tensor:
@@ -158,6 +170,79 @@ def test_each_trains(model_folder: Path, source: str) -> None:
     maps = build_map_source(section, plain.generator, plain.scorer, "cpu")
     step = tiny.trainer(model_folder, credit="advantage_map", map_source=maps).step()
     assert step.metrics["grad_norm"] > 0 and step.metrics["map/mean"] == pytest.approx(1, abs=1e-4)
+
+
+def found(rollout: Rollout) -> Scores:
+    """Two rewards with evidence, of which the second says nothing of sample 1, and one without."""
+    rng = torch.Generator().manual_seed(4)
+    one, two = (torch.rand(8, *rollout.latent_grid, generator=rng) * 2 - 1 for _ in range(2))
+    two[1] = torch.nan
+    zeros = torch.zeros(8)
+    by_name = {"one": zeros, "two": zeros, "blind": zeros}
+    return Scores(by_name, dict.fromkeys(by_name, 1.0), {}, {"one": one, "two": two}, {"one": 0.5, "two": 0.25})
+
+
+def test_evidence_weighs_by_its_size_and_is_normalised_like_others(rollout: Rollout) -> None:
+    scores, advantage = found(rollout), even(rollout)
+    one, two = scores.evidence.values()
+    maps = Evidence(smoothing_sigma=0)(rollout, advantage, scores)
+    size = 0.5 * one.abs() + 0.25 * two.abs()
+    expected = size / size.mean((1, 2, 3), keepdim=True)
+    expected[1] = 1  # nothing to say: the whole picture's credit
+    assert torch.allclose(maps, expected, atol=1e-5)
+    settled(Evidence()(rollout, advantage, scores), rollout)
+    both = Product([Evidence(), Deviation()])(rollout, advantage, scores)
+    settled(both, rollout)
+    assert torch.allclose(both[1], Deviation()(rollout, advantage)[1], atol=1e-5)
+    with pytest.raises(UserError, match="no reward gave evidence"):
+        Evidence()(rollout, advantage)
+
+
+def test_flaws_are_the_mean_of_what_is_below_zero_and_dense_evidence_the_sum(rollout: Rollout) -> None:
+    scores, advantage = found(rollout), even(rollout)
+    one, two = scores.evidence.values()
+    flaws = ((-one).clamp_min(0) * 0.5 + (-two).clamp_min(0) * 0.25) / 0.75
+    flaws[1] = 0
+    assert torch.allclose(Flawless()(rollout, advantage, scores), 1 - flaws, atol=1e-6)
+    dense = DenseEvidence()(rollout, advantage, scores)
+    assert dense[1].isnan().all() and torch.allclose(dense[2:], (0.5 * one + 0.25 * two)[2:], atol=1e-6)
+    smoothed = DenseEvidence(1.0)(rollout, advantage, scores)
+    assert torch.allclose(smoothed[2:], smooth(dense, 1.0)[2:], atol=1e-6)
+
+
+def test_a_source_may_have_options_of_its_own(model_folder: Path, rollout: Rollout) -> None:
+    own = SourcesOptions(
+        deviation=DeviationOptions(power=0.5, smoothing_sigma=0.0), consensus=ConsensusOptions(floor=0.2)
+    )
+    trainer = tiny.trainer(model_folder)
+    section = StructuringSection(sources=("deviation", "consensus"), smoothing_sigma=2.0, source_options=own)
+    source = build_map_source(section, trainer.generator, trainer.scorer, "cpu")
+    assert isinstance(source, Product)
+    assert source.sources == [Deviation(0.0, power=0.5), Consensus(2.0, floor=0.2)]
+    squared = deviation_map(rollout.latents, 4, smoothing_sigma=0)
+    root = squared.sqrt() / squared.sqrt().mean((1, 2, 3), keepdim=True)
+    assert torch.allclose(source.sources[0](rollout, even(rollout)), root, atol=1e-5)
+    advantage = torch.linspace(-1, 1, 8)
+    plain = consensus_map(rollout.latents, advantage, 4)
+    floored = consensus_map(rollout.latents, advantage, 4, floor=0.2)
+    assert torch.allclose(floored, 0.2 + 0.8 * plain) and floored.min() >= 0.2
+    for wrong in ({"power": 0.0}, {"power": float("nan")}):
+        with pytest.raises(ValueError, match="power="):
+            deviation_map(rollout.latents, 4, **wrong)
+    with pytest.raises(ValueError, match=r"floor=1\.5"):
+        consensus_map(rollout.latents, advantage, 4, floor=1.5)
+
+
+def test_a_signed_consensus_is_consensus_before_the_cut() -> None:
+    rng = torch.Generator().manual_seed(3)
+    latents, advantage = torch.randn(8, 4, 3, 5, 6, generator=rng), torch.randn(8, generator=rng)
+    advantage[5], advantage[2] = 0, torch.nan
+    signed, cut = signed_consensus_map(latents, advantage, 4), consensus_map(latents, advantage, 4)
+    assert torch.allclose(signed.abs().mean((1, 2, 3)), torch.ones(8), atol=1e-5) and (signed < 0).any()
+    for row in (0, 1, 3, 4, 6, 7):
+        above = signed[row].clamp_min(0)
+        assert torch.allclose(above / above.mean(), cut[row], atol=1e-4)
+    assert (signed[[2, 5]] == 1).all()
 
 
 def test_a_deviation_map_refuses_half_a_group() -> None:

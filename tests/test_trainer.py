@@ -40,7 +40,7 @@ def credited(trainer: Trainer) -> tuple[Rollout, Credit]:
     rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
     scores = trainer.scorer(rollout.media, rollout.prompts)
     advantage = combined(trainer.objective, scores, trainer.group_size)
-    maps = trainer._maps(rollout, scores, advantage)
+    maps = trainer._maps(rollout, scores, scores, advantage)
     return rollout, trainer._credit(scores, advantage, maps, rollout)
 
 
@@ -151,7 +151,7 @@ def test_a_loss_without_a_ratio_records_no_step(model_folder: Path) -> None:
     assert sorted(torch.cat([share.sample for share in shares]).tolist()) == sorted(list(range(8)) * 3)
 
 
-@pytest.mark.parametrize("credit", ["sample", "uniform", "reward_map", "advantage_map"])
+@pytest.mark.parametrize("credit", ["sample", "uniform", "reward_map", "advantage_map", "flaw_map"])
 def test_every_credit_moves_the_weights(model_folder: Path, credit: str) -> None:
     trainer = tiny.trainer(model_folder, credit=credit)
     before = {name: value.clone() for name, value in trainer.policy.state().items()}
@@ -177,7 +177,7 @@ def test_where_the_map_puts_its_weight_matters(model_folder: Path) -> None:
 def test_a_map_on_one_side_moves_that_side(model_folder: Path) -> None:
     """The transposition test of the whole path: weight on the left columns, and the loss is about those alone."""
 
-    def left(rollout: Rollout, advantage: Tensor) -> Tensor:  # noqa: ARG001
+    def left(rollout: Rollout, *_: object) -> Tensor:
         maps = torch.zeros(len(rollout.media), *rollout.latent_grid)
         maps[..., : rollout.latent_grid[2] // 2] = 2.0
         return maps

@@ -81,6 +81,61 @@ def test_what_is_wrong_is_said() -> None:
     assert not credited("advantage_map", ONE, -MAPS).sound  # the learner refuses it: tests/test_waits.py
 
 
+def dense(scores: Scores, evidence: Tensor, **options: object) -> Tensor:
+    return credited("dense_reward", scores, evidence, **options).local
+
+
+FLAWS = torch.rand(8, *GRID, generator=torch.Generator().manual_seed(2))
+
+
+def test_a_dense_reward_is_boxflows_formula() -> None:
+    """R(p) = R - a W(p) with a = c std_group(R), then (R(p) - mean) / std over the group at each position."""
+    rewards, c = ONE.by_name["a"], 0.5
+    expected = torch.zeros(8, *GRID)
+    for group in (slice(0, 4), slice(4, 8)):
+        r = rewards[group, None, None, None] - c * rewards[group].std() * FLAWS[group]
+        expected[group] = (r - r.mean(0)) / (r.std(0) + 1e-4)
+    found = dense(ONE, -c * FLAWS)
+    assert torch.allclose(found, expected, atol=1e-5)
+    signs = dense(ONE, -3 * FLAWS).sign() * credited("sample", ONE).local.sign()[:, None, None, None]
+    assert (signs < 0).any()  # a position's sign may be another than its sample's
+    assert torch.allclose(dense(ONE, torch.zeros_like(FLAWS)), credited("uniform", ONE, None).local, atol=1e-6)
+
+
+@pytest.mark.parametrize("combine", ["advantage", "reward"])
+def test_a_dense_reward_of_several_combines_as_asked_and_a_negative_weight_turns_no_evidence(combine: str) -> None:
+    scores = Scores(TWO.by_name, {"a": 1.0, "b": -0.5})
+    a, b = (objective.dense_reward(TWO.by_name[name], sign * FLAWS, 4) for name, sign in (("a", 1), ("b", -1)))
+    expected = objective.group_advantage(a, 4) - 0.5 * objective.group_advantage(b, 4)
+    if combine == "reward":
+        expected = objective.group_advantage(objective.dense_reward(scores.total, FLAWS, 4), 4)
+    assert torch.allclose(dense(scores, FLAWS, combine=combine).double(), expected, atol=1e-5)
+    better = FLAWS.clone()
+    better[3] = 1.0  # at every position it then is what it was or better
+    assert (dense(scores, better, combine=combine)[3] >= dense(scores, FLAWS, combine=combine)[3] - 1e-6).all()
+
+
+def test_a_dense_reward_leaves_out_what_is_missing_and_learns_nothing_of_flat_groups() -> None:
+    values, evidence = ONE.by_name["a"].clone(), FLAWS.clone()
+    values[1], evidence[2] = math.nan, math.nan
+    found = dense(Scores({"a": values}, {"a": 1.0}), evidence)
+    scalar = objective.group_advantage(values, 4)
+    assert found.isfinite().all() and not found[1].any() and (found[2] == scalar[2]).all() and scalar[2] != 0
+    r = values[[0, 3], None, None, None] + values[[0, 2, 3]].std() * evidence[[0, 3]]
+    assert torch.allclose(found[[0, 3]], (r - r.mean(0)) / (r.std(0) + 1e-4), atol=1e-5)
+    flat = torch.tensor([0.3] * 4 + [0.1, 0.3, 0.2, 0.7])
+    assert not dense(Scores({"a": flat}, {"a": 1.0}), FLAWS)[:4].any()
+
+
+def test_flaws_and_a_signed_consensus_weigh_the_advantage_as_they_are() -> None:
+    advantage = credited("sample", ONE).local[:, None, None, None]
+    assert torch.equal(credited("flaw_map", ONE, 1 - FLAWS).local, advantage * (1 - FLAWS))  # not brought to mean 1
+    signed = credited("signed_consensus", ONE, FLAWS - 0.5)
+    assert torch.equal(signed.local, advantage * (FLAWS - 0.5)) and signed.sound
+    assert not credited("flaw_map", ONE, FLAWS - 0.5).sound
+    assert not credited("signed_consensus", ONE, FLAWS / 0).sound
+
+
 SIGMAS = sde.shifted_sigmas(6, 3.0)
 
 

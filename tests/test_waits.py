@@ -26,7 +26,7 @@ ALLOWED = {
     "scoring.py:score": 1,
     "scoring.py:_check_share": 1,
     "learner.py:_accumulate": 1,
-    "metrics.py:_as_floats": 2,
+    "metrics.py:as_floats": 2,
 }
 CASES: dict[str, dict[str, Any]] = {
     "sample": {"credit": "sample"},
@@ -51,13 +51,13 @@ def waits_of(trainer: Trainer) -> Counter[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_an_iteration_waits_for_the_accelerator_only_where_it_says(model_folder: Path, name: str) -> None:
     trainer = tiny.trainer(model_folder, **CASES[name])
-    expected = {**ALLOWED, "metrics.py:_as_floats": 1 if CASES[name]["credit"] == "sample" else 2}
+    expected = {**ALLOWED, "metrics.py:as_floats": 1 if CASES[name]["credit"] == "sample" else 2}
     assert waits_of(trainer) == expected
 
 
 def test_best_of_n_and_more_updates_wait_once_each(model_folder: Path) -> None:
     trainer = tiny.trainer(model_folder, credit="sample", keep_per_group=2, per_iteration=2)
-    expected = {"learner.py:_accumulate": 2, "metrics.py:_as_floats": 1, "trainer.py:_kept": 1}
+    expected = {"learner.py:_accumulate": 2, "metrics.py:as_floats": 1, "trainer.py:_kept": 1}
     assert waits_of(trainer) == {**ALLOWED, **expected}
 
 

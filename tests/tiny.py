@@ -33,7 +33,7 @@ from vipo.structuring import PerceptualStructuring
 from vipo.structuring.sources import Perceptual
 from vipo.training.credit import combined
 from vipo.training.trainer import Trainer
-from vipo.types import FeatureMap, Prompt, Rollout, TrainStep
+from vipo.types import FeatureMap, Prompt, Rollout, Scores, TrainStep
 
 HEIGHT, WIDTH = 24, 40  # not square; latents 6 x 10, FLUX tokens 3 x 5
 GRID = (1, 6, 10)
@@ -147,8 +147,8 @@ class Shuffled:
     def __init__(self, source: Callable[..., Tensor]) -> None:
         self.source = source
 
-    def __call__(self, rollout: Rollout, advantage: Tensor) -> Tensor:
-        maps = self.source(rollout, advantage)
+    def __call__(self, rollout: Rollout, advantage: Tensor, scores: Scores) -> Tensor:
+        maps = self.source(rollout, advantage, scores)
         order = torch.randperm(maps[0].numel(), generator=torch.Generator().manual_seed(5))
         return maps.flatten(1)[:, order].reshape(maps.shape)
 

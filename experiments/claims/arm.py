@@ -24,14 +24,14 @@ from vipo.errors import RunFailed
 from vipo.evaluation.evaluator import Sampler, scored
 from vipo.evaluation.records import Scored
 from vipo.files import write_text, written_whole
-from vipo.media.pictures import save_sheet
+from vipo.media.sheets import save_sheet
 from vipo.recipe import load_recipe
 from vipo.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("reward", "clipped_fraction", "approx_kl", "grad_norm", "skipped", "flat_groups")
 KEPT += ("map/mean", "map/top_quarter_mass")
-SHEET_PICTURES, SHEET_COLUMNS = 32, 8
+SHEET_PICTURES = 32
 
 
 def recipe_of(arm: Arm, seed: int, iterations: int, prompts: int, more: Sequence[str] = ()) -> Recipe:
@@ -113,7 +113,7 @@ def keep_pictures(folder: Path | None, file: str, evaluation: Scored) -> None:
     if folder is None:
         return
     chosen = list(range(0, len(evaluation.prompts), evaluation.samples_per_prompt))[:SHEET_PICTURES]
-    save_sheet(folder / file, evaluation.media[chosen], SHEET_COLUMNS, [evaluation.prompts[i].text for i in chosen], {})
+    save_sheet(folder / file, evaluation.media[chosen], [evaluation.prompts[i].text for i in chosen], {})
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from verdicts import FROM_PAPER, Claim, Verdict, claims, claims_table
 from vipo import report
 from vipo.errors import UserError
 from vipo.files import write_text
-from vipo.media.pictures import load_sheet
+from vipo.media.sheets import load_sheet
 from vipo.report.page import PAPER, fixed, signed
 from vipo.report.svg import interval
 

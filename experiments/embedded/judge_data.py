@@ -71,7 +71,7 @@ class SceneSource:
             masks[row, : len(scene.names)] = torch.from_numpy(scene.masks)
         generator = torch.Generator().manual_seed(int(self.rng.integers(2**31)))
         if strength > 0:
-            images, masks = _move(images, masks, strength, generator)
+            images, masks = move(images, masks, strength, generator)
             images = _spoil(images, strength, generator)
         return _label(images, masks, [scene.names for scene in scenes])
 
@@ -91,20 +91,20 @@ def _label(images: Tensor, masks: Tensor, names: Sequence[Sequence[str]]) -> Bat
     return Batch(images.clamp(0, 1), coverage, present, known)
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator) * (high - low) + low
 
 
-def _move(images: Tensor, masks: Tensor, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def move(images: Tensor, masks: Tensor, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mirror half of the batch; turn, scale, stretch and shift each picture a little, and its masks with it."""
     count = len(images)
-    angle = _uniform((count,), -0.3, 0.3, generator) * strength
-    scale = 1 + _uniform((count, 2), -0.15, 0.2, generator) * strength
+    angle = uniform((count,), -0.3, 0.3, generator) * strength
+    scale = 1 + uniform((count, 2), -0.15, 0.2, generator) * strength
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, 1.0, -1.0)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * scale[:, 0] * mirror, -angle.sin() * scale[:, 1]
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * scale[:, 0] * mirror, angle.cos() * scale[:, 1]
-    theta[:, :, 2] = _uniform((count, 2), -0.12, 0.12, generator) * strength
+    theta[:, :, 2] = uniform((count, 2), -0.12, 0.12, generator) * strength
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     grid = grid + _wobble(count, images.shape[-1], 0.03 * strength, generator)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
@@ -119,7 +119,7 @@ def _wobble(count: int, size: int, reach: float, generator: torch.Generator) -> 
 
 def _spoil(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Recolour, soften and roughen, each picture by its own random amount."""
-    images = _recolour(images, strength, generator)
+    images = recolour(images, strength, generator)
     images = _soften(images, generator)
     noise = torch.randn(images.shape, generator=generator)
     amount = torch.rand(len(images), 1, 1, 1, generator=generator).square() * 0.08 * strength
@@ -128,19 +128,19 @@ def _spoil(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
     return (images + amount * (noise * mix + coarse * (1 - mix))).clamp(0, 1)
 
 
-def _recolour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def recolour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Turn hue (a rotation about grey), scale saturation and contrast, shift brightness and channels."""
     count = len(images)
-    turn = _uniform((count,), -0.25, 0.25, generator) * strength
+    turn = uniform((count,), -0.25, 0.25, generator) * strength
     axis = 1 / math.sqrt(3)
     cross = torch.tensor([[0.0, -axis, axis], [axis, 0.0, -axis], [-axis, axis, 0.0]])
     grey = torch.full((3, 3), 1 / 3)
     rotation = turn.cos()[:, None, None] * (torch.eye(3) - grey) + turn.sin()[:, None, None] * cross
-    saturation = 1 + _uniform((count, 1, 1), -0.45, 0.35, generator) * strength
+    saturation = 1 + uniform((count, 1, 1), -0.45, 0.35, generator) * strength
     images = torch.einsum("bij,bjyx->biyx", rotation * saturation + grey, images)
-    contrast = 1 + _uniform((count, 1, 1, 1), -0.3, 0.3, generator) * strength
+    contrast = 1 + uniform((count, 1, 1, 1), -0.3, 0.3, generator) * strength
     middle = images.mean((2, 3), keepdim=True)
-    shift = _uniform((count, 3, 1, 1), -0.06, 0.06, generator) + _uniform((count, 1, 1, 1), -0.12, 0.12, generator)
+    shift = uniform((count, 3, 1, 1), -0.06, 0.06, generator) + uniform((count, 1, 1, 1), -0.12, 0.12, generator)
     return ((images - middle) * contrast + middle + shift * strength).clamp(0, 1)
 
 
@@ -151,7 +151,7 @@ def _soften(images: Tensor, generator: torch.Generator) -> Tensor:
     small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     small = F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    amount = _uniform((count, 1, 1, 1), -0.6, 1.0, generator)
+    amount = uniform((count, 1, 1, 1), -0.6, 1.0, generator)
     choice = torch.randint(0, 3, (count, 1, 1, 1), generator=generator)
     tuned = images + amount * (blurred - images)
     return torch.where(choice == 0, small, torch.where(choice == 1, tuned, images))

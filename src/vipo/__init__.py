@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vipo.assemble import build
     from vipo.recipe import load_recipe
+    from vipo.report.table import metrics_frame
     from vipo.runs.run import train
     from vipo.structuring import PerceptualStructuring
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "build": "vipo.assemble",
     "load_recipe": "vipo.recipe",
+    "metrics_frame": "vipo.report.table",
     "train": "vipo.runs.run",
     "PerceptualStructuring": "vipo.structuring",
     "objective": "vipo",
@@ -24,7 +26,7 @@ _HOMES = {
     "structuring": "vipo",
 }
 
-__all__ = ["PerceptualStructuring", "__version__", "build", "load_recipe", "train"]
+__all__ = ["PerceptualStructuring", "__version__", "build", "load_recipe", "metrics_frame", "train"]
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ a model and what trains it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,23 @@ from vipo import embedded, generators, rewards
 from vipo.backbones.perceptual import perceptual
 from vipo.engine import Engine
 from vipo.errors import UserError
-from vipo.generators import attention, compiled
+from vipo.evaluation.estimate import FEWEST_PROMPTS
+from vipo.generators import attention, compiled, context
 from vipo.generators.folder import pipeline_class
-from vipo.options import COMPARE_SAMPLES, NEEDS_MAPS, Solver, SourceName
+from vipo.options import NEEDS_SOURCES, Solver, SourceName
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, named_prompts
 from vipo.prompts.sampler import PromptSampler
+from vipo.rewards.answer import Locating
+from vipo.rewards.evidence import EvidenceGrid
 from vipo.rewards.scoring import Patience
 from vipo.rewards.suite import RewardSuite
 from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
 from vipo.structuring import sources
 from vipo.training.health import Health
 from vipo.training.trainer import Trainer
+from vipo.training.watch import Watch
 from vipo.types import Generator, KeepsText, MapSource, NamesCutPrompts, Prompt
 
 
@@ -105,8 +109,8 @@ def build_generator(
         adapter = generators.adapter(name)
         adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
         return adapted
-    loaded = {"device": device, "dtype": DTYPES[section.dtype], "quantization": section.quantization}
-    generator = generators.factory(name)(path, **loaded, **arguments)
+    fewer = {"quantization": section.quantization, "text_quantization": section.text_quantization}
+    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **fewer, **arguments)
     worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
     masked = getattr(generator, "masks_text", False)
     attention.install(generator.network, section.attention, dtype=worked_in, masked=masked)
@@ -116,21 +120,66 @@ def build_generator(
 def build_map_source(section: StructuringSection, generator: Generator, scorer: RewardSuite, device: str) -> MapSource:
     """What the recipe's ``structuring.sources`` name; several are multiplied."""
     stride = generator.temporal_stride
-    shaped: dict[str, Any] = {"smoothing_sigma": section.smoothing_sigma, "normalization": section.normalization}
+    own = {entry.name: getattr(section.source_options, entry.name) for entry in fields(section.source_options)}
+
+    def width(name: str) -> float:
+        given = own[name].smoothing_sigma
+        return section.smoothing_sigma if given is None else float(given)
+
+    def shaped(name: str) -> dict[str, Any]:
+        return {"smoothing_sigma": width(name), "normalization": section.normalization}
+
+    def seen() -> MapSource:
+        how = replace(section, smoothing_sigma=width("perceptual"))
+        named = perceptual(section.backbone, section.backbone_options, how, temporal_stride=stride, device=device)
+        return sources.Perceptual(named)
+
     makers: dict[SourceName, Callable[[], MapSource]] = {
-        "perceptual": lambda: sources.Perceptual(
-            perceptual(section.backbone, section.backbone_options, section, temporal_stride=stride, device=device)
-        ),
+        "perceptual": seen,
         "reward_gradient": lambda: sources.RewardGradient(
-            scorer.rewards, scorer.weights, temporal_stride=stride, **shaped
+            scorer.rewards, scorer.weights, temporal_stride=stride, **shaped("reward_gradient")
         ),
-        "text_relevance": lambda: sources.TextRelevance(generator, **shaped),
-        "disagreement": lambda: sources.Disagreement(**shaped),
-        "deviation": lambda: sources.Deviation(**shaped),
-        "consensus": lambda: sources.Consensus(**shaped),
+        "text_relevance": lambda: sources.TextRelevance(generator, **shaped("text_relevance")),
+        "disagreement": lambda: sources.Disagreement(**shaped("disagreement")),
+        "deviation": lambda: sources.Deviation(power=own["deviation"].power, **shaped("deviation")),
+        "consensus": lambda: sources.Consensus(floor=own["consensus"].floor, **shaped("consensus")),
+        "evidence": lambda: sources.Evidence(**shaped("evidence")),
     }
     named = [makers[name]() for name in section.sources]
     return named[0] if len(named) == 1 else sources.Product(named, section.normalization)
+
+
+def _map_source(recipe: Recipe, generator: Generator, scorer: RewardSuite, device: str) -> MapSource | None:
+    """Where the maps of the recipe's credit come from; None for a credit without."""
+    section, options = recipe.structuring, recipe.structuring.source_options
+    if recipe.credit == "signed_consensus":
+        given = options.consensus.smoothing_sigma
+        return sources.SignedConsensus(section.smoothing_sigma if given is None else given)
+    smoothed = options.evidence.smoothing_sigma or 0.0  # the formulas have none
+    if recipe.credit == "flaw_map":
+        return sources.Flawless(smoothed)
+    if recipe.credit == "dense_reward":
+        return sources.DenseEvidence(smoothed)
+    return build_map_source(section, generator, scorer, device) if recipe.credit in NEEDS_SOURCES else None
+
+
+def _asked_for_evidence(recipe: Recipe, scorer: RewardSuite) -> dict[str, float]:
+    """The rewards whose evidence is taken, with its weights.
+
+    Raises:
+        UserError: it is to be taken, and no reward gives any.
+    """
+    if not recipe.takes_evidence:
+        return {}
+    weights = {name: section.evidence for name, section in recipe.rewards.items() if section.evidence > 0}
+    found = {name: weight for name, weight in weights.items() if isinstance(scorer.rewards[name], Locating)}
+    if not found:
+        asking = f"credit={recipe.credit}" if recipe.credit not in NEEDS_SOURCES else "structuring.sources=[evidence]"
+        raise UserError(
+            f"{asking} takes evidence, and of {', '.join(recipe.rewards)} none gives any with a weight above 0; name a"
+            " reward that has a method with_evidence, such as emoji_match (docs/rewards.md, Dense rewards)"
+        )
+    return found
 
 
 def build_rewards(sections: Mapping[str, JudgeSection], *, fps: float, **policy: Any) -> RewardSuite:
@@ -228,6 +277,10 @@ def _remedies(recipe: Recipe, generator: Generator) -> list[str]:
     return found
 
 
+def _watch(recipe: Recipe) -> Watch:
+    return Watch(recipe.guards.options, recipe.objective.clip_range)
+
+
 def notices(session: Session) -> list[str]:
     """What to tell before the first iteration: prompts that will be cut, and clips that a reward takes for others."""
     recipe, generator = session.recipe, session.generator
@@ -282,7 +335,12 @@ def engine_of(recipe: Recipe) -> Engine:
         UserError: they are not what it says, or the recipe asks them for what they cannot do.
     """
     training = recipe.training
-    return Engine(precision=training.precision, sharding=training.sharding, timeout=training.timeout)
+    return Engine(
+        precision=training.precision,
+        sharding=training.sharding,
+        context_parallel=training.context_parallel,
+        timeout=training.timeout,
+    )
 
 
 def _check_sharded(recipe: Recipe, engine: Engine) -> None:
@@ -301,6 +359,36 @@ def _check_sharded(recipe: Recipe, engine: Engine) -> None:
         )
 
 
+def _share_samples(recipe: Recipe, model: Model, engine: Engine) -> None:
+    """Let the processes of a team work on the same samples, if the recipe says so.
+
+    Raises:
+        UserError: the engine has no such teams, or the model cannot be shared.
+    """
+    degree, exchange = recipe.training.context_parallel, recipe.training.context_exchange
+    if engine.context_parallel != degree:
+        raise UserError(
+            f"training.context_parallel={degree}, but the engine has teams of {engine.context_parallel} process(es);"
+            f" make it with Engine(context_parallel={degree})"
+        )
+    if degree > 1:
+        network = model.generator.network
+        context.check(network, degree, exchange, masked=getattr(model.generator, "masks_text", False))
+        context.install(network, engine.context_mesh(exchange), exchange)
+
+
+def _check_watchable(recipe: Recipe, prompts: int) -> None:
+    """Raises:
+    UserError: too few evaluation prompts for an interval that could stop the run.
+    """
+    if recipe.training.stop_when is not None and prompts < FEWEST_PROMPTS:
+        raise UserError(
+            f"training.stop_when={recipe.training.stop_when} goes by an interval over prompts, for which the"
+            f" evaluation's {prompts} are too few; give evaluation.prompts (and evaluation.limit) at least"
+            f" {FEWEST_PROMPTS}, or leave it out"
+        )
+
+
 def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None) -> Session:
     """Build and join everything a recipe names; nothing is sampled or written yet.
 
@@ -313,18 +401,23 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     _check_sharded(recipe, engine)
     training_prompts = named_prompts(recipe.prompts.file)
     evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
+    _check_watchable(recipe, len(evaluation_prompts))
     training, fps = recipe.training, recipe.generator.fps
     trying: dict[str, Any] = {"retries": training.reward_retries, "pause_seconds": training.reward_pause_seconds}
     trying["patience"] = Patience(training.reward_timeout, training.on_reward_timeout)
     scorer = build_rewards(recipe.rewards, fps=fps, max_failed_share=training.max_failed_share, **trying)
     held_out = build_rewards(recipe.judges, fps=fps)
+    located = _asked_for_evidence(recipe, scorer)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
     if training.compile:  # with the adapters on it, and before the engine wraps it
         compiled.install(model.generator.network, engine.device)
-    map_source: MapSource | None = None
-    if recipe.credit in NEEDS_MAPS:
-        _check_groups_whole(recipe, engine)
-        map_source = build_map_source(recipe.structuring, model.generator, scorer, str(engine.device))
+    _share_samples(recipe, model, engine)
+    _check_groups_whole(recipe, engine)
+    map_source = _map_source(recipe, model.generator, scorer, str(engine.device))
+    if located:
+        generator = model.generator
+        where = EvidenceGrid(located, generator.latent_shape()[1:], generator.temporal_stride)
+        scorer = replace(scorer, evidence=where)
     trainer = Trainer(
         engine=engine,
         generator=model.generator,
@@ -344,8 +437,11 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         keep_per_group=training.keep_per_group,
         iterations=training.iterations,
         attention=recipe.generator.attention,
-        health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator)),
+        health=Health(training.max_skipped_in_a_row, _remedies(recipe, model.generator), _watch(recipe)),
     )
+    if engine.context_parallel > 1:
+        with attention.scope(recipe.generator.attention):
+            context.try_out(model.generator)
     evaluation_scorer = RewardSuite(
         {**scorer.rewards, **held_out.rewards}, {**scorer.weights, **held_out.weights}, trains=False, **trying
     )
@@ -353,12 +449,10 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
 
 
 def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
-    compared = COMPARE_SAMPLES & set(recipe.structuring.sources)
-    if compared and engine.ranks > recipe.prompts.per_iteration:
+    if recipe.comparing and engine.teams > recipe.prompts.per_iteration:
         raise UserError(
-            f"structuring.sources names {sorted(compared)[0]}, which compares the samples of a group, but"
-            f" {engine.ranks} processes split {recipe.prompts.per_iteration} groups; take another source, or"
-            f" prompts.per_iteration={engine.ranks}"
+            f"{recipe.comparing}, which compares the samples of a group, but {engine.teams} processes split"
+            f" {recipe.prompts.per_iteration} groups; take another, or prompts.per_iteration={engine.teams}"
         )
 
 

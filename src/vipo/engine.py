@@ -5,19 +5,24 @@ A sharded network holds a part of every weight on each process. So nobody keeps 
 
 FSDP2 gathers a network block by block: every process has to make the same calls of it, also where it has nothing to
 compute. That is what :attr:`Engine.in_step` says.
+
+Under context parallel a sample is not one process's but a team's: consecutive ranks that work on the same samples, each
+on its part of their tokens. Samples are dealt to teams; without it every process is a team of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
@@ -30,8 +35,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vipo.errors import RunFailed, UserError
-from vipo.options import TIMEOUT, Sharding
+from vipo.options import TIMEOUT, ContextExchange, Sharding
 from vipo.sharding import whole, wrapped_blocks
+from vipo.workload import teams_of
 
 T = TypeVar("T")
 
@@ -49,12 +55,14 @@ class Engine:
         precision: of autocast, ``no`` or ``bf16``; trained weights stay float32.
         sharding: ``fsdp2`` cuts weights, gradients and optimiser state over the processes; so does a launcher that asks
             for FSDP, whichever version it names. Of one process nothing is cut.
+        context_parallel: processes of a team.
         timeout: seconds that processes wait for each other before the job ends.
         accelerator: one that exists already, instead of a new one.
 
     Raises:
-        UserError: the launcher started more or fewer processes than the engine knows of, or asks for sharding that is
-            not FSDP2, or this machine does not compute in that precision: it is refused before anything is written.
+        UserError: the launcher started other processes than the engine knows of or than make teams, or asks for
+            sharding that is not FSDP2, or this machine does not compute in that precision: it is refused before
+            anything is written.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class Engine:
         *,
         precision: str = "no",
         sharding: Sharding = "none",
+        context_parallel: int = 1,
         timeout: float = TIMEOUT,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -69,7 +78,8 @@ class Engine:
         self.accelerator = accelerator or _accelerator(precision, sharding, timeout)
         _check_supported(self.accelerator.distributed_type)
         _check_processes(self)
-        self.timeout = timeout
+        self.timeout, self.context_parallel = timeout, context_parallel
+        self.teams = teams_of(self.ranks, context_parallel)
         self.in_step = self.accelerator.distributed_type == DistributedType.FSDP
         self._check_sharded(asked=sharding == "fsdp2" and accelerator is None)
 
@@ -95,6 +105,19 @@ class Engine:
     @property
     def rank(self) -> int:
         return int(self.accelerator.process_index)
+
+    @property
+    def team(self) -> int:
+        """This process's among the :attr:`teams`."""
+        return self.rank // self.context_parallel
+
+    def context_mesh(self, exchange: ContextExchange) -> Any:
+        """The processes as (team, ring, ulysses): a ``DeviceMesh`` that diffusers' ``ContextParallelConfig`` takes."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        team = (self.context_parallel, 1) if exchange == "ring" else (1, self.context_parallel)
+        names = ("team", "ring", "ulysses")
+        return init_device_mesh(self.device.type, (self.teams, *team), mesh_dim_names=names)
 
     @property
     def is_main(self) -> bool:
@@ -130,25 +153,34 @@ class Engine:
         return whole(torch.as_tensor(norm, device=self.device).detach())
 
     def gather(self, values: Tensor) -> Tensor:
-        """The rows of every process, in the order of their ranks."""
-        return values if self.ranks == 1 else self.accelerator.gather(values)
+        """The rows of every team, in their order; as its first process has them."""
+        if self.teams == 1:
+            return values
+        everyones: Tensor = self.accelerator.gather(values)
+        return (
+            torch.cat(everyones.split(len(values))[:: self.context_parallel]) if self.ranks > self.teams else everyones
+        )
 
     def everyones(self, said: T) -> list[T]:
         """What each process says, in the order of their ranks: plain values, which are sent as Python objects."""
         return [said] if self.ranks == 1 else list(gather_object([said]))
 
+    def teams_say(self, said: T) -> list[T]:
+        """What the first process of each team says, in their order."""
+        return self.everyones(said)[:: self.context_parallel]
+
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Each number summed over the processes, in float64 and the order of their ranks."""
+        """Each number summed over the teams, in float64 and their order."""
         if self.ranks == 1:
             return list(values)
         # an accelerator may have no float64: the numbers travel as objects
-        return [float(sum(column)) for column in zip(*self.everyones(list(values)), strict=True)]
+        return [float(sum(column)) for column in zip(*self.teams_say(list(values)), strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any process; they all get one answer."""
         if self.ranks == 1:
             return flag
-        return bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
+        return bool(self.accelerator.gather(torch.tensor([float(flag)], device=self.device)).any())
 
     def agreed(self, decide: Callable[[], T]) -> T:
         """What ``decide`` returns on the main process, on every process; so is what it refuses."""
@@ -188,6 +220,22 @@ class Engine:
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+def open_tracker(kind: str, project: str, folder: Path, options: Mapping[str, Any]) -> Any:
+    """One of Accelerate's trackers, started in this process, as a ``GeneralTracker``; whatever it raises comes through.
+
+    Not by ``Accelerator.init_trackers``: there one that fails ends them all.
+
+    Args:
+        kind: Accelerate's name of it, such as ``wandb``.
+        project: what its runs are gathered under; of one that writes files, the name of its folder in ``folder``.
+        options: for its own ``init``.
+    """
+    make = LOGGER_TYPE_TO_CLASS[kind]
+    tracker = make(project, *([folder] if make.requires_logging_directory else []), **options)
+    tracker.start()
+    return tracker
 
 
 def _accelerator(precision: str, sharding: Sharding, timeout: float) -> Accelerator:

@@ -220,3 +220,8 @@ def is_path(pretrained: str | Path) -> bool:
     """Whether a place on this machine is meant, there or not; "owner/name" is a hub id."""
     name = str(pretrained)
     return isinstance(pretrained, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself if it exists, else the nearest folder above that does."""
+    return next(place for place in (path, *path.resolve().parents) if place.exists())

@@ -2,6 +2,7 @@
 
     A_i   = (r_i - mean_group) / (std_group + eps)                                 GRPO (arXiv 2402.03300, eq. 3)
     A_i^p = M_i(p) A_i                                                             ViPO (arXiv 2511.18719)
+    A_i^p = group advantage at p of R_i + std_group(R) e_i(p)                      BoxFlow-GRPO (arXiv 2606.06113)
     J     = mean over samples, steps and positions of min(rho A, clip(rho, 1 - c, 1 + c) A),   rho = pi_new / pi_old
 
 GRPO is ViPO with one position: the same functions take (N,) and (N, T, H, W).
@@ -41,18 +42,55 @@ def group_advantage(
     Groups are consecutive. A reward that is not finite means "no score": the sample is left out of its group's mean and
     deviation and gets advantage 0. A group without spread gets 0, not rounding noise. Trailing dimensions are
     normalised independently (``reward_map`` uses that).
+
+    Examples:
+        >>> import torch
+        >>> from vipo import objective
+        >>> objective.group_advantage(torch.tensor([1.0, 3.0, 5.0, 5.0]), group_size=2)
+        tensor([-0.7071,  0.7071,  0.0000,  0.0000])
     """
     grouped = _in_groups(rewards, group_size)
+    deviation, std = _moments(grouped)
+    advantage = deviation / (std + eps)
+    return advantage.where(_differ(grouped), torch.zeros_like(advantage)).flatten(0, 1).to(rewards.dtype)
+
+
+def _differ(grouped: Float[Tensor, "P G *position"]) -> Bool[Tensor, "P one *position"]:
+    """Whether a group has two different scores; rounding makes a deviation of equal ones too."""
+    scored = grouped.isfinite()
+    highest = grouped.where(scored, torch.full_like(grouped, -torch.inf)).amax(1, keepdim=True)
+    lowest = grouped.where(scored, torch.full_like(grouped, torch.inf)).amin(1, keepdim=True)
+    return highest > lowest
+
+
+def _moments(grouped: Float[Tensor, "P G *position"]) -> tuple[Tensor, Tensor]:
+    """Deviation of each sample from its group's mean, 0 without a score, and the group's deviation (P, 1, ...)."""
     scored = grouped.isfinite()
     values = grouped.where(scored, torch.zeros_like(grouped))
     count = scored.sum(1, keepdim=True)
     mean = values.sum(1, keepdim=True) / count.clamp_min(1)
     deviation = (values - mean).where(scored, torch.zeros_like(values))
-    std = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-    highest = grouped.where(scored, torch.full_like(grouped, -torch.inf)).amax(1, keepdim=True)
-    lowest = grouped.where(scored, torch.full_like(grouped, torch.inf)).amin(1, keepdim=True)
-    advantage = deviation / (std + eps)
-    return advantage.where(highest > lowest, torch.zeros_like(advantage)).flatten(0, 1).to(rewards.dtype)
+    return deviation, (deviation.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+
+
+def dense_reward(
+    rewards: Float[Tensor, " N"], evidence: Float[Tensor, "N T H W"], group_size: int
+) -> Float[Tensor, "N T H W"]:
+    """R_i(p) = R_i + std_group(R) e_i(p): what a sample earned at each position, in float64; less the group's mean.
+
+    BoxFlow-GRPO (arXiv 2606.06113) has e = -c W, with W in [0, 1] the flaws that a detector found and c = 0.5 for
+    artefacts, 0.05 for misalignment. A group without spread has no R_i(p) but R_i: nothing dense is learned from it
+    either. NaN where there is no score or no evidence.
+
+    Raises:
+        ValueError: the samples do not divide into groups, or rewards are not (N,) or evidence is not (N, T, H, W).
+    """
+    _check_local(rewards, evidence, "rewards", "evidence")
+    grouped = _in_groups(rewards, group_size)
+    deviation, std = _moments(grouped)
+    spans = std.where(_differ(grouped), torch.zeros_like(std)).expand_as(deviation).flatten()
+    centred = deviation.flatten().where(rewards.isfinite(), torch.nan)
+    return centred[:, None, None, None] + spans[:, None, None, None] * evidence.double()
 
 
 def spread(rewards: Float[Tensor, " N"], group_size: int) -> Float[Tensor, ""]:
@@ -109,6 +147,13 @@ def spatial_advantage(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H
 
     Raises:
         ValueError: advantage is not (N,), maps are not (N, T, H, W), or a map is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from vipo import objective
+        >>> maps = torch.tensor([0.5, 1.5]).reshape(1, 1, 1, 2)
+        >>> objective.spatial_advantage(torch.tensor([-2.0]), maps)
+        tensor([[[[-1., -3.]]]])
     """
     spread_out = weighted(advantage, maps)
     check_maps(sound(maps))
@@ -136,11 +181,15 @@ def weighted(advantage: Float[Tensor, " N"], maps: Float[Tensor, "N T H W"]) -> 
     Raises:
         ValueError: advantage is not (N,) or maps are not (N, T, H, W).
     """
-    if advantage.ndim != 1 or maps.ndim != 4 or maps.shape[0] != advantage.shape[0]:
-        raise ValueError(
-            f"advantage {tuple(advantage.shape)} and maps {tuple(maps.shape)} must be (N,) and (N, T, H, W)"
-        )
+    _check_local(advantage, maps, "advantage", "maps")
     return maps * advantage[:, None, None, None]
+
+
+def _check_local(of_samples: Tensor, of_positions: Tensor, first: str, second: str) -> None:
+    if of_samples.ndim != 1 or of_positions.ndim != 4 or of_positions.shape[0] != of_samples.shape[0]:
+        raise ValueError(
+            f"{first} {tuple(of_samples.shape)} and {second} {tuple(of_positions.shape)} must be (N,) and (N, T, H, W)"
+        )
 
 
 def _of_sample(log_ratio: Float[Tensor, "N *position"]) -> Float[Tensor, "N *one"]:
@@ -169,6 +218,15 @@ def clipped_surrogate(
     Raises:
         ValueError: the three shapes differ (a broadcast here would silently change the method), clip_range <= 0, or an
             unknown ratio.
+
+    Examples:
+        >>> import torch
+        >>> from vipo import objective
+        >>> log_prob = torch.zeros(4, 1, 8, 8, requires_grad=True)
+        >>> weight = torch.ones(4, 1, 8, 8)
+        >>> found = objective.clipped_surrogate(log_prob, log_prob.detach(), weight, clip_range=5e-4)
+        >>> found.loss.item(), found.clipped_fraction.item()
+        (-1.0, 0.0)
     """
     if ratio not in get_args(Ratio):
         raise ValueError(f"ratio={ratio!r} is not known; choose from {', '.join(get_args(Ratio))}")

@@ -7,7 +7,7 @@ one takes it whole. No torch here, so that a wrong key is told before anything h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 Kind = Literal["dance", "flow", "cps", "ode"]
 Reduce = Literal["mean", "sum"]
 Schedule = Literal["random", "sliding", "fixed"]
-CreditKind = Literal["sample", "uniform", "reward_map", "advantage_map"]
+CreditKind = Literal["sample", "uniform", "reward_map", "advantage_map", "flaw_map", "dense_reward", "signed_consensus"]
 Combination = Literal["advantage", "reward"]
 LossKind = Literal["clipped", "guard", "matching"]
 Ratio = Literal["local", "detached"]
@@ -26,16 +26,24 @@ Normalization = Literal["unit_mean", "minmax"]
 Orientation = Literal["background", "border_distance", "border", "skewness", "energy", "release"]
 Scope = Literal["frame", "clip"]
 Sharding = Literal["none", "fsdp2"]
+ContextExchange = Literal["ulysses", "ring"]
 Quantization = Literal["none", "nf4", "int8", "float8", "float8_storage"]
+TextQuantization = Literal["none", "nf4"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 OnTimeout = Literal["stop", "mask"]
-SourceName = Literal["perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus"]
+TrackerName = Literal["tensorboard", "trackio", "wandb", "swanlab"]
+SourceName = Literal[
+    "perceptual", "reward_gradient", "text_relevance", "disagreement", "deviation", "consensus", "evidence"
+]
 
 CREDIT_MEANINGS: Mapping[str, str] = {
     "sample": "one advantage for the whole picture (scalar GRPO)",
     "uniform": "a map of ones (ablation)",
     "reward_map": "the reward times an allocation map (ablation)",
     "advantage_map": "the group advantage times an allocation map (ViPO)",
+    "flaw_map": "the group advantage times one minus the flaws that rewards with evidence see (ImageDoctor's code)",
+    "dense_reward": "the reward plus its evidence, normalised in the group at each position (BoxFlow-GRPO)",
+    "signed_consensus": "the group advantage times consensus before it is cut at 0: a position's sign may differ",
 }
 """What each name of ``credit`` multiplies a ratio with, see :mod:`vipo.training.credit`."""
 
@@ -53,13 +61,24 @@ SOURCE_MEANINGS: Mapping[str, str] = {
     "disagreement": "variance of the latents over the samples of a group, one map for all of them",
     "deviation": "squared distance of a sample's latents from the mean of its group",
     "consensus": "agreement of a sample's deviation with that of its better group mates, and not of its worse ones",
+    "evidence": "size of what the rewards themselves say of each position; needs a reward with evidence",
 }
 """Where each name of ``structuring.sources`` takes a map from, see :mod:`vipo.structuring.sources`."""
 
 COMPARE_SAMPLES: frozenset[SourceName] = frozenset({"deviation", "disagreement", "consensus"})
 """Sources of maps that a whole group is needed for."""
 
-NEEDS_MAPS: frozenset[CreditKind] = frozenset({"reward_map", "advantage_map"})
+NEEDS_SOURCES: frozenset[CreditKind] = frozenset({"reward_map", "advantage_map"})
+"""Credits that take what ``structuring.sources`` give."""
+
+NEEDS_MAPS: frozenset[CreditKind] = NEEDS_SOURCES | {"flaw_map", "dense_reward", "signed_consensus"}
+"""Those, and the ones with a map of their own."""
+
+SIGNED_MAPS: frozenset[CreditKind] = frozenset({"dense_reward", "signed_consensus"})
+"""Credits whose map may be negative, and so turn a position's sign."""
+
+NORMALISES_POSITIONS: frozenset[CreditKind] = frozenset({"reward_map", "dense_reward"})
+"""Credits that compare a group's samples at each position."""
 
 TIMEOUT = 1800.0  # seconds that processes wait for each other, unless a recipe says otherwise
 MAX_STEPS = 1000  # of a solver: the models were trained with so many noise levels
@@ -163,6 +182,38 @@ class MapOptions(Options):
         "background"
     )
     scope: Annotated[Scope, said("one PCA per frame or per clip")] = "frame"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(Options):
+    """What a map source may be told apart from the others."""
+
+    smoothing_sigma: Annotated[
+        NotNegative | None, said("of this source alone, Gaussian; null takes structuring.smoothing_sigma")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviationOptions(SourceOptions):
+    power: Annotated[Positive, said("of the smoothed squared distance; 0.5 is its root, a flatter map")] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsensusOptions(SourceOptions):
+    floor: Annotated[float, Field(ge=0, le=1), said("a of M = a + (1 - a) consensus: least weight of a position")] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcesOptions(Options):
+    """The options of each map source, by its name."""
+
+    perceptual: SourceOptions = field(default_factory=SourceOptions)
+    reward_gradient: SourceOptions = field(default_factory=SourceOptions)
+    text_relevance: SourceOptions = field(default_factory=SourceOptions)
+    disagreement: SourceOptions = field(default_factory=SourceOptions)
+    deviation: DeviationOptions = field(default_factory=DeviationOptions)
+    consensus: ConsensusOptions = field(default_factory=ConsensusOptions)
+    evidence: SourceOptions = field(default_factory=SourceOptions)
 
 
 @dataclass(frozen=True)

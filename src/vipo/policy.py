@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vipo.errors import UserError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
 
 ADAPTER = "default"
 CHECKED_AT_ONCE = 1 << 20  # elements
+PROBED = 64  # elements of each trained tensor
 
 
 class Policy:
@@ -195,6 +197,12 @@ class Policy:
         return tuple(torch.cat([_checksums(local(parameter)) for parameter in self.parameters.values()]).tolist())
 
     @torch.no_grad()
+    def probe(self) -> Float[Tensor, " K"]:
+        """A copy of a few elements of each trained tensor, or of this process's parts, evenly spread over it."""
+        flat = (local(parameter).detach().flatten() for parameter in self.parameters.values())
+        return torch.cat([values[:: max(1, len(values) // PROBED)][:PROBED] for values in flat])
+
+    @torch.no_grad()
     def gradient_peaks(self) -> dict[str, Tensor]:
         """The largest absolute value of each gradient, or of this process's part, by name; NaN if one is in there."""
         found = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
@@ -225,16 +233,21 @@ class Policy:
         for name, value in (ema or {}).items():
             self.ema[name].copy_(spread_like(value, self.ema[name]))
 
-    def export(self, generator: Generator, folder: Path | None) -> None:
+    def export(self, generator: Generator, folder: Path | None, *, dtype: torch.dtype | None = None) -> None:
         """Write the (averaged) weights so that plain diffusers loads them.
 
         Args:
             folder: None on a process that only helps to put sharded weights together.
+            dtype: of the written weights; None writes them as they are, what is trained in float32.
+
+        Raises:
+            UserError: a weight is too large for ``dtype``.
         """
         with self.averaged():
             weights = self._lora_layers() if self.is_lora else self._all_weights(keep=folder is not None)
             if folder is None:
                 return
+            weights = weights if dtype is None else {name: _cast(name, value, dtype) for name, value in weights.items()}
             folder.mkdir(parents=True, exist_ok=True)
             if self.is_lora:
                 generator.save_lora(folder, weights)
@@ -261,6 +274,17 @@ class Policy:
         scales = {f"{name}.lora_B.weight": layer.scaling[ADAPTER] for name, layer in _adapters(self.network).items()}
         layers = {name: whole(value) for name, value in get_peft_model_state_dict(self.network).items()}
         return {name: value * scales.get(name, 1.0) for name, value in layers.items()}
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another type; what holds no fractions stays as it is."""
+    if not value.is_floating_point():
+        return value
+    found = value.to(dtype)
+    if bool((value.isfinite() & ~found.isfinite()).any()):
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} has numbers that are too large for {kind}; export it as bfloat16 or float32")
+    return found
 
 
 def _checksums(values: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ class Ranks(Protocol):
     """The processes that work together; :class:`vipo.engine.Engine` is that."""
 
     @property
-    def rank(self) -> int: ...
+    def team(self) -> int:
+        """This process's, of those that samples are dealt to: one or, under context parallel, several processes."""
 
     @property
-    def ranks(self) -> int: ...
+    def teams(self) -> int: ...
 
     @property
     def in_step(self) -> bool:
@@ -32,16 +33,22 @@ class Ranks(Protocol):
     def device(self) -> torch.device: ...
 
     def gather(self, values: Tensor) -> Tensor:
-        """The rows of every process, which must be as many in each, in the order of their ranks."""
+        """The rows of every team, which must be as many in each, in their order."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
 
 
 class Alone:
     """One process."""
 
-    rank, ranks, in_step, device = 0, 1, False, torch.device("cpu")
+    team, teams, in_step, device = 0, 1, False, torch.device("cpu")
 
     def gather(self, values: Tensor) -> Tensor:
         return values
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
 
 ALONE = Alone()
@@ -53,14 +60,12 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
     Raises:
         UserError: that of ``work``, or that there was one in another process.
     """
-    if ranks.ranks == 1:
-        return work()
     failed: UserError | None = None
     try:
         done = work()
     except UserError as error:
         failed = error
-    if not ranks.gather(torch.tensor([float(failed is not None)], device=ranks.device)).any():
+    if not ranks.any(failed is not None):
         return done
     raise failed or UserError("a reward failed in another process, which says why; this one ends with it")
 
@@ -68,16 +73,16 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
 def everyones_rows(
     rows: UInt8[Tensor, "n ..."], ranks: Ranks, *, at_once: int | None, wanted: bool = True
 ) -> list[UInt8[Tensor, "_ ..."]]:
-    """The rows of each process, by rank, on the CPU. Every process has to ask, with at least one row.
+    """The rows of each team, in their order, on the CPU. Every process has to ask, with at least one row.
 
     Args:
-        at_once: how many rows of all processes together are in the accelerator's memory at a time; None is all.
+        at_once: how many rows of all teams together are in the accelerator's memory at a time; None is all.
         wanted: without it nothing is kept here, and the list is empty: only to help the others.
     """
-    if ranks.ranks == 1:
+    if ranks.teams == 1:
         return [rows.cpu()]
     counts = ranks.gather(torch.tensor([len(rows)], device=ranks.device)).tolist()
-    step = max(counts) if at_once is None else max(1, at_once // ranks.ranks)
+    step = max(counts) if at_once is None else max(1, at_once // ranks.teams)
     pieces: list[list[Tensor]] = [[] for _ in counts]
     for start in range(0, max(counts), step):
         piece = rows.new_zeros(step, *rows.shape[1:])

@@ -9,19 +9,33 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
+from vipo import guards
+from vipo.guards import GuardOptions
 from vipo.options import (
     COMPARE_SAMPLES,
-    NEEDS_MAPS,
+    NEEDS_SOURCES,
     TIMEOUT,
+    ContextExchange,
     Count,
     CreditKind,
     MapOptions,
+    NotNegative,
     Objective,
     OnTimeout,
     OptimizerOptions,
@@ -30,7 +44,10 @@ from vipo.options import (
     Sharding,
     Solver,
     SourceName,
+    SourcesOptions,
     Steps,
+    TextQuantization,
+    TrackerName,
     said,
 )
 from vipo.secrets import redacted
@@ -74,6 +91,9 @@ class GeneratorSection(Section):
         description="of the frozen blocks, for a LoRA: nf4 (4 bits, bitsandbytes), int8 or float8 (torchao), or"
         " float8_storage (no library, coarser); computed in dtype",
     )
+    text_quantization: TextQuantization = Field(
+        "none", description="of the text encoders' blocks: nf4 (4 bits, bitsandbytes); a LoRA learns to read those then"
+    )
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
     attention: str = Field(
         "auto",
@@ -100,6 +120,10 @@ class JudgeSection(Section):
 
 class RewardSection(JudgeSection):
     weight: float = Field(1.0, description="in the sum of several")
+    evidence: NotNegative = Field(
+        0.5,
+        description="weight of its evidence, if it gives any and credit or structuring.sources take it; 0 asks none",
+    )
 
 
 def _weight_alone(value: Any) -> Any:
@@ -109,17 +133,28 @@ def _weight_alone(value: Any) -> Any:
     return {"weight": value} if isinstance(value, int | float) else value
 
 
-def _names_alone(value: Any) -> Any:
-    """``[a, b]`` is short for ``{a: {}, b: {}}``."""
+def _names_alone(value: Any, listed: str) -> Any:
+    """``[a, b]`` is short for ``{a: {}, b: {}}``; ``listed`` says what it is a list of, and how one has options."""
     if not isinstance(value, list | tuple):
         return value
     if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
-        raise ValueError("a list of judges is names, each once; one with options is {NAME: {options: {...}}}")
+        raise ValueError(f"a list of {listed}")
     return {name: {} for name in value}
 
 
 Reward = Annotated[RewardSection, BeforeValidator(_weight_alone)]
-Judges = Annotated[dict[str, JudgeSection], BeforeValidator(_names_alone)]
+Judges = Annotated[
+    dict[str, JudgeSection],
+    BeforeValidator(
+        partial(_names_alone, listed="judges is names, each once; one with options is {NAME: {options: {...}}}")
+    ),
+]
+Trackers = Annotated[
+    dict[TrackerName, dict[str, Any]],
+    BeforeValidator(
+        partial(_names_alone, listed="trackers is names, each once; one with options is {NAME: {project: ...}}")
+    ),
+]
 
 
 def _word_no(value: Any) -> Any:
@@ -174,6 +209,7 @@ class StructuringSection(MapOptions):
     backbone_options: Annotated[dict[str, Any], said("the backbone's own, e.g. pretrained")] = field(
         default_factory=dict
     )
+    source_options: SourcesOptions = field(default_factory=SourcesOptions)
 
 
 class PolicySection(Section):
@@ -217,6 +253,13 @@ class TrainingSection(Section):
     sharding: Sharding = Field(
         "none", description="over several processes: none (each has all weights), or fsdp2 (each has a part)"
     )
+    context_parallel: Count = Field(
+        1, description="processes that share each sample, each with its part of the tokens; see docs/scale.md"
+    )
+    context_exchange: ContextExchange = Field(
+        "ulysses",
+        description="what they exchange in attention: ulysses (parts of all heads), or ring (keys and values)",
+    )
     timeout: float = Field(
         TIMEOUT, ge=1, le=ONE_DAY, description="seconds that processes wait for one that does not answer, then they end"
     )
@@ -235,6 +278,14 @@ class TrainingSection(Section):
     )
     checkpoint_every: Count = Field(10, description="iterations")
     keep_checkpoints: Count = Field(2, description="the newest so many stay")
+    keep_best: str | None = Field(
+        None, description="a reward or judge: the checkpoint of the evaluation with its highest mean stays too"
+    )
+    stop_when: str | None = Field(
+        None,
+        description="a judge or reward: stop once it is below its best evaluation by more than the 95 % interval;"
+        " sets keep_best, if that is null",
+    )
     max_skipped_in_a_row: Count = Field(
         3, description="updates skipped, or iterations without spread: an event, and the end if nothing was learned"
     )
@@ -248,6 +299,44 @@ class TrainingSection(Section):
     on_reward_timeout: OnTimeout = Field(
         "stop", description="of a call that takes longer: stop the run, or mask its samples"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_watched(cls, given: Any) -> Any:
+        """A run that ends because a score has fallen needs its weights from before."""
+        watched = given.get("stop_when") if isinstance(given, dict) else None
+        return given if watched is None or given.get("keep_best") is not None else {**given, "keep_best": watched}
+
+
+def _guard(name: str) -> Any:
+    return Field(guards.GUARDS[name].usual, description=guards.meaning(name))
+
+
+class GuardsSection(Section):
+    """What a run is watched for; a guard's value is its action alone, or a mapping of what is not usual."""
+
+    gradient_norm: GuardOptions = _guard("gradient_norm")
+    first_ratio: GuardOptions = _guard("first_ratio")
+    clipped_fraction: GuardOptions = _guard("clipped_fraction")
+    kl: GuardOptions = _guard("kl")
+    kl_reference: GuardOptions = _guard("kl_reference")
+    reward_spread: GuardOptions = _guard("reward_spread")
+    flat_groups: GuardOptions = _guard("flat_groups")
+    weights_still: GuardOptions = _guard("weights_still")
+    saturation: GuardOptions = _guard("saturation")
+    grid: GuardOptions = _guard("grid")
+    diversity: GuardOptions = _guard("diversity")
+    over_optimization: GuardOptions = _guard("over_optimization")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, given: Any, info: Any) -> GuardOptions:  # a ValidationInfo, which cannot be checked at run time
+        return guards.options_of(info.field_name, given)
+
+    @property
+    def options(self) -> dict[str, GuardOptions]:
+        """By name."""
+        return {name: getattr(self, name) for name in guards.GUARDS}
 
 
 class EvaluationSection(Section):
@@ -275,6 +364,12 @@ class Recipe(Section):
     optimizer: OptimizerOptions
     training: TrainingSection
     evaluation: EvaluationSection
+    guards: GuardsSection = Field(default_factory=GuardsSection)
+    tracking: Trackers = Field(
+        {"tensorboard": {}},
+        description="where the run can be followed: tensorboard, trackio, wandb, swanlab, a list, or with options of"
+        " their init; [] for nowhere",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -294,7 +389,9 @@ class Recipe(Section):
             )
         self._check_dtype()
         self._check_quantization()
+        self._check_context()
         self._check_counts()
+        self._check_watched()
         return self
 
     def _check_dtype(self) -> None:
@@ -314,6 +411,24 @@ class Recipe(Section):
                 f"generator.quantization={kind} is for weights that stay as they are, and policy.kind=full trains them"
                 " all; take policy.kind=lora, or generator.quantization=none"
             )
+        if self.generator.text_quantization != "none" and self.policy.kind == "full":
+            raise ValueError(
+                f"generator.text_quantization={self.generator.text_quantization} does not go with policy.kind=full,"
+                " which exports the whole pipeline; take policy.kind=lora, or generator.offload_text=true for room"
+            )
+
+    def _check_context(self) -> None:
+        training = self.training
+        if training.context_parallel > 1 and training.compile:
+            raise ValueError(
+                f"training.compile=true does not go with training.context_parallel={training.context_parallel}: the"
+                " messages in each block's attention are not compiled; leave out one of the two"
+            )
+        if training.context_parallel > 1 and training.context_exchange == "ring" and training.gradient_checkpointing:
+            raise ValueError(
+                "training.context_exchange=ring does not go with training.gradient_checkpointing=true: its backward"
+                " reads what was saved twice, and a checkpoint gives it once; take ulysses"
+            )
 
     def _check_likelihood(self) -> None:
         """A ratio needs steps with a likelihood; a loss without one needs nothing of the solver."""
@@ -331,13 +446,27 @@ class Recipe(Section):
                 " steps leaves no step to train on; raise it, or solver.steps or solver.window.size"
             )
 
+    @property
+    def comparing(self) -> str | None:
+        """What of the recipe compares the samples of a group position by position, to begin a sentence with."""
+        if self.credit == "signed_consensus":
+            return "credit is signed_consensus"
+        between = sorted(COMPARE_SAMPLES & set(self.structuring.sources)) if self.credit in NEEDS_SOURCES else []
+        return f"structuring.sources names {between[0]}" if between else None
+
+    @property
+    def takes_evidence(self) -> bool:
+        """Whether it trains on what rewards say of positions."""
+        from_sources = self.credit in NEEDS_SOURCES and "evidence" in self.structuring.sources
+        return from_sources or self.credit in ("flaw_map", "dense_reward")
+
     def _check_groups(self) -> None:
         """The samples of a group must differ, and where a map compares them, by their steps alone."""
-        between = COMPARE_SAMPLES & set(self.structuring.sources)
-        if between and self.credit in NEEDS_MAPS and not self.solver.same_noise:
+        comparing = self.comparing
+        if comparing and not self.solver.same_noise:
             raise ValueError(
-                f"structuring.sources names {sorted(between)[0]}, which compares the samples of a group, but with"
-                " solver.same_noise=false they differ everywhere; set it to true or take another source"
+                f"{comparing}, which compares the samples of a group, but with solver.same_noise=false they differ"
+                " everywhere; set it to true or take another"
             )
         if self.solver.same_noise and (self.solver.kind == "ode" or self.solver.eta == 0):
             raise ValueError(
@@ -363,6 +492,22 @@ class Recipe(Section):
             raise ValueError(
                 f"optimizer.per_iteration={self.optimizer.per_iteration} needs as many samples per iteration, but"
                 f" prompts.per_iteration * prompts.group_size = {samples} samples"
+            )
+
+    def _check_watched(self) -> None:
+        """What evaluations decide must be evaluated."""
+        scores = [*self.judges, *self.rewards]
+        for key in ("stop_when", "keep_best"):
+            name = getattr(self.training, key)
+            if name is not None and name not in scores:
+                raise ValueError(
+                    f"training.{key}={shown(name)} is none of the rewards and judges of this recipe, which are"
+                    f" evaluated; give {' or '.join(scores)}, or null"
+                )
+        if self.training.stop_when is not None and self.evaluation.every is None:
+            raise ValueError(
+                f"training.stop_when={self.training.stop_when} can stop nothing with evaluation.every=null, which"
+                " evaluates before and after only; set evaluation.every to a number of iterations"
             )
 
     def to_yaml(self) -> str:

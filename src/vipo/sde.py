@@ -44,6 +44,11 @@ def shifted_sigmas(steps: int, shift: float) -> Float[Tensor, " levels"]:
     """Noise levels from 1 to 0, crowded towards 1 by ``shift``: sigma = shift s / (1 + (shift - 1) s), s linear.
 
     The static time shift of Stable Diffusion 3 (arXiv 2403.03206, eq. 23); ``shift=1`` is the linear grid.
+
+    Examples:
+        >>> from vipo import sde
+        >>> sde.shifted_sigmas(4, shift=3.0)
+        tensor([1.0000, 0.9000, 0.7500, 0.5000, 0.0000])
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: a schedule needs at least 1 step")
@@ -139,6 +144,14 @@ def log_prob(
 
     Raises:
         ValueError: shapes differ, or a deterministic step (std = 0), which has no density.
+
+    Examples:
+        >>> import torch
+        >>> from vipo import sde
+        >>> latents = velocity = torch.zeros(2, 16, 1, 8, 8)
+        >>> step = sde.transition(velocity, latents, 0.9, 0.75, kind="dance", eta=0.3)
+        >>> sde.log_prob(sde.sample(step, torch.randn_like(latents)), step).shape
+        torch.Size([2, 1, 8, 8])
     """
     check_density(transition.std)
     return recorded_log_prob(next_latents, transition, reduce=reduce)

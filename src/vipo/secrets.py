@@ -57,8 +57,17 @@ def redacted(text: str) -> str:
 
 def shown_options(options: Mapping[str, Any]) -> str:
     """Options in a message: without secrets, and not all of them if they are many."""
-    text = redacted(repr(_without(options)))
+    text = redacted(repr(public(options)))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
+def public(value: Any) -> Any:
+    """Nested plain values as they may be shown to others: without secrets, whether a key or a text says so."""
+    if isinstance(value, Mapping):
+        return {key: HIDDEN if _is_secret(key, entry) else public(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(entry) for entry in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def in_the_open(value: Any, where: str = "") -> Iterator[str]:
@@ -81,12 +90,6 @@ def _is_secret(key: Any, entry: Any) -> bool:
     """A scalar under a name that only secrets have."""
     scalar = isinstance(entry, str | int | float) and not isinstance(entry, bool) and entry != ""
     return scalar and isinstance(key, str) and _KEY.fullmatch(key) is not None
-
-
-def _without(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: HIDDEN if _is_secret(key, entry) else _without(entry) for key, entry in value.items()}
-    return [_without(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _in_environment() -> set[str]:

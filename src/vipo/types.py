@@ -126,6 +126,10 @@ class Scores:
     by_name: Mapping[str, Float[Tensor, " N"]]
     weights: Mapping[str, float]
     failures: Mapping[str, str] = field(default_factory=dict)  # reward name -> why its NaNs are there
+    evidence: Mapping[str, Float[Tensor, "N T H W"]] = field(
+        default_factory=dict
+    )  # in [-1, 1]; a sample of NaN has none
+    evidence_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> Float[Tensor, " N"]:
@@ -140,7 +144,8 @@ class Scores:
             for name, why in part.failures.items():
                 failures[name] = f"{failures[name]}; {why}" if name in failures else why
         by_name = {name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name}
-        return cls(by_name, parts[0].weights, failures)
+        evidence = {name: torch.cat([part.evidence[name] for part in parts]) for name in parts[0].evidence}
+        return cls(by_name, parts[0].weights, failures, evidence, parts[0].evidence_weights)
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class TrainStep:
     events: tuple[str, ...]  # every guard that fired and what a resume changed, in words
     rollout: Rollout
     scores: Scores
+    advantage: Float[Tensor, " N"]  # over all rewards, 0 for a sample without a score
     maps: Float[Tensor, "N T H W"] | None  # None for credits that use no map
     failure: str | None = None  # why the run must end here, in words: nothing was learned
 
@@ -213,8 +219,22 @@ class NamesCutPrompts(Protocol):
 
 
 @runtime_checkable
+class KnowsPatches(Protocol):
+    """A generator that knows which pixels one token of its network paints."""
+
+    @property
+    def patch_period(self) -> Grid:
+        """Rows and columns of pixels: the autoencoder's stride times the patch."""
+
+
+@runtime_checkable
 class Reward(Protocol):
-    """Scores media against prompts: one float per sample, higher is better, NaN where no score could be given."""
+    """Scores media against prompts: one float per sample, higher is better, NaN where no score could be given.
+
+    A dense reward has one method more, ``with_evidence(media, prompts)``, which returns ``(scores, evidence)`` of one
+    pass: the scores of ``__call__``, and (N, T, H, W) numbers, -1 where the sample is at fault to 1 where it earned its
+    score, at any resolution; see ``vipo.rewards.answer.Locating``.
+    """
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]: ...
 
@@ -228,12 +248,14 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class MapSource(Protocol):
-    """A rollout and its advantages, NaN for no score, to one non-negative weight per latent position.
+    """A rollout, its advantages, NaN for no score, and its scores, to one weight per latent position.
 
-    See ``vipo.structuring.sources``.
+    The weight is not negative, but for the credits in ``SIGNED_MAPS``. See ``vipo.structuring.sources``.
     """
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]: ...
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]: ...
 
 
 @runtime_checkable

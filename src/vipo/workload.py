@@ -35,8 +35,23 @@ class Share:
         return len(self.members) < self.group_size
 
 
+def teams_of(processes: int, context_parallel: int) -> int:
+    """How many teams of ``context_parallel`` processes there are; those of a team work on the same samples.
+
+    Raises:
+        UserError: they cannot be made of so many processes.
+    """
+    if processes % context_parallel:
+        raise UserError(
+            f"training.context_parallel={context_parallel} shares each sample over so many processes, but there"
+            f" {'is' if processes == 1 else 'are'} {processes}; start a multiple of {context_parallel} with torchrun,"
+            " or take training.context_parallel=1"
+        )
+    return processes // context_parallel
+
+
 def share_of(rank: int, processes: int, *, per_iteration: int, group_size: int) -> Share:
-    """Whole groups for each process, or each group split evenly over processes of its own.
+    """Whole groups for each process (or team of them), or each group split evenly over processes of its own.
 
     Raises:
         UserError: they cannot be dealt evenly.
@@ -47,8 +62,9 @@ def share_of(rank: int, processes: int, *, per_iteration: int, group_size: int) 
     if over * per_iteration != processes or group_size % over:
         more = math.ceil(per_iteration / processes) * processes
         raise UserError(
-            f"prompts.per_iteration={per_iteration} must be a multiple of {processes} processes, one per GPU, or divide"
-            f" them so that prompts.group_size={group_size} splits evenly; take another number of processes, or"
+            f"prompts.per_iteration={per_iteration} must be a multiple of {processes} processes, one per GPU (or per"
+            " training.context_parallel GPUs), or divide them so that"
+            f" prompts.group_size={group_size} splits evenly; take another number of processes, or"
             f" prompts.per_iteration={more}"
         )
     group, place = divmod(rank, over)

@@ -8,20 +8,39 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vipo.cli import completing
 from vipo.errors import UserError
 
 if TYPE_CHECKING:
     from vipo.types import Prompt
 
-Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`vipo list recipes`).")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe file, or the name of a shipped one (`vipo list recipes`).", autocompletion=completing.recipes
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Keys of the recipe and their values here (`vipo list keys`).",
+        autocompletion=completing.overrides,
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=completing.runs)]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Rewards that a file names may be its own Python code, file.py:function."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Target = Annotated[str, typer.Argument(help="A run directory, a pipeline folder or hub id, or embedded:NAME.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="A run or a checkpoint of it, a pipeline folder or hub id, embedded:NAME, or a LoRA.",
+        autocompletion=completing.runs,
+    ),
+]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -30,6 +49,16 @@ Prompts = Annotated[
     ),
 ]
 Lora = Annotated[Path | None, typer.Option(help="A LoRA, .safetensors file or folder, as the policy of a plain model.")]
+Base = Annotated[
+    str | None, typer.Option(help="The model that TARGET, then a LoRA, goes on: a pipeline folder or hub id.")
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Of a run, e.g. step-000020, or best as training.keep_best has it; default the latest."),
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Default as the run was trained, or as the model's pipeline has it.")
+]
 SamplesPerPrompt = Annotated[int, typer.Option("--count", min=1, help="Pictures per prompt.")]
 Batch = Annotated[
     int | None,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vipo.cli import evaluate, export, fetch, listing, maps, plan, report, rewards, sample, train
+from vipo.cli import doctor, evaluate, export, fetch, listing, maps, plan, report, rewards, sample, sweep, train
 from vipo.cli.consoles import errors
 from vipo.errors import RunFailed, UserError
 from vipo.secrets import redacted
@@ -25,7 +25,6 @@ FAILED = 3  # exit code of a run in which nothing was learned
 app = typer.Typer(
     name="vipo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -33,6 +32,7 @@ app = typer.Typer(
 )
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
+    "sweep": sweep.sweep,
     "sample": sample.sample,
     "maps": maps.maps,
     "plan": plan.plan,
@@ -43,8 +43,11 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "convert-reward": rewards.convert_reward,
     "report": report.report,
     "compare": report.compare,
+    "metrics": report.metrics,
+    "watch": report.watch,
     "export": export.export,
     "list": listing.list_parts,
+    "doctor": doctor.doctor,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
@@ -118,7 +121,7 @@ def _call() -> None:
         _quiet()
     _grow_segments()
     try:
-        app()
+        app(prog_name="vipo")
     except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise

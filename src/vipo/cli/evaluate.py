@@ -11,9 +11,12 @@ import typer
 
 from vipo.cli.arguments import (
     AllowCode,
+    Base,
     Batch,
+    Checkpoint,
     Dtype,
     Frames,
+    GuidanceScale,
     Height,
     Json,
     Lora,
@@ -38,7 +41,9 @@ def evaluate(
         str | None, typer.Option(help="Names, comma-separated, or a YAML file as under `judges`; default the run's.")
     ] = None,
     prompts: Prompts = None,
+    checkpoint: Checkpoint = None,
     lora: Lora = None,
+    base: Base = None,
     samples_per_prompt: SamplesPerPrompt = 2,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     size: Size = None,
@@ -46,6 +51,7 @@ def evaluate(
     width: Width = None,
     frames: Frames = None,
     dtype: Dtype = None,
+    guidance_scale: GuidanceScale = None,
     fps: Annotated[
         float | None, typer.Option(min=1, help="Of a plain model's clips, for rewards that ask; default the model's.")
     ] = None,
@@ -72,7 +78,8 @@ def evaluate(
         raise UserError("--resume and --pictures need a folder to work in; name it with --output")
     given, engine = read_texts(prompts) if prompts else None, Engine()
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames, "fps": fps}
-    model = open_target(target, **media, dtype=dtype, lora=lora, device=engine.device)
+    which: dict[str, Any] = {"checkpoint": checkpoint, "lora": lora, "base": base, "guidance_scale": guidance_scale}
+    model = open_target(target, **media, dtype=dtype, **which, device=engine.device)
     model, asked, texts = _what_to_score(model, rewards, given)
     _check_code(target, model, asked, rewards or "", allowed=allow_code)
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "batch_size": batch_size}

@@ -74,6 +74,8 @@ def _download(recipe: ParsedRecipe, found: Sequence[Need]) -> None:
 def _document(found: Sequence[Need]) -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from vipo.files import nearest_folder
+
     absent = [need for need in found if not need.is_here]
     hub = [need for need in absent if need.page]
     return {
@@ -82,13 +84,8 @@ def _document(found: Sequence[Need]) -> dict[str, Any]:
         "bytes_to_download": sum(need.size or 0 for need in hub),
         "at_least": any(need.size is None or need.at_least or need.state == "in part" for need in hub),
         "cache": HF_HUB_CACHE,
-        "bytes_free": shutil.disk_usage(_there(Path(HF_HUB_CACHE))).free,
+        "bytes_free": shutil.disk_usage(nearest_folder(Path(HF_HUB_CACHE))).free,
     }
-
-
-def _there(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(place for place in (path, *path.resolve().parents) if place.exists())
 
 
 def _table(found: Sequence[Need]) -> RenderableType:

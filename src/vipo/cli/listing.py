@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vipo.cli import completing
 from vipo.cli.arguments import Json
 from vipo.cli.catalogue import CATALOGUES
 from vipo.cli.consoles import show
@@ -13,7 +14,8 @@ from vipo.errors import UserError
 
 
 def list_parts(
-    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(CATALOGUES)}.")], as_json: Json = False
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(CATALOGUES)}.", autocompletion=completing.kinds)],
+    as_json: Json = False,
 ) -> None:
     """List what can be named in a recipe.
 

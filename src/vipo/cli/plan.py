@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from vipo.cli.arguments import Json, Overrides, Recipe
 from vipo.cli.consoles import show
+from vipo.errors import UserError
+
+SHARDING = {"ddp": "none", "fsdp2": "fsdp2"}
+"""How weights lie on several accelerators, and what a recipe calls it."""
+DEEPSPEED = ("zero2", "zero3", "zero-2", "zero-3", "deepspeed")
 
 
-class Engine(StrEnum):
-    """How weights lie on several accelerators."""
-
-    DDP = "ddp"
-    FSDP2 = "fsdp2"
-
-
-SHARDING = {Engine.DDP: "none", Engine.FSDP2: "fsdp2"}
+def _sharding(engine: str) -> str:
+    """Raises:
+    UserError: there is no such engine.
+    """
+    if engine.lower() in DEEPSPEED:
+        raise UserError(
+            f"--engine {engine}: vipo does not train with DeepSpeed, whose backward steps the optimiser before the"
+            " gradient guard has looked (docs/scale.md); take --engine fsdp2, which cuts what ZeRO-3 cuts"
+        )
+    if engine not in SHARDING:
+        raise UserError(f"--engine {engine} is not known; take {' or '.join(SHARDING)}")
+    return SHARDING[engine]
 
 
 def plan(
@@ -30,7 +38,7 @@ def plan(
     utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate reached.")] = 0.31,
     tflops: Annotated[float, typer.Option(min=0.001, help="Peak rate of each; 989 is an H100 SXM in bf16.")] = 989.0,
     engine: Annotated[
-        Engine | None,
+        str | None,
         typer.Option(help="ddp: all weights on each; fsdp2: a part on each. Default: the recipe's training.sharding."),
     ] = None,
     batches: Annotated[bool, typer.Option("--batches", help="Propose batch sizes for the memory there is.")] = False,
@@ -44,7 +52,7 @@ def plan(
     """
     from vipo.recipe import load_recipe
 
-    sharding = [f"training.sharding={SHARDING[engine]}"] if engine else []
+    sharding = [f"training.sharding={_sharding(engine)}"] if engine else []
     parsed = load_recipe(recipe, [*(overrides or []), *sharding])  # before the heavy imports
 
     from vipo import plan as planning

@@ -1,9 +1,9 @@
-"""The live line of a training run: iteration, reward, judges, clipping, ratio check, seconds, time left."""
+"""The live line of a training run: iteration, reward, spreads, clipping, ratio check, seconds, time left."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -12,7 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from vipo.errors import RunFailed
 from vipo.evaluation.estimate import estimate, paired, pairs
+from vipo.guards import fired
+from vipo.report.run import read_run
 from vipo.runs.run import Evaluated, Run
 from vipo.types import TrainStep
 
@@ -20,11 +23,32 @@ RATIO_TOLERANCE = 1e-6  # a first-update log-ratio above this is reported as the
 
 
 def follow(run: Run, console: Console) -> None:
-    """Drive a run to its end, showing what happens: a live line on a terminal, a line per iteration elsewhere."""
+    """Drive a run to its end, showing what happens, and then which guards have fired in it.
+
+    Raises:
+        RunFailed: what the run raises, after that.
+    """
+    try:
+        _follow(run, console)
+    except RunFailed:
+        _show_fired(run, console)
+        raise
+    _show_fired(run, console)
+
+
+def _show_fired(run: Run, console: Console) -> None:
+    found = fired(read_run(run.directory.root).events) if run.writes else []
+    for one in found:
+        text = f"guard {one.name}, {one.when}: {one.guard.means}. What to do: {one.guard.advice}. See {one.anchor}."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _follow(run: Run, console: Console) -> None:
+    """A live line on a terminal, a line per iteration elsewhere."""
     seconds: list[float] = []
     known = {} if run.start.evaluates_anew else run.directory.first_scores()
     base = {name: torch.tensor(_numbers(values)) for name, values in known.items()}
-    held_out, warned = "", False
+    warned = False
     for note in run.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     for notice in run.notices:
@@ -34,12 +58,12 @@ def follow(run: Run, console: Console) -> None:
         for event in run:
             if isinstance(event, Evaluated):
                 console.print(_evaluation(event, base, run.comparable_since))
-                for failure in event.evaluation.failures:
-                    console.print(Text(failure, style="yellow"))
-                held_out = _held_out(event, run.recipe.judges)
+                told = run.directory.evaluation_events(event.iteration) if run.writes else []
+                for message in [*event.evaluation.failures, *told]:
+                    console.print(Text(message, style="yellow"))
                 continue
             seconds.append(sum(event.seconds.values()))
-            status = _status(run, event, seconds, held_out)
+            status = _status(run, event, seconds)
             live.update(status)
             if not console.is_terminal:
                 console.print(status, soft_wrap=True)
@@ -62,26 +86,27 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _held_out(event: Evaluated, judges: Iterable[str]) -> str:
-    """The judges' last word."""
-    means = {name: float(event.scores[name].nanmean()) for name in judges}
-    return "".join(f"  {name} {mean:.3f}" for name, mean in means.items())
-
-
-def _status(run: Run, step: TrainStep, seconds: list[float], held_out: str) -> Text:
+def _status(run: Run, step: TrainStep, seconds: list[float]) -> Text:
     m, total = step.metrics, run.recipe.training.iterations
     done = step.iteration + 1
     recent = seconds[-10:]
     left = (total - done) * sum(recent) / len(recent)
-    spread = " ".join(f"±{value:.3f}" for key, value in m.items() if key.startswith("spread/"))
     return Text.assemble(
         (f"{done:>4}/{total} ", "bold"),
         ("reward ", "dim"),
         (f"{m['reward']:+.4f} ", "bold green"),
-        (f"{spread}{held_out}  ", "dim"),
+        (f"{_spreads(m)}  ", "dim"),
         f"{_loss(m)}  |g| {m['grad_norm']:.2g}  ",
         (f"{seconds[-1]:.1f} s  left {_clock(left)}", "cyan"),
     )
+
+
+def _spreads(m: Mapping[str, float]) -> str:
+    """Standard deviations within the groups; of several rewards, each with its name and mean."""
+    names = [key.removeprefix("spread/") for key in m if key.startswith("spread/")]
+    if len(names) == 1:
+        return f"±{m[f'spread/{names[0]}']:.3f}"
+    return "  ".join(f"{name} {m[f'reward/{name}']:+.3f} ±{m[f'spread/{name}']:.3f}" for name in names)
 
 
 def _loss(m: Mapping[str, float]) -> str:
@@ -101,7 +126,8 @@ def _clock(seconds: float) -> str:
 def _evaluation(event: Evaluated, base: dict[str, Tensor], since: int) -> Table:
     """Scores now, and their paired gain over those after ``since`` iterations."""
     samples_per_prompt = event.evaluation.samples_per_prompt
-    table = Table(title=f"after {event.iteration} iterations", title_justify="left")
+    best = f", the best so far by {event.best_by}" if event.best_by and event.iteration else ""
+    table = Table(title=f"after {event.iteration} iterations{best}", title_justify="left")
     over = f"iteration {since}" if since else "untrained"
     for column in ("reward", "mean", f"gain over {over}, 95 % interval"):
         table.add_column(column)

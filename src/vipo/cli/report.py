@@ -1,14 +1,16 @@
-"""``vipo report`` and ``vipo compare``."""
+"""``vipo report``, ``vipo watch``, ``vipo metrics`` and ``vipo compare``."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vipo.cli.arguments import RunFolder
-from vipo.cli.consoles import console
+from vipo.cli.arguments import Json, RunFolder
+from vipo.cli.consoles import console, show
+from vipo.errors import UserError
 
 
 def report(run: RunFolder) -> None:
@@ -21,11 +23,77 @@ def report(run: RunFolder) -> None:
     console.print(str(write_report(run)), soft_wrap=True)
 
 
-def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the yardstick.")]) -> None:
-    """Compare the last evaluations of several runs, paired prompt by prompt.
+def watch(run: RunFolder, port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0) -> None:
+    """Serve a run's report on this machine, reloading as the run goes on. Ctrl-C ends it.
+
+    Example: `vipo watch runs/quickstart`
+    """
+    from vipo.report.watch import watching
+
+    server = watching(run, port)
+    host, taken = server.server_address[:2]
+    try:
+        console.print(f"http://{host!s}:{taken}/ shows {run}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return
+    finally:
+        server.finish()
+
+
+def metrics(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line per run and iteration.")] = False,
+    as_json: Json = False,
+    parquet: Annotated[Path | None, typer.Option(help="Write this file instead (needs vipo[parquet]).")] = None,
+) -> None:
+    """Every number that runs have logged, as one table; without a format, each number's course.
+
+    Example: `vipo metrics runs/a runs/b --csv > both.csv`
+    """
+    from vipo.report.table import course, csv_text, metrics_rows, write_parquet
+
+    _one_format(as_csv, as_json, parquet is not None)
+    rows = metrics_rows(runs)
+    if parquet is not None:
+        write_parquet(rows, parquet)
+        console.print(str(parquet), soft_wrap=True)
+    elif as_csv:
+        sys.stdout.write(csv_text(rows))
+    else:
+        show(rows, course(rows), as_json=as_json)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the yardstick.")],
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line per score and group of seeds.")] = False,
+) -> None:
+    """Compare the last evaluations of several runs, paired prompt by prompt; runs that differ in seed only are a group.
 
     Example: `vipo compare runs/quickstart-grpo runs/quickstart`
-    """
-    from vipo.report.compare import compare_runs, text_table
 
-    console.print(text_table(compare_runs(runs)), highlight=False, soft_wrap=True)
+    Example: `vipo compare runs/credits/*/ --csv > credits.csv`
+    """
+    from dataclasses import asdict
+
+    from vipo.report.compare import compare_runs, group_rows, group_runs, group_table, text_table
+    from vipo.report.groups import plain
+    from vipo.report.table import csv_text
+
+    _one_format(as_csv, as_json)
+    rows, groups = compare_runs(runs), group_runs(runs)
+    if as_csv:
+        sys.stdout.write(csv_text(group_rows(groups)))
+        return
+    view = text_table(rows) + (f"\n\n{group_table(groups)}" if len(rows) > 1 else "")
+    document = {"runs": [plain(asdict(row)) for row in rows], "groups": [plain(asdict(group)) for group in groups]}
+    if as_json:
+        show(document, view, as_json=True)
+    else:
+        console.print(view, highlight=False, soft_wrap=True)
+
+
+def _one_format(*asked: bool) -> None:
+    if sum(asked) > 1:
+        raise UserError("a table has one format at a time: give one of --csv, --json and --parquet")

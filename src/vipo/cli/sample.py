@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vipo.cli.arguments import (
+    Base,
     Batch,
+    Checkpoint,
     Dtype,
     Frames,
+    GuidanceScale,
     Height,
     Lora,
     Prompts,
@@ -27,7 +30,9 @@ from vipo.cli.consoles import console, warn
 def sample(
     target: Target,
     prompts: Prompts = None,
+    checkpoint: Checkpoint = None,
     lora: Lora = None,
+    base: Base = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     samples_per_prompt: SamplesPerPrompt = 1,
     steps: Annotated[
@@ -38,6 +43,7 @@ def sample(
     width: Width = None,
     frames: Frames = None,
     dtype: Dtype = None,
+    guidance_scale: GuidanceScale = None,
     base_tail: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the steps, the last ones, that the base model takes.")
     ] = 0.0,
@@ -53,6 +59,8 @@ def sample(
 
     Example: `vipo sample runs/quickstart --prompts "a cat on a teal background" --count 4`
 
+    Example: `vipo sample runs/quickstart --checkpoint best`
+
     Example: `vipo sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat" --height 480 --width 832 --frames 33`
     """
     from vipo.media.samples import sample_names, save_samples
@@ -60,7 +68,8 @@ def sample(
 
     given = read_texts(prompts) if prompts else None
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames}
-    model = open_target(target, **media, dtype=dtype, lora=lora, keep_reference=base_tail > 0)
+    which: dict[str, Any] = {"checkpoint": checkpoint, "lora": lora, "base": base, "guidance_scale": guidance_scale}
+    model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0)
     texts = given or model.evaluation_prompts() or read_texts(["embedded:prompts_eval"])
     warn(model.notices(texts))
     files = iter(sample_names([prompt.text for prompt in texts], samples_per_prompt, names))

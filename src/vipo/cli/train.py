@@ -41,7 +41,7 @@ def train(
         recipe, overrides or [], allow_code=allow_code
     )  # before the heavy imports, so that a slip is told at once
 
-    from vipo.cli.going_on import stopped
+    from vipo.cli.going_on import ended
     from vipo.cli.progress import follow
     from vipo.runs.run import Run
 
@@ -49,13 +49,12 @@ def train(
     run = Run(parsed, folder, resume=resume, checkpoint=checkpoint, allow_changes=allow_changes or ())
     console.quiet = not run.writes  # with several processes, one speaks
     follow(run, console)
-    if not run.finished:
-        said = ["--output", str(folder), "--resume", *([] if report else ["--no-report"])]
-        said += ["--allow-code"] if allow_code else []
-        said += [word for key in allow_changes or () for word in ("--allow-changes", key)]
-        console.print(
-            stopped(run, ["train", recipe, *(overrides or []), *said]), markup=False, highlight=False, soft_wrap=True
-        )
+    said = ["--output", str(folder), "--resume", *([] if report else ["--no-report"])]
+    said += ["--allow-code"] if allow_code else []
+    said += [word for key in allow_changes or () for word in ("--allow-changes", key)]
+    for sentence in ended(run, ["train", recipe, *(overrides or [])], said):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    if not run.over:
         raise typer.Exit(STOPPED)
     if report and run.writes:
         from vipo.report.page import write_report

@@ -27,6 +27,9 @@ class Estimate:
 
 ESTIMATES = tuple(entry.name for entry in fields(Estimate))
 
+FEWEST_PROMPTS = 6
+"""All of n prompts move one way by chance with probability 2^(1-n); below 6 that exceeds 5 %: no verdict."""
+
 
 def estimate(values: Float[Tensor, " N"], samples_per_prompt: int, *, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean over prompts with a bootstrap over prompts; samples of one prompt are not independent.
@@ -34,14 +37,24 @@ def estimate(values: Float[Tensor, " N"], samples_per_prompt: int, *, resamples:
     Raises:
         UserError: no prompt has a score.
     """
-    means = values.double().unflatten(0, (-1, samples_per_prompt)).nanmean(1)
-    means = means[means.isfinite()]
+    means = _prompt_means(values, samples_per_prompt)
     if not len(means):
         raise UserError("no prompt got a score, so there is nothing to average")
     draws = torch.randint(len(means), (resamples, len(means)), generator=randomness.generator(seed, "bootstrap"))
     low, high = means[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
     return Estimate(float(means.mean()), error, low, high)
+
+
+def prompt_mean(values: Float[Tensor, " N"], samples_per_prompt: int) -> float:
+    """The mean over prompts, as :func:`estimate` has it; NaN if no prompt has a score."""
+    return float(_prompt_means(values, samples_per_prompt).mean())
+
+
+def _prompt_means(values: Float[Tensor, " N"], samples_per_prompt: int) -> Float[Tensor, " P"]:
+    """The mean of each prompt that has a score."""
+    means = values.double().unflatten(0, (-1, samples_per_prompt)).nanmean(1)
+    return means[means.isfinite()]
 
 
 def paired(after: Float[Tensor, " N"], before: Float[Tensor, " N"], samples_per_prompt: int) -> Estimate:

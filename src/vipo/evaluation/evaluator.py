@@ -108,7 +108,7 @@ class Evaluator:
             for part in self.parts(prompts, keeper):
                 parts.append(part)
                 if progress:
-                    progress(min(len(parts) * self.prompts_at_once * self.ranks.ranks, len(prompts)))
+                    progress(min(len(parts) * self.prompts_at_once * self.ranks.teams, len(prompts)))
             return parts
 
         parts = everyones_parts(together(self.ranks, all_of_mine), self.ranks)

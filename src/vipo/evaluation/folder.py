@@ -27,11 +27,11 @@ from vipo.evaluation.estimate import ESTIMATES, summary
 from vipo.evaluation.records import Evaluation, Part, Scored, plain
 from vipo.files import write_text, written_whole
 from vipo.media.clips import cut
-from vipo.media.pictures import labelled_grid, load_sheet, save_png, save_sheet
+from vipo.media.pictures import labelled_grid, save_png
 from vipo.media.samples import FPS, save_samples
+from vipo.media.sheets import load_sheet, save_sheet
 
 SHEET_PROMPTS = 16  # how many prompts the sheets show, with their first sample
-SHEET_COLUMNS = 8
 TYPED = ("model", "lora")  # settings as they were typed: the weights tell whether it is the same model
 
 
@@ -142,7 +142,7 @@ class EvaluationFolder:
             media = torch.cat([torch.cat([_media(frame) for frame in frames], 2) for frames in samples])
             first = {name: values[:: evaluation.samples_per_prompt][:shown] for name, values in by_reward.items()}
             texts = [prompt.text for prompt in evaluation.prompts[:shown]]
-            save_sheet(self.root / f"sheet-{model}.png", media, SHEET_COLUMNS, texts, first)
+            save_sheet(self.root / f"sheet-{model}.png", media, texts, first)
         rows = list(zip(*columns, strict=True))
         labels = [prompt.text for prompt in evaluation.prompts[:shown]]
         save_png(self.root / "before-after.png", labelled_grid(rows, labels, list(evaluation.scores)))
@@ -153,13 +153,13 @@ def _save_tiles(path: Path, result: Scored, room: int) -> None:
     shown = slice(0, max(0, room) * result.samples_per_prompt, result.samples_per_prompt)
     media, texts = result.media[shown], [prompt.text for prompt in result.prompts[shown]]
     if texts:
-        save_sheet(path, media, SHEET_COLUMNS, texts, {name: values[shown] for name, values in result.scores.items()})
+        save_sheet(path, media, texts, {name: values[shown] for name, values in result.scores.items()})
 
 
 def _samples(file: Path) -> list[list[Image.Image]]:
     """Every sample of a sheet, as its frames."""
     tiles, info = load_sheet(file)
-    return [cut(tile, info.get("frames", 1)) for tile in tiles]
+    return [cut(tile, info["frames"]) for tile in tiles]
 
 
 def _media(tile: Image.Image) -> Float[Tensor, "1 3 1 Y X"]:

@@ -18,14 +18,14 @@ def share(starts: Sequence[int], ranks: Ranks) -> Sequence[int]:
 
     A process that none is left for does the last one again: with DDP the network's first pass waits for all processes.
     """
-    each, more = divmod(len(starts), ranks.ranks)  # so many for each process, and one more for the first ones
-    begin = ranks.rank * each + min(ranks.rank, more)
-    return starts[begin : begin + each + (ranks.rank < more)] or starts[-1:]
+    each, more = divmod(len(starts), ranks.teams)  # so many for each team, and one more for the first ones
+    begin = ranks.team * each + min(ranks.team, more)
+    return starts[begin : begin + each + (ranks.team < more)] or starts[-1:]
 
 
 def in_vain(starts: Sequence[int], ranks: Ranks) -> int:
     """How many more parts this process has to sample so that it does as many as the others, if they go in step."""
-    most = math.ceil(len(starts) / ranks.ranks)
+    most = math.ceil(len(starts) / ranks.teams)
     return most - len(share(starts, ranks)) if ranks.in_step else 0
 
 

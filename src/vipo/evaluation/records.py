@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -79,6 +80,35 @@ class Evaluation:
     def texts(self) -> list[str]:
         """The prompt of each sample."""
         return [prompt.text for prompt in self.prompts for _ in range(self.samples_per_prompt)]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """A run's evaluation as ``evaluations.jsonl`` has it: scores of the fixed pictures after ``iteration`` iterations.
+
+    Args:
+        iteration: 0 is the untrained model.
+        prompts: one per picture.
+        values: name -> (N,), NaN where a picture got no score.
+        comparable_since: the first evaluation that was made the same way.
+    """
+
+    iteration: int
+    samples_per_prompt: int
+    prompts: tuple[str, ...]
+    values: Mapping[str, Float[Tensor, " N"]]
+    comparable_since: int = 0
+
+
+def recorded(line: Mapping[str, Any]) -> EvaluationRecord:
+    """One line of ``evaluations.jsonl``, parsed."""
+    values = {
+        name: torch.tensor([math.nan if value is None else float(value) for value in listed], dtype=torch.float64)
+        for name, listed in line["values"].items()
+    }
+    prompts = tuple(str(prompt) for prompt in line.get("prompts") or ())
+    since = int(line.get("comparable_since") or 0)
+    return EvaluationRecord(line["iteration"], int(line.get("samples_per_prompt") or 1), prompts, values, since)
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from vipo import backbones, rewards
 from vipo.errors import UserError
 from vipo.fetch.models import network_need, pipeline_need
 from vipo.fetch.need import Need, State, merged
-from vipo.options import NEEDS_MAPS
+from vipo.options import NEEDS_SOURCES
 from vipo.prompts.files import EMBEDDED, SHIPPED, prompt_file
 from vipo.prompts.hub import HUB, hub_source
 from vipo.prompts.selection import split
@@ -48,7 +48,7 @@ def _needs(recipe: Recipe) -> Iterator[Need]:
     for section, named in (("reward", recipe.rewards), ("judge", recipe.judges)):
         for name, asked in named.items():
             yield from _reward(f"{section} {name}", asked.reward or name, asked)
-    if recipe.credit in NEEDS_MAPS and "perceptual" in recipe.structuring.sources:
+    if recipe.credit in NEEDS_SOURCES and "perceptual" in recipe.structuring.sources:
         yield from _backbone(recipe.structuring.backbone, recipe.structuring.backbone_options)
     for key, name in (("prompts.file", recipe.prompts.file), ("evaluation.prompts", recipe.evaluation.prompts)):
         yield _prompts(name, key)

@@ -50,16 +50,16 @@ def check(name: str) -> None:
 
     known = [str(entry.value) for entry in AttentionBackendName]
     if name != AUTO and name not in known:
-        trainable = ", ".join([AUTO, *(entry for entry in known if not _is_inference_only(entry))])
+        trainable = ", ".join([AUTO, *(entry for entry in known if not is_inference_only(entry))])
         raise UserError(f"generator.attention={name!r} is not known to diffusers; choose from {trainable}")
-    if _is_inference_only(name):
+    if is_inference_only(name):
         raise UserError(f"generator.attention={name!r} {_NO_BACKWARD}. Take {AUTO} or {EXACT}")
 
 
 _NO_BACKWARD = "has no backward, so nothing could be trained through it"
 
 
-def _is_inference_only(name: str) -> bool:
+def is_inference_only(name: str) -> bool:
     return "sage" in name
 
 
@@ -135,11 +135,17 @@ def processors(network: nn.Module) -> list[Any]:
 
 def _gradients(name: str, network: nn.Module, dtype: torch.dtype, hidden: int = 0) -> list[torch.Tensor | None]:
     """Of query, key and value, from tokens of the network's head width, the last ``hidden`` of them masked."""
+    config: Any = network.config
+    width = config.get("attention_head_dim") or USUAL_WIDTH
+    return _through(name, width, next(network.parameters()).device, dtype, hidden)
+
+
+def _through(
+    name: str, width: int, device: torch.device, dtype: torch.dtype, hidden: int = 0
+) -> list[torch.Tensor | None]:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    config: Any = network.config
-    shape = (1, PROBE_TOKENS, PROBE_HEADS, config.get("attention_head_dim") or USUAL_WIDTH)
-    device = next(network.parameters()).device
+    shape = (1, PROBE_TOKENS, PROBE_HEADS, width)
     ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), device=device, dtype=dtype).reshape(shape)
     inputs = [(ramp * scale).requires_grad_() for scale in (1, -1, 0.5)]
     shown = torch.arange(PROBE_TOKENS, device=device) < PROBE_TOKENS - hidden
@@ -148,3 +154,29 @@ def _gradients(name: str, network: nn.Module, dtype: torch.dtype, hidden: int = 
     if out.requires_grad:
         out.float().square().sum().backward()
     return [tensor.grad for tensor in inputs]
+
+
+def survey(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Every backend that diffusers knows, and why it cannot be trained with here; empty where it can, tried both ways.
+
+    One whose kernel would first be downloaded from the hub is not tried.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return {str(entry.value): _verdict(str(entry.value), device, dtype) for entry in AttentionBackendName}
+
+
+def _verdict(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, _check_attention_backend_requirements
+
+    if is_inference_only(name):
+        return "no backward"
+    if "_hub" in name:
+        return "not tried: its kernel comes from the hub"
+    try:
+        backend = next(entry for entry in _AttentionBackendRegistry._backends if entry.value == name)
+        _check_attention_backend_requirements(backend)
+        gradients = _through(name, USUAL_WIDTH, device, dtype)
+    except (*FAULTS, StopIteration) as error:
+        return _why(error)
+    return "" if _all_finite(gradients) else "its gradient is missing or not finite"

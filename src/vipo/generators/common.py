@@ -29,7 +29,7 @@ from vipo.generators.text import BlankText, Text, TextReader
 from vipo.generators.text_cache import MEMORY_BYTES, TextCache, cache_of
 from vipo.generators.token_limits import cut_prompts
 from vipo.generators.weights import Fewer, load_pipeline
-from vipo.options import Quantization
+from vipo.options import Quantization, TextQuantization
 from vipo.sharding import under_own_name
 from vipo.types import Batched, Grid, sent
 
@@ -62,6 +62,7 @@ class DiffusersGenerator(ABC):
     lora_targets: Mapping[str, str]  # linear layers by name of the choice, as regular expressions over module names
     shift: float  # each subclass sets it, from its scheduler and size
     temporal_stride = 1
+    patch: ClassVar[int] = 2  # latent positions per token side; one that has another says so in ``patch_period``
     float32_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, whatever dtype the rest is loaded in
 
     def __init__(
@@ -86,6 +87,7 @@ class DiffusersGenerator(ABC):
         device: str,
         dtype: torch.dtype,
         quantization: Quantization = "none",
+        text_quantization: TextQuantization = "none",
         **given: Any,
     ) -> Self:
         """Load a pipeline folder or hub id; ``given`` is as in :meth:`arguments`.
@@ -95,10 +97,11 @@ class DiffusersGenerator(ABC):
                 that the adapter does not take, or no library to quantise with.
         """
         check(quantization)
+        check(text_quantization, "text_quantization")
         disable_progress_bar()
         arguments = cls.arguments(given)
         dtypes = {"default": dtype, **dict.fromkeys(cls.float32_parts, torch.float32)}
-        fewer = Fewer(quantization, device)
+        fewer = Fewer(quantization, device, text_quantization)
         return cls(load_pipeline(cls.pipeline_class, str(path), dtypes, fewer).to(device), **arguments)
 
     @classmethod
@@ -113,6 +116,12 @@ class DiffusersGenerator(ABC):
         return {**sizes, "options": read_options(cls.__name__, cls.usual, cls.takes, options)}
 
     @property
+    def patch_period(self) -> Grid:
+        """(rows, columns) of pixels that one token of the network paints."""
+        side = int(self.pipeline.vae_scale_factor) * self.patch
+        return side, side
+
+    @property
     def guidance(self) -> Guidance:
         return self.options.guidance
 
@@ -120,6 +129,11 @@ class DiffusersGenerator(ABC):
     def is_guided(self) -> bool:
         """Whether a velocity takes two passes of the network."""
         return self.guidance.scale > self.unguided
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the scale of guidance changes anything."""
+        return True
 
     @property
     def text_encoders(self) -> tuple[torch.nn.Module, ...]:

@@ -94,6 +94,10 @@ class FluxGenerator(DiffusersGenerator):
     def is_guided(self) -> bool:
         return False  # by a second pass
 
+    @property
+    def takes_guidance(self) -> bool:
+        return self._has_guidance
+
     def predict(
         self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: PooledConditioning
     ) -> Float[Tensor, "N C 1 H W"]:

@@ -97,6 +97,10 @@ class Flux2KleinGenerator(DiffusersGenerator):
     def is_guided(self) -> bool:
         return super().is_guided and not self._is_distilled
 
+    @property
+    def takes_guidance(self) -> bool:
+        return not self._is_distilled
+
     def predict(
         self, latents: Float[Tensor, "N C 1 H W"], sigma: Float[Tensor, " N"], conditioning: Conditioning
     ) -> Float[Tensor, "N C 1 H W"]:

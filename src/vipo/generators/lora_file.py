@@ -121,6 +121,13 @@ def weights_file(path: Path) -> Path:
     raise RefusedLoraError(f"must hold one .safetensors file, or one named {' or '.join(USUAL_NAMES)}; it holds {held}")
 
 
+def is_lora(path: Path) -> bool:
+    """Whether ``path`` looks like a LoRA on its own: a file of tensors, or a folder with one under a usual name."""
+    if (path / "model_index.json").is_file():  # a whole pipeline
+        return False
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in USUAL_NAMES)
+
+
 def _layout(tensors: Mapping[str, Tensor]) -> str:
     """How the names begin, all of them."""
     if text := [name for name in tensors if TEXT.match(name)]:

@@ -11,6 +11,9 @@ computed, is computed in that dtype: a layer's weight is made whole for the mome
 ``float8_storage`` e4m3 floats without a scale, cast for each pass       none
 =============== ======================================================== =============
 
+Text encoders, which transformers loads, can be ``nf4`` too (``generator.text_quantization``). What their class keeps in
+float32 stays whole: T5's ``wo``, whose input is cast to whatever dtype its weight has.
+
 ``float8_storage`` is diffusers' layerwise casting, which leaves what a class lists in
 ``_skip_layerwise_casting_patterns`` as it is: in FLUX all modulation, a quarter of its weights.
 """
@@ -29,7 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vipo.errors import UserError
-from vipo.options import Quantization
+from vipo.options import Quantization, TextQuantization
 from vipo.pretrained import quiet
 
 LIBRARIES: Mapping[str, str] = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}
@@ -37,7 +40,7 @@ STORED = torch.float8_e4m3fn
 Loaded = tuple[nn.Module, Any]  # a network, and the report of what was found for it
 
 
-def check(kind: Quantization) -> None:
+def check(kind: Quantization, key: str = "quantization") -> None:
     """Look whether the library is there, before anything large is loaded.
 
     Raises:
@@ -46,16 +49,18 @@ def check(kind: Quantization) -> None:
     library = LIBRARIES.get(kind)
     if library is not None and find_spec(library) is None:
         raise UserError(
-            f"generator.quantization={kind} needs {library}, which is not installed: pip install 'vipo[{library}]'"
-            " ('vipo[quantization]' has both libraries); generator.quantization=float8_storage needs none"
+            f"generator.{key}={kind} needs {library}, which is not installed: pip install 'vipo[{library}]'"
+            " ('vipo[quantization]' has both libraries)"
+            + ("; generator.quantization=float8_storage needs none" if key == "quantization" else "")
         )
 
 
 def layers(network: nn.Module) -> list[str]:
-    """The names of a diffusers network's linear layers in its repeated blocks."""
+    """The names of a network's linear layers in its repeated blocks, but for those that its class keeps in float32."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     kinds = set(getattr(network, "_no_split_modules", None) or ())
     blocks = [f"{name}." for name, module in network.named_modules() if type(module).__name__ in kinds]
-    return [name for name in _linear(network) if name.startswith(tuple(blocks))]
+    return [n for n in _linear(network) if n.startswith(tuple(blocks)) and not kept & set(n.split("."))]
 
 
 def _linear(network: nn.Module) -> list[str]:
@@ -87,10 +92,38 @@ def load(
         loaded, report = _read_nf4(read, [n for n in _linear(empty) if n not in set(wanted)], dtype, device)
     else:
         loaded, report = _read_torchao(read, kind, wanted, device)
-    if (found := [name for name, module in loaded.named_modules() if is_quantised(module)]) != wanted:
-        odd = sorted(set(found) ^ set(wanted))[:3]
-        raise RuntimeError(f"generator.quantization={kind} did not quantise the layers that it should: {odd}")
+    _check_quantised(loaded, wanted, f"generator.quantization={kind}")
     return loaded, report
+
+
+def load_text(
+    network: Any, place: Path, kind: TextQuantization, *, dtype: torch.dtype, device: str, read: Callable[..., Loaded]
+) -> Loaded:
+    """A text encoder, quantised while transformers reads it; the arguments are those of :func:`load`.
+
+    Raises:
+        RuntimeError: something else was quantised than should be.
+    """
+    from transformers import BitsAndBytesConfig
+
+    with torch.device("meta"):
+        empty = network(network.config_class.from_pretrained(str(place)))
+    wanted = layers(empty)
+    outside = [name for name in _linear(empty) if name not in set(wanted)]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=outside
+    )
+    with quiet("bitsandbytes"):
+        loaded, report = read(quantization_config=config, device_map={"": device})
+    _check_quantised(loaded, wanted, f"generator.text_quantization={kind}")
+    _settle_four_bit(loaded)
+    return loaded, report
+
+
+def _check_quantised(network: nn.Module, wanted: list[str], said: str) -> None:
+    if (found := [name for name, module in network.named_modules() if is_quantised(module)]) != wanted:
+        odd = sorted(set(found) ^ set(wanted))[:3]
+        raise RuntimeError(f"{said} did not quantise the layers that it should: {odd}")
 
 
 def store_in_float8(network: Any, dtype: torch.dtype) -> None:
@@ -169,7 +202,9 @@ def _settle_four_bit(network: Any) -> None:
     PEFT's ``prepare_model_for_kbit_training`` is not called: a policy freezes and thaws by itself, and casting what is
     not quantised to float32 would part it from the rest where there is no autocast.
     """
-    del network.hf_device_map  # Accelerate compares it with its own device, by a number that a CPU does not have
+    vars(network).pop(
+        "hf_device_map", None
+    )  # Accelerate compares it with its own device, by a number that a CPU does not have
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # packs weights for sampling, and has no backward from then on

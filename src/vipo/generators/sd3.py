@@ -19,6 +19,7 @@ from vipo.generators.settings import AdapterOptions, Guidance
 from vipo.generators.sizes import check_multiple
 from vipo.generators.text import TextReader
 from vipo.generators.token_limits import TokenLimit
+from vipo.types import Grid
 
 # ``attn2`` is the second, picture-only attention of the first blocks of SD3.5-medium.
 _ATTENTION = r"attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -110,6 +111,11 @@ class StableDiffusion3Generator(DiffusersGenerator):
             )
         super().__init__(pipeline, (int(config.in_channels), 1, height // stride, width // stride), options)
         self.shift = shift_of(pipeline.scheduler, height // cell * (width // cell))
+
+    @property
+    def patch_period(self) -> Grid:
+        side = int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
+        return side, side
 
     def predict(
         self,

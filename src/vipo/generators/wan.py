@@ -25,6 +25,7 @@ from vipo.generators.settings import COMMON, AdapterOptions, Guidance
 from vipo.generators.sizes import check_frames, check_sides
 from vipo.generators.text import USUAL_LENGTH, TextReader
 from vipo.generators.token_limits import TokenLimit
+from vipo.types import Grid
 
 TIME_SCALE = 1000.0  # the transformer's time runs from 0 to 1000
 
@@ -89,6 +90,11 @@ class WanGenerator(DiffusersGenerator):
         grid = (frames - 1) // self.temporal_stride + 1, height // stride, width // stride
         super().__init__(pipeline, (int(pipeline.vae.config.z_dim), *grid), options)
         self.shift = self.options.shift or _flow_shift(pipeline.scheduler)
+
+    @property
+    def patch_period(self) -> Grid:
+        stride, patch = int(self.pipeline.vae_scale_factor_spatial), self.pipeline.transformer.config.patch_size
+        return stride * int(patch[1]), stride * int(patch[2])
 
     def predict(
         self, latents: Float[Tensor, "N C T H W"], sigma: Float[Tensor, " N"], conditioning: Conditioning

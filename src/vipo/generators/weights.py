@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,12 +24,13 @@ from torch import nn
 from vipo.errors import UserError
 from vipo.generators import quantization
 from vipo.generators.folder import one_line, pipeline_class, read_config, refuse_quantised
-from vipo.options import Quantization
+from vipo.options import Quantization, TextQuantization
 from vipo.pretrained import quiet
 
 INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 HEADS = ("lm_head.", "text_projection.")  # of a checkpoint that was saved from the class with a head
 TRAINED = "transformer"  # the part of a pipeline that a policy is put on
+TEXT = "text_encoder"  # what the names of those that read prompts begin with
 NAMED = 3  # tensors named in a message
 
 # What diffusers and transformers raise about folders that are not as they should be.
@@ -38,10 +39,14 @@ BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError
 
 @dataclass(frozen=True)
 class Fewer:
-    """Bits for a pipeline's transformer, and where it will work, see :mod:`vipo.generators.quantization`."""
+    """Bits for a pipeline's transformer and its text encoders, and where they will work.
+
+    See :mod:`vipo.generators.quantization`.
+    """
 
     kind: Quantization = "none"
     device: str = "cpu"
+    text: TextQuantization = "none"
 
 
 def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype], fewer: Fewer = Fewer()) -> Any:
@@ -50,7 +55,7 @@ def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype
     Args:
         wanted: its diffusers class.
         dtypes: of the networks, by part; those not named get ``default``.
-        fewer: how the transformer is quantised.
+        fewer: how the transformer and the text encoders are quantised.
 
     Raises:
         UserError: a pipeline of another class or none, quantised weights, or weights that do not fill its networks or
@@ -73,7 +78,7 @@ def load_pipeline(wanted: type[Any], path: str, dtypes: Mapping[str, torch.dtype
                     Path(folder, part),
                     network,
                     dtypes.get(part, dtypes["default"]),
-                    fewer if part == TRAINED else Fewer(),
+                    _of_part(fewer, part),
                 )
                 for part, network in networks.items()
             }
@@ -100,6 +105,12 @@ def _parts(wanted: type[Any], path: str) -> Iterator[tuple[str, type[Any]]]:
         yield part, found
 
 
+def _of_part(fewer: Fewer, part: str) -> Fewer:
+    """What of it holds for a part."""
+    is_text = part.startswith(TEXT)
+    return replace(fewer, kind=fewer.kind if part == TRAINED else "none", text=fewer.text if is_text else "none")
+
+
 def _load_network(place: Path, network: Any, dtype: torch.dtype, fewer: Fewer) -> nn.Module:
     _check_indexes(place)
     of_transformers = network.__module__.startswith("transformers.")
@@ -107,10 +118,13 @@ def _load_network(place: Path, network: Any, dtype: torch.dtype, fewer: Fewer) -
     strictly = {"use_safetensors": True, "output_loading_info": True}
     read = partial(network.from_pretrained, str(place), dtype=dtype, **strictly, **options)
     loaded: nn.Module
-    if fewer.kind == "none":
-        loaded, report = read()
+    how: dict[str, Any] = {"dtype": dtype, "device": fewer.device, "read": read}
+    if fewer.kind != "none":
+        loaded, report = quantization.load(network, place, fewer.kind, **how)
+    elif fewer.text != "none":
+        loaded, report = quantization.load_text(network, place, fewer.text, **how)
     else:
-        loaded, report = quantization.load(network, place, fewer.kind, dtype=dtype, device=fewer.device, read=read)
+        loaded, report = read()
     wrong_size = [f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in report["mismatched_keys"]]
     strange = [name for name in report["unexpected_keys"] if not name.startswith(HEADS)]
     problems = {"lacks": report["missing_keys"], "has beside them": strange, "has in another size": wrong_size}

@@ -5,7 +5,7 @@ A clip is three rows over its latent frames: the frames, their maps, and what th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ TILE, CLIP_TILES = 192, (64, 1536)  # pixels of a tile; of a clip's: at least, a
 MOST_FRAMES = 24  # columns of a clip
 DIM = 0.22  # brightness of what a map leaves unlit
 NO_MAP = (226, 227, 230)
+PRAISE, BLAME = (31, 95, 168), (190, 85, 10)
+BAR = (280, 12)  # pixels of a colour bar
 MAGMA = (
     "000004 0a0822 1d1147 36106b 51127c 6a1c81 832681 9c2e7f b73779"
     " d0416f e75263 f56b5c fc8961 fea772 fec488 fde2a3 fcfdbf"
@@ -37,6 +39,15 @@ def heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
     return colours
 
 
+def signed_heat(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """Values in [-1, 1]: blue where they are above 0, orange where below, white at 0; what is not finite is grey."""
+    clean = np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=-1.0).clip(-1, 1)
+    ends = np.where(clean[..., None] > 0, PRAISE, BLAME)
+    colours = (255 + np.abs(clean)[..., None] * (ends - 255.0)).round().astype(np.uint8)
+    colours[~np.isfinite(values)] = NO_MAP
+    return colours
+
+
 def map_sheet(
     pictures: Float[Tensor, "N 3 Y X"] | Sequence[Tensor],
     components: Float[Tensor, "N K h w"] | Sequence[Tensor] | None,
@@ -44,29 +55,56 @@ def map_sheet(
     captions: Sequence[str],
     max_rows: int = 8,
     *,
+    factors: Mapping[str, Float[Tensor, "N H W"]] | None = None,
+    advantages: Sequence[float] | None = None,
     tile: int = TILE,
 ) -> Image.Image:
-    """One row per sample: picture, oriented components as RGB, map, and the picture lit by the map.
+    """One row per sample: picture, oriented components as RGB, map, credit, and the picture lit by the map.
+
+    Every map has a colour scale of its own, from 0 to its largest weight, which the caption gives: under one scale for
+    all rows a map that peaks would leave the others black.
 
     Args:
         pictures: in [0, 1]; sequences of (3, Y, X) may differ in size.
         components: z'_j; the first three, each stretched to its own range, are the red, green and blue channel. None
             leaves their column out, for maps that do not come from components.
-        maps: the weight M(p) of each position. The colour scale is one for all rows and starts at 0.
+        maps: the weight M(p) of each position.
         captions: one per picture, or none. max_rows: how many of the first samples are shown.
+        factors: the maps whose product ``maps`` is, by name: a column each.
+        advantages: A of each sample; adds a column of A M(p), blue where a position is praised, orange where blamed.
         tile: longest side of each tile in pixels; the aspect ratio is kept.
     """
     _check(pictures, components, maps, captions, max_rows)
-    shown = min(max_rows, len(pictures))
-    arrays = [plane.detach().float().cpu().numpy() for plane in maps[:shown]]
-    top = max((float(plane[np.isfinite(plane)].max(initial=0.0)) for plane in arrays), default=0.0) or 1.0
-    parts = [None] * shown if components is None else components
-    rows = [_row(pictures[i], parts[i], arrays[i], top, tile) for i in range(shown)]
-    labels = [_label(captions[i] if captions else "", arrays[i]) for i in range(shown)]
+    factors = factors or {}
+    rows, labels = [], []
+    for i in range(min(max_rows, len(pictures))):
+        plane = _plane(maps[i])
+        parts = None if components is None else components[i]
+        advantage = None if advantages is None else float(advantages[i])
+        others = [_plane(factor[i]) for factor in factors.values()]
+        rows.append(_row(pictures[i], parts, others, plane, advantage, tile))
+        labels.append(_label(captions[i] if captions else "", plane, advantage))
     middle = () if components is None else ("components 1-3 as RGB",)
-    headings = ("picture", *middle, "map M(p)", "what the map lights")
-    grid = paper.labelled_grid(rows, labels, headings)
-    return _with_colour_bar(grid, top)
+    named = "map M(p)" if not factors else "M(p), their product"
+    credit = () if advantages is None else ("credit A M(p)",)
+    grid = paper.labelled_grid(rows, labels, ("picture", *middle, *factors, named, *credit, "what the map lights"))
+    return _with_colour_bars(grid, signed=advantages is not None)
+
+
+def _plane(values: Tensor) -> Float[np.ndarray, "*shape"]:
+    return values.detach().float().cpu().numpy()
+
+
+def _coloured(plane: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """By a scale of its own; a map that blames positions as well is shown as credit is."""
+    if np.nanmin(plane, initial=0.0) < 0:
+        return signed_heat(plane / _largest(abs(plane)))
+    return heat(plane / _largest(plane))
+
+
+def _largest(plane: Float[np.ndarray, "*shape"]) -> float:
+    """The largest finite weight; 1 if there is none above 0."""
+    return float(plane[np.isfinite(plane)].max(initial=0.0)) or 1.0
 
 
 def _check(
@@ -87,15 +125,21 @@ def _check(
         raise ValueError(f"one sample has shapes {shapes}; give pictures (3, Y, X), components (K, h, w), maps (H, W)")
 
 
-def _row(picture: Tensor, components: Tensor | None, plane: np.ndarray, top: float, tile: int) -> list[Image.Image]:
+def _row(
+    picture: Tensor,
+    components: Tensor | None,
+    factors: Sequence[np.ndarray],
+    plane: np.ndarray,
+    advantage: float | None,
+    tile: int,
+) -> list[Image.Image]:
     image = _fitted(picture, tile)
-    middle = [] if components is None else [_components(components).resize(image.size, Image.Resampling.NEAREST)]
-    return [
-        image,
-        *middle,
-        Image.fromarray(heat(plane / top)).resize(image.size, Image.Resampling.NEAREST),
-        lit(image, plane),
-    ]
+    cells = [] if components is None else [_components(components)]
+    cells += [Image.fromarray(_coloured(values)) for values in (*factors, plane)]
+    cells += (
+        [] if advantage is None else [Image.fromarray(signed_heat(np.sign(advantage) * plane / _largest(abs(plane))))]
+    )
+    return [image, *(cell.resize(image.size, Image.Resampling.NEAREST) for cell in cells), lit(image, abs(plane))]
 
 
 def _fitted(picture: Float[Tensor, "3 Y X"], tile: int) -> Image.Image:
@@ -117,14 +161,16 @@ def clip_map_sheet(
     max_clips: int = 3,
     *,
     temporal_stride: int,
+    advantages: Sequence[float] | None = None,
 ) -> Image.Image:
     """Three rows per clip, a column per latent frame (evenly spaced ones of a long clip).
 
     Args:
-        clips: in [0, 1]. maps: the weight M(p) of each position; the colour scale is one for the sheet and starts at 0,
-            what is fully lit is the clip's largest weight.
+        clips: in [0, 1]. maps: the weight M(p) of each position; each clip has its own colour scale, from 0 to its
+            largest weight, over all its frames.
         captions: one per clip. max_clips: how many of the first ones are shown.
         temporal_stride: pixel frames per latent frame; F = temporal_stride (T - 1) + 1, as in ``align_frames``.
+        advantages: A of each sample; the caption says it.
     """
     frames, expected = clips.shape[2], temporal_stride * (maps.shape[1] - 1) + 1
     if not len(clips) == len(maps) == len(captions) or frames != expected or not len(clips):
@@ -133,29 +179,29 @@ def clip_map_sheet(
             f" give one of each per sample, and temporal_stride={temporal_stride} has {expected} frames"
         )
     pairs = spaced(list(enumerate(shown_frames(maps.shape[1], temporal_stride))), MOST_FRAMES)
-    planes = maps[:max_clips].detach().float().cpu().numpy()
-    top = float(planes[np.isfinite(planes)].max(initial=0.0)) or 1.0
     rows, labels = [], []
-    for clip, plane, caption in zip(clips, planes, captions, strict=False):
-        rows += _clip_rows(clip, plane, pairs, top)
-        labels += [_label(caption, plane), "\nmap M(p)", "\nwhat the map lights"]
+    for i in range(min(max_clips, len(clips))):
+        planes = _plane(maps[i])
+        rows += _clip_rows(clips[i], planes, pairs)
+        advantage = None if advantages is None else float(advantages[i])
+        labels += [_label(captions[i], planes, advantage), "\nmap M(p)", "\nwhat the map lights"]
     headings = [f"frame {frame}\nlatent {latent}" for latent, frame in pairs]
-    return _with_colour_bar(paper.labelled_grid(rows, labels, headings), top)
+    return _with_colour_bars(paper.labelled_grid(rows, labels, headings), signed=False)
 
 
 def _clip_rows(
-    clip: Float[Tensor, "3 F Y X"], planes: Float[np.ndarray, "T H W"], pairs: Sequence[tuple[int, int]], top: float
+    clip: Float[Tensor, "3 F Y X"], planes: Float[np.ndarray, "T H W"], pairs: Sequence[tuple[int, int]]
 ) -> list[list[Image.Image]]:
     """Frames, maps and lit frames of the (latent frame, pixel frame) ``pairs``."""
     smallest, row = CLIP_TILES
     tile = max(smallest, min(TILE, row // len(pairs)))
     images = [_fitted(clip[:, frame], tile) for _, frame in pairs]
-    most = float(planes[np.isfinite(planes)].max(initial=0.0))
-    maps = [Image.fromarray(heat(planes[latent] / top)) for latent, _ in pairs]
+    most, coloured = _largest(abs(planes)), _coloured(planes)
+    maps = [Image.fromarray(coloured[latent]) for latent, _ in pairs]
     return [
         images,
         [plane.resize(image.size, Image.Resampling.NEAREST) for plane, image in zip(maps, images, strict=True)],
-        [lit(image, planes[latent], most) for image, (latent, _) in zip(images, pairs, strict=True)],
+        [lit(image, abs(planes[latent]), most) for image, (latent, _) in zip(images, pairs, strict=True)],
     ]
 
 
@@ -177,23 +223,26 @@ def lit(picture: Image.Image, plane: Float[np.ndarray, "H W"], most: float | Non
     return Image.composite(picture.convert("RGB"), unlit, mask)
 
 
-def _label(caption: str, plane: np.ndarray) -> str:
+def _label(caption: str, plane: np.ndarray, advantage: float | None) -> str:
+    words = caption if advantage is None else f"{caption}\nadvantage {advantage:+.2f}"
     if not np.isfinite(plane).all():
-        return f"{caption}\nno map: not finite"
-    return f"{caption}\nmin {plane.min():.2f}, mean {plane.mean():.2f}, max {plane.max():.2f}"
+        return f"{words}\nno map: not finite"
+    return f"{words}\nweights {plane.min():.2f} to {plane.max():.2f}, mean {plane.mean():.2f}"
 
 
-def _with_colour_bar(grid: Image.Image, top: float) -> Image.Image:
-    """The sheet with its colour scale underneath, in line with the first tile."""
-    left, width, height = paper.MARGIN + paper.LABEL_WIDTH + 2 * paper.GAP, 320, 12
-    canvas = Image.new("RGB", (grid.width, grid.height + 44), paper.PAPER)
+def _with_colour_bars(grid: Image.Image, *, signed: bool) -> Image.Image:
+    """The sheet with what its colours mean underneath, in line with the first tile."""
+    left, top = paper.MARGIN + paper.LABEL_WIDTH + 2 * paper.GAP, grid.height - paper.GAP
+    bars = [(heat(np.linspace(0, 1, BAR[0])), ("0", "largest weight of its own map"))]
+    if signed:
+        bars.append((signed_heat(np.linspace(-1, 1, BAR[0])), ("blamed", "praised")))
+    step = BAR[0] + 4 * paper.GAP
+    canvas = Image.new("RGB", (max(grid.width, left + len(bars) * step), grid.height + 44), paper.PAPER)
     canvas.paste(grid, (0, 0))
-    ramp = heat(np.broadcast_to(np.linspace(0, 1, width), (height, width)))
-    y = grid.height - paper.GAP
-    canvas.paste(Image.fromarray(ramp), (left, y))
-    paper.draw_text(canvas, (paper.MARGIN, y - 4), [("map M(p), all rows", paper.MUTED)])
-    for share in (0.0, 0.5, 1.0):
-        text = f"{share * top:.2f}" if share else "0"
-        place = left + round(share * (width - paper.font().getlength(text)))
-        paper.draw_text(canvas, (place, y + height + 4), [(text, paper.MUTED)])
+    for place, (ramp, (low, high)) in enumerate(bars):
+        x = left + place * step
+        canvas.paste(Image.fromarray(np.broadcast_to(ramp, (BAR[1], *ramp.shape)).copy()), (x, top))
+        ends = x + BAR[0] - round(paper.font().getlength(high))
+        for at, text in ((x, low), (ends, high)):
+            paper.draw_text(canvas, (at, top + BAR[1] + 4), [(text, paper.MUTED)])
     return canvas

@@ -1,18 +1,10 @@
-"""Pictures on disk and on paper: lossless contact sheets for programs, labelled grids for people.
-
-A contact sheet is tiles row by row without padding, beside it a JSON file that names them. A clip is a row of its own,
-with its frames as columns. Whoever reads a sheet back gets the very bytes that were scored.
-"""
+"""Pictures as bytes and on paper: text, grids with headings and captions."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vipo.errors import UserError
-from vipo.files import write_text, written_whole
+from vipo.files import written_whole
 
 PAPER, INK, MUTED = "#ffffff", "#1c1d21", "#63666e"
 MARGIN, GAP, LABEL_WIDTH, TEXT_SIZE, LEADING = 24, 8, 190, 14, 1.35
@@ -44,101 +35,10 @@ def to_uint8(media: Media) -> UInt8[np.ndarray, "N F Y X 3"]:
     return to_bytes(media).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
-def contact_sheet(media: Media, columns: int) -> Image.Image:
-    """Pictures as tiles, row by row, no padding between them; a clip is a row of frames. Places left over are black."""
-    tiles = to_uint8(media).reshape(-1, *media.shape[3:], 3)
-    columns = media.shape[2] if media.shape[2] > 1 else columns
-    count, height, width = tiles.shape[:3]
-    if count == 0 or columns < 1:
-        raise ValueError(f"a sheet needs at least 1 picture and 1 column, not {count} and {columns}")
-    rows = math.ceil(count / columns)
-    canvas = np.zeros((rows * columns, height, width, 3), np.uint8)
-    canvas[:count] = tiles
-    grid = canvas.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
-    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))
-
-
-def save_sheet(
-    path: Path,
-    media: Media,
-    columns: int,
-    prompts: Sequence[str],
-    scores: Mapping[str, Sequence[float] | Tensor],
-) -> None:
-    """Write ``path`` (PNG) and the JSON of the same name. A score that is not finite becomes null.
-
-    Args:
-        columns: pictures in a row; clips have one column per frame instead, and the JSON says how many ``frames``.
-
-    Raises:
-        ValueError: prompts or scores that are not one per picture.
-    """
-    listed = {name: _plain(values) for name, values in scores.items()}
-    for name, values in {"prompts": prompts, **listed}.items():
-        if len(values) != len(media):
-            raise ValueError(f"{len(values)} entries of {name!r} for {len(media)} pictures: give one per picture")
-    sheet, tile = contact_sheet(media, columns), [int(side) for side in media.shape[-2:]]
-    frames = media.shape[2]
-    layout = {"columns": columns, "tile": tile} if frames == 1 else {"columns": frames, "tile": tile, "frames": frames}
-    info = {**layout, "prompts": [str(prompt) for prompt in prompts], "scores": listed}
-    write_text(path.with_suffix(".json"), json.dumps(info, ensure_ascii=False))
-    save_png(path, sheet)
-
-
-def _plain(values: Sequence[float] | Tensor) -> list[float | None]:
-    numbers = values.tolist() if isinstance(values, Tensor) else [float(value) for value in values]
-    return [number if math.isfinite(number) else None for number in numbers]
-
-
 def save_png(path: Path, picture: Image.Image) -> None:
     """Write a picture as a whole or not at all."""
     with written_whole(path) as aside:
         picture.save(aside, format="PNG")
-
-
-def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
-    """The tiles of a contact sheet in the order they were given, and the JSON beside it.
-
-    If the JSON has ``frames``, a tile is a clip: that many frames side by side, see ``vipo.media.clips.cut``.
-
-    Raises:
-        UserError: one of the two files is missing, damaged, or they do not belong together.
-    """
-    try:
-        info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        (height, width), columns, count = info["tile"], info["columns"], len(info["prompts"])
-        width, columns = width * info.get("frames", 1), columns // info.get("frames", 1)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError, AttributeError) as error:
-        raise UserError(f"contact sheet {str(path)!r} cannot be read: {error}") from error
-    sheet = open_sheet(path)
-    if sheet.size != (columns * width, math.ceil(count / columns) * height):
-        raise UserError(f"contact sheet {str(path)!r} is {sheet.size} pixels, which its JSON file does not describe")
-    corners = [((i % columns) * width, (i // columns) * height) for i in range(count)]
-    with _of_any_size():
-        return [sheet.crop((x, y, x + width, y + height)) for x, y in corners], info
-
-
-def open_sheet(path: Path) -> Image.Image:
-    """A sheet that we wrote, of any size.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        with _of_any_size(), Image.open(path) as opened:
-            return opened.convert("RGB")
-    except Exception as error:  # of a damaged file, parsers raise what they like
-        raise UserError(f"sheet {str(path)!r} cannot be read: {error}") from error
-
-
-@contextmanager
-def _of_any_size() -> Iterator[None]:
-    """Without Pillow's bound on pixels: it guards against hostile files, and sheets of clips exceed it."""
-    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = bound
 
 
 def labelled_grid(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from vipo.generators import context
 from vipo.plan.blueprint import conditioning
 from vipo.plan.judging import Judge, judges_of
 from vipo.plan.ledger import Ledger
@@ -76,6 +77,7 @@ class Plan:
     recipe: str
     machine: Machine
     sharded: bool  # weights, gradients and optimiser state are cut over the processes (FSDP2), else each has all
+    context_parallel: int  # processes that share each sample
     resident: Items
     phases: Mapping[str, Items]  # what each phase adds to that
     seconds: Mapping[str, float]  # of an iteration, by what is done
@@ -110,6 +112,8 @@ class Plan:
     def launch(self) -> str:
         """How to start it; on several nodes the same on each, with an address that all of them reach."""
         machine, sharding = self.machine, " training.sharding=fsdp2" if self.sharded else ""
+        if self.context_parallel > 1:
+            sharding += f" training.context_parallel={self.context_parallel}"
         if machine.processes == 1:
             return f"vipo train {self.recipe}"
         several = f"--nnodes {machine.nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 "
@@ -122,6 +126,7 @@ class Plan:
             "recipe": self.recipe,
             "machine": {field.name: getattr(self.machine, field.name) for field in fields(Machine)},
             "sharded": self.sharded,
+            "context_parallel": self.context_parallel,
             "launch": self.launch,
             "resident_bytes": dict(self.resident),
             "phase_bytes": {name: dict(items) for name, items in self.phases.items()},
@@ -151,16 +156,23 @@ class Accountant:
         self.recipe, self.machine, self.ledger = recipe, machine, ledger
         self.work = work_of(recipe, machine.processes)
         self.drawn = ledger.drawn(recipe)[1]
+        self.team = recipe.training.context_parallel  # processes that share each pass
+        if self.team > 1:
+            masked = getattr(self.drawn.generator, "masks_text", False)
+            context.check(self.drawn.network, self.team, recipe.training.context_exchange, masked=masked)
         self.judges, self.uncounted = judges_of(recipe)
         self.sharded = machine.processes > 1 and recipe.training.sharding == "fsdp2"
         self.over = machine.processes if self.sharded else 1  # processes that share the network
 
     def plan(self) -> Plan:
         notes = [f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
+        if self.team > 1:
+            notes.append(f"not counted: messages within each team of {self.team} processes, in every block's attention")
         return Plan(
             recipe=self.recipe.name,
             machine=self.machine,
             sharded=self.sharded,
+            context_parallel=self.team,
             resident=_present(self.resident()),
             phases={name: _present(items) for name, items in self.phases().items()},
             seconds={name: value for name, value in self.seconds().items() if value},
@@ -227,7 +239,11 @@ class Accountant:
         return 3 * section.frames * section.height * section.width * FLOAT
 
     def cost(self, what: str, batch: int) -> Cost:
-        return self.ledger.cost(self.recipe, what, batch)
+        """Of a pass; a team cuts the network's by tokens, and what is outside its blocks counts as if it were too."""
+        whole = self.ledger.cost(self.recipe, what, batch)
+        if what == "decoding" or self.team == 1:
+            return whole
+        return replace(whole, bytes=math.ceil(whole.bytes / self.team), flops=whole.flops // self.team)
 
     @cached_property
     def decoded_at_once(self) -> int:

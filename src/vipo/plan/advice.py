@@ -165,5 +165,8 @@ def _costly(recipe: Recipe, machine: Machine) -> Iterator[Change]:
 def _other_training(recipe: Recipe) -> Iterator[Change]:
     if recipe.policy.kind == "lora" and recipe.generator.quantization == "none" and recipe.training.sharding == "none":
         yield Change(("generator", "quantization"), "nf4", warning="a LoRA on a base in 4 bits")
+    if recipe.policy.kind == "lora" and recipe.generator.text_quantization == "none":
+        helps = ("read",) if recipe.generator.offload_text else ALL
+        yield Change(("generator", "text_quantization"), "nf4", helps, warning="prompts read in 4 bits")
     if recipe.policy.kind == "full":
         yield Change(("policy", "kind"), "lora", warning="trains a LoRA instead of every weight")

@@ -177,6 +177,9 @@ def empty_pipeline(section: GeneratorSection) -> Any:
     for name in adapter.float32_parts:
         getattr(pipeline, name).float()
     quantise(pipeline.transformer, section.quantization, dtype)
+    for name in adapter.text_reader.encoder_names:
+        if (encoder := getattr(pipeline, name)) is not None:
+            quantise(encoder, section.text_quantization, dtype)
     return pipeline
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vipo.options import NEEDS_MAPS
+from vipo.options import NEEDS_SOURCES
 from vipo.plan import passes
 from vipo.plan.blueprint import empty_network, shapes_only
 from vipo.plan.passes import Cost
@@ -26,6 +26,7 @@ EVERY_FRAME = ("dinov2", "hpsv2.1", "pickscore", "clipscore", "aesthetic")  # wh
 LIGHT = (  # under 25 MB, or in another process
     *("redness", "brightness", "jpeg_compressibility", "remote", "openai_judge", "efficientnet_lite"),
     *("emoji_match", "emoji_judge", "emoji_layout", "emoji_motion", "emoji_motion_judge"),
+    *("emoji_clean", "emoji_count", "emoji_quality", "emoji_flaws"),
 )
 
 
@@ -66,7 +67,7 @@ def judges_of(recipe: Recipe) -> tuple[list[Judge], list[str]]:
             found.setdefault(
                 (kind, str(section.options.get("dtype")), judge.offload), judge
             )  # one model, many questions
-    if recipe.credit in NEEDS_MAPS and "perceptual" in recipe.structuring.sources:
+    if recipe.credit in NEEDS_SOURCES and "perceptual" in recipe.structuring.sources:
         kind, options = recipe.structuring.backbone, recipe.structuring.backbone_options
         if kind in table("judges"):
             found["backbone", kind, False] = _judge(kind, options, recipe, True)

@@ -1,4 +1,4 @@
-"""What one process does in an iteration of a recipe, in numbers of samples, rows and passes."""
+"""What one process, or team of them, does in an iteration of a recipe, in numbers of samples, rows and passes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean
 
 from vipo.schema import Recipe
 from vipo.training.losses import LOSSES
-from vipo.workload import check_updates, parts, possible_steps, share_of, share_sizes, widths
+from vipo.workload import check_updates, parts, possible_steps, share_of, share_sizes, teams_of, widths
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,23 @@ class Work:
     replayed_at_once: int
 
 
-def work_of(recipe: Recipe, gpus: int) -> Work:
+def work_of(recipe: Recipe, processes: int) -> Work:
     """How the rollout, the loss and the learner share a recipe's iteration out.
 
     Raises:
         UserError: the prompts cannot be dealt to so many processes.
     """
     section, steps = recipe.prompts, recipe.optimizer.per_iteration
-    share = share_of(0, gpus, per_iteration=section.per_iteration, group_size=section.group_size)
+    teams = teams_of(processes, recipe.training.context_parallel)
+    share = share_of(0, teams, per_iteration=section.per_iteration, group_size=section.group_size)
     groups, group_size = len(share.groups), len(share.members)
     training, loss = recipe.training, LOSSES[recipe.objective.loss](recipe.objective, recipe.solver)
     together = [len(part) for part in parts(groups, training.prompts_at_once)]
     at_once = training.rollout_batch_size or together[0] * group_size
     sampling = [_sampling(recipe, stochastic, together, group_size) for stochastic in possible_steps(recipe.solver)]
     kept_of_all = section.per_iteration * (training.keep_per_group or section.group_size)
-    check_updates(steps, samples=kept_of_all, processes=gpus)
-    kept = math.ceil(kept_of_all / gpus)
+    check_updates(steps, samples=kept_of_all, processes=teams)
+    kept = math.ceil(kept_of_all / teams)
     batches = [_batches(recipe, samples) for samples in share_sizes(kept, steps)]
     return Work(
         samples=groups * group_size,

@@ -6,15 +6,18 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts
+from vipo.evaluation.records import EvaluationRecord
+from vipo.report.groups import SEED, Group, GroupScore, groups, labels
 from vipo.report.outcome import Role, Verdict, check_pairs, role_of, verdict_of
-from vipo.report.run import EvaluationRecord, RunRecord, read_run
+from vipo.report.run import RunRecord, read_run
 
 _VERDICTS: Mapping[Verdict | None, str] = {
-    "rose beyond noise": "better beyond noise",
-    "fell": "worse beyond noise",
+    "rose in this run": "better in these runs",
+    "fell in this run": "worse in these runs",
     "within noise": "within noise",
     "too few prompts to tell": "too few prompts to tell",
     None: "",
@@ -37,7 +40,8 @@ class ComparedRun:
 
     run: str
     name: str
-    credit: str
+    label: str  # the keys in which the runs differ, with the run's values
+    seed: int
     iteration: int
     cells: Mapping[str, Cell]
 
@@ -48,13 +52,30 @@ def compare_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
     Raises:
         UserError: a folder is not a run directory, has no evaluation, or was evaluated on other prompts.
     """
+    runs = _comparable(run_dirs)
+    records = [run.evaluations[-1] for run in runs]
+    named = zip(runs, records, labels(runs), strict=True)
+    return [_compared(run, record, records[0], label) for run, record, label in named]
+
+
+def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
+    """The same runs with those that differ only in their seed as one.
+
+    Raises:
+        UserError: as :func:`compare_runs`.
+    """
+    return groups(_comparable(run_dirs))
+
+
+def _comparable(run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """The runs, each with an evaluation, all of the same pictures."""
     if not run_dirs:
         raise UserError("there is nothing to compare; name at least one run directory")
     runs = [read_run(Path(folder)) for folder in run_dirs]
     records = [_last(run) for run in runs]
     for run, record in zip(runs[1:], records[1:], strict=True):
         check_pairs(records[0], record, f"{str(runs[0].folder)!r} and {str(run.folder)!r}")
-    return [_compared(run, record, records[0]) for run, record in zip(runs, records, strict=True)]
+    return runs
 
 
 def _last(run: RunRecord) -> EvaluationRecord:
@@ -63,10 +84,10 @@ def _last(run: RunRecord) -> EvaluationRecord:
     return run.evaluations[-1]
 
 
-def _compared(run: RunRecord, record: EvaluationRecord, first: EvaluationRecord) -> ComparedRun:
+def _compared(run: RunRecord, record: EvaluationRecord, first: EvaluationRecord, label: str) -> ComparedRun:
     cells = {name: _cell(run, name, record, first) for name in record.values}
     kept = {name: cell for name, cell in cells.items() if cell is not None}
-    return ComparedRun(str(run.folder), run.name, str(run.recipe.get("credit", "")), record.iteration, kept)
+    return ComparedRun(str(run.folder), run.name, label, int(run.recipe.get(SEED) or 0), record.iteration, kept)
 
 
 def _cell(run: RunRecord, name: str, record: EvaluationRecord, first: EvaluationRecord) -> Cell | None:
@@ -84,15 +105,20 @@ def _cell(run: RunRecord, name: str, record: EvaluationRecord, first: Evaluation
     return Cell(role, mean, gain, verdict_of(gain, prompts))
 
 
-HEADINGS = ("score", "run", "credit", "iteration", "mean", "difference", "95 % interval", "verdict")
+HEADINGS = ("score", "run", "differs in", "seed", "iteration", "mean", "difference", "95 % interval", "verdict")
 
 
 def text_table(rows: Sequence[ComparedRun]) -> str:
     """The comparison for a terminal, one line per score and run."""
-    lines = [HEADINGS, *_lines(rows)]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(HEADINGS))]
+    return _padded(HEADINGS, _lines(rows), _note(rows))
+
+
+def _padded(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """Columns for a terminal, with a line below."""
+    lines = [headings, *rows]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(headings))]
     padded = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([padded[0], "  ".join("-" * width for width in widths), *padded[1:], _note(rows)])
+    return "\n".join([padded[0], "  ".join("-" * width for width in widths), *padded[1:], note])
 
 
 def markdown_table(rows: Sequence[ComparedRun]) -> str:
@@ -116,11 +142,13 @@ def _lines(rows: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
         for row in having:
             cell = row.cells[name]
             title = f"{name} ({having[0].cells[name].role})" if row is having[0] else ""
-            lines.append((title, row.run, row.credit, str(row.iteration), f"{cell.mean.mean:.4f}", *_gain(cell)))
+            lines.append(
+                (title, row.run, row.label, str(row.seed), str(row.iteration), f"{cell.mean.mean:.4f}", *_gain(cell))
+            )
     return lines
 
 
-def _gain(cell: Cell) -> tuple[str, str, str]:
+def _gain(cell: Cell | GroupScore) -> tuple[str, str, str]:
     if cell.difference is None:
         return "", "", ""
     gain = cell.difference
@@ -129,3 +157,74 @@ def _gain(cell: Cell) -> tuple[str, str, str]:
 
 def _note(rows: Sequence[ComparedRun]) -> str:
     return f"Differences are from {rows[0].run}, paired picture by picture; intervals are a bootstrap over prompts."
+
+
+GROUP_HEADINGS = (
+    "score",
+    "group",
+    "seeds",
+    "mean",
+    "range over seeds",
+    "difference",
+    "95 % interval",
+    "verdict",
+    "pictures to level",
+)
+
+
+def group_table(found: Sequence[Group]) -> str:
+    """The groups for a terminal, one line per score and group."""
+    note = (
+        f"Differences are from {found[0].label}, paired by picture and by seed; intervals are a bootstrap over prompts,"
+        " of pictures over seeds. The level is that group's final mean."
+    )
+    return _padded(GROUP_HEADINGS, _group_lines(found), note)
+
+
+def group_rows(found: Sequence[Group]) -> list[dict[str, Any]]:
+    """The groups as flat rows, one per score and group, for CSV."""
+    return [_flat_row(name, group, score) for group in found for name, score in group.scores.items()]
+
+
+def _group_lines(found: Sequence[Group]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(name for group in found for name in group.scores):
+        having = [group for group in found if name in group.scores]
+        for group in having:
+            score = group.scores[name]
+            title = f"{name} ({score.role})" if group is having[0] else ""
+            spread = f"{score.low:.4f} to {score.high:.4f}" if len(group.seeds) > 1 else ""
+            seeds = ",".join(map(str, group.seeds))
+            lines.append((title, group.label, seeds, f"{score.mean:.4f}", spread, *_gain(score), _reached(score)))
+    return lines
+
+
+def _reached(score: GroupScore) -> str:
+    """Pictures with their interval; how many seeds got there where not all did."""
+    if score.reach is None:
+        return ""
+    counts, over = score.reach.by_seed.values(), score.reach.pictures
+    if over is None:
+        return f"{sum(count is not None for count in counts)} of {len(counts)} seeds reached it"
+    return f"{over.mean:.0f}" + (f" [{over.low:.0f}, {over.high:.0f}]" if len(counts) > 1 else "")
+
+
+def _flat_row(name: str, group: Group, score: GroupScore) -> dict[str, Any]:
+    gain, over = score.difference, score.reach.pictures if score.reach else None
+    return {
+        "score": name,
+        "role": score.role,
+        "group": group.label,
+        "seeds": " ".join(map(str, group.seeds)),
+        "mean": score.mean,
+        "lowest_seed": score.low,
+        "highest_seed": score.high,
+        "difference": gain.mean if gain else None,
+        "difference_low": gain.low if gain else None,
+        "difference_high": gain.high if gain else None,
+        "verdict": _VERDICTS[score.verdict] or None,
+        "level": score.reach.level if score.reach else None,
+        "pictures_to_level": over.mean if over else None,
+        "pictures_low": over.low if over else None,
+        "pictures_high": over.high if over else None,
+    }

@@ -14,23 +14,26 @@ from PIL import Image
 from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut, resized, spaced, table
-from vipo.media.pictures import load_sheet, open_sheet
+from vipo.media.sheets import load_sheet, open_sheet
 from vipo.report.embed import clip_uri, data_uri
 from vipo.report.outcome import Change, before_and_after, total_change
-from vipo.report.run import EvaluationRecord, RunRecord
+from vipo.report.run import RunRecord
 
-FIRST, EXTREMES = 16, 4
+FIRST, EXTREMES = 16, 3  # pictures, and prompts
 STRIP_ROWS, STRIP_COLUMNS = 6, 8
+SLIDER = 8  # evaluations that can be slid through
 MAP_SHEETS = 4
 FIRST_CLIPS, CLIP_ROOM = 8, 1_900_000  # pairs, and bytes of all clips before base64 makes a third more of them
+SAMPLES, SAMPLES_CLIPS = 4, 1  # of a prompt
 LAID_OUT, LAID_OUT_SIDE = 8, 96  # frames of a clip side by side, and pixels of each
 STILL_SIDE = 64  # pixels; larger stills of a clip are compressed
 
 
 @dataclass(frozen=True)
 class ScoreChange:
-    """One score of one picture before and after training."""
+    """One score of one picture, or of a prompt's pictures, before and after training."""
 
     name: str
     before: float
@@ -43,8 +46,17 @@ class Pair:
 
     prompt: str
     before: str  # data URI
-    after: str
+    later: tuple[str, ...]  # data URIs at the gallery's iterations; the last is after training
     frames: str  # data URI of both clips laid out, before above after; empty for pictures
+    scores: tuple[ScoreChange, ...]
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """A prompt's samples, and its mean scores."""
+
+    prompt: str
+    pairs: tuple[Pair, ...]
     scores: tuple[ScoreChange, ...]
 
 
@@ -61,13 +73,18 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Gallery:
-    """``first`` is chosen by place alone; ``gains`` and ``losses`` are the extremes of the trained score."""
+    """``first`` is chosen by place alone; ``groups`` are prompts chosen by the trained score, under what they are.
+
+    Args:
+        iterations: what ``Pair.later`` shows; more than one can be slid through.
+        side: of a tile, pixels.
+    """
 
     first: tuple[Pair, ...]
-    gains: tuple[Pair, ...]
-    losses: tuple[Pair, ...]
+    groups: Mapping[str, tuple[PromptGroup, ...]]
     one_per_prompt: bool
-    side: int  # of a tile, pixels
+    iterations: tuple[int, ...]
+    side: int
     problem: str = ""
 
 
@@ -79,6 +96,37 @@ class Strip:
     rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """Makes the pairs of one page: the evaluations that are shown and how many bytes a clip may take."""
+
+    run: RunRecord
+    records: tuple[EvaluationRecord, ...]
+    tiles: tuple[Tiles, ...]
+    room: int
+
+    def pair(self, row: int) -> Pair:
+        base, last = self.records[0], self.records[-1]
+        return Pair(base.prompts[row], *self._pictures(row), _scores(base, last, row))
+
+    def _pictures(self, row: int) -> tuple[str, tuple[str, ...], str]:
+        """Before, later and, for clips, both laid out, as data URIs; each clip of at most ``room`` bytes."""
+        strips = [tiles.strips[row] for tiles in self.tiles]
+        if self.tiles[0].frames == 1:
+            before, *later = map(data_uri, strips)
+            return before, tuple(later), ""
+        clips = [cut(strip, self.tiles[0].frames) for strip in (strips[0], strips[-1])]
+        frames = data_uri(table([resized(spaced(clip, LAID_OUT), LAID_OUT_SIDE) for clip in clips]), 768)
+        before, after = (clip_uri(clip, self.run.fps, self.room) for clip in clips)
+        return before, (after,), frames
+
+    def group(self, prompt: int, count: int) -> PromptGroup:
+        base, last = self.records[0], self.records[-1]
+        every = base.samples_per_prompt
+        rows = range(prompt * every, (prompt + 1) * every)
+        return PromptGroup(base.prompts[rows[0]], tuple(map(self.pair, rows[:count])), _scores(base, last, rows))
+
+
 def gallery(run: RunRecord, found: Sequence[Change]) -> Gallery | None:
     """Pairs of the first and the last evaluation; None while there is no second one."""
     pair = before_and_after(run)
@@ -86,32 +134,35 @@ def gallery(run: RunRecord, found: Sequence[Change]) -> Gallery | None:
         return None
     base, last = pair
     try:
-        before, after = _tiles(run, base), _tiles(run, last)
+        ends = _tiles(run, base), _tiles(run, last)
     except UserError as error:
-        return Gallery((), (), (), False, 0, str(error))
-    prompts = len(base.prompts) // base.samples_per_prompt
-    count = FIRST if before.frames == 1 else FIRST_CLIPS
-    one_per_prompt = prompts >= count
-    step = base.samples_per_prompt if one_per_prompt else 1
-    first = range(0, len(base.prompts), step)[:count]
-    gains, losses = _extremes(total_change(list(found), run.rewards))
-    room = CLIP_ROOM // (2 * len([*first, *gains, *losses]))
+        return Gallery((), {}, False, (), 0, str(error))
+    clips = ends[0].frames > 1
+    count, samples = (FIRST_CLIPS, SAMPLES_CLIPS) if clips else (FIRST, SAMPLES)
+    one_per_prompt = len(base.prompts) // base.samples_per_prompt >= count
+    first = range(0, len(base.prompts), base.samples_per_prompt if one_per_prompt else 1)[:count]
+    chosen = _chosen(run, list(found), last)
+    room = CLIP_ROOM // (2 * (len(first) + samples * sum(map(len, chosen.values()))))
+    between = [] if clips else _between(run, base, last)
+    records = (base, *(record for record, _ in between), last)
+    shown = _Shown(run, records, (ends[0], *(tiles for _, tiles in between), ends[1]), room)
+    groups = {title: tuple(shown.group(prompt, samples) for prompt in prompts) for title, prompts in chosen.items()}
+    side = max(ends[0].strips[0].width // ends[0].frames, ends[0].strips[0].height)
+    iterations = tuple(record.iteration for record in records[1:])
+    return Gallery(tuple(map(shown.pair, first)), groups, one_per_prompt, iterations, side)
 
-    def pairs(rows: Sequence[int]) -> tuple[Pair, ...]:
-        return tuple(Pair(base.prompts[i], *_shown(before, after, i, run, room), _scores(base, last, i)) for i in rows)
 
-    side = max(before.strips[0].width // before.frames, before.strips[0].height)
-    return Gallery(pairs(first), pairs(gains), pairs(losses), one_per_prompt, side)
-
-
-def _shown(before: Tiles, after: Tiles, row: int, run: RunRecord, room: int) -> tuple[str, str, str]:
-    """Before, after and, for clips, both laid out, as data URIs; each clip of at most ``room`` bytes."""
-    pair = before.strips[row], after.strips[row]
-    if before.frames == 1:
-        return data_uri(pair[0]), data_uri(pair[1]), ""
-    clips = cut(pair[0], before.frames), cut(pair[1], after.frames)
-    frames = data_uri(table([resized(spaced(clip, LAID_OUT), LAID_OUT_SIDE) for clip in clips]), 768)
-    return clip_uri(clips[0], run.fps, room), clip_uri(clips[1], run.fps, room), frames
+def _between(run: RunRecord, base: EvaluationRecord, last: EvaluationRecord) -> list[tuple[EvaluationRecord, Tiles]]:
+    """Evaluations between the two whose pictures can be read and are those of the same prompts, evenly spaced."""
+    found = []
+    for record in spaced(run.evaluations[1:-1], SLIDER - 1):
+        try:
+            tiles = _tiles(run, record)
+        except UserError:
+            continue  # one place less on the slider; the gallery says so where it concerns the first or last
+        if record.prompts == base.prompts == last.prompts:
+            found.append((record, tiles))
+    return found
 
 
 def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
@@ -121,21 +172,36 @@ def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
     tiles, info = load_sheet(path)
     if len(tiles) != len(record.prompts):
         raise UserError(f"{path.name} holds {len(tiles)} pictures, its evaluation {len(record.prompts)}")
-    return Tiles(tiles, info.get("frames", 1))
+    return Tiles(tiles, info["frames"])
 
 
-def _scores(base: EvaluationRecord, last: EvaluationRecord, row: int) -> tuple[ScoreChange, ...]:
+def _scores(base: EvaluationRecord, last: EvaluationRecord, rows: int | range) -> tuple[ScoreChange, ...]:
+    """Of one picture, or the means of several."""
+    at = list(rows) if isinstance(rows, range) else [rows]
     names = [name for name in base.values if name in last.values]
-    return tuple(ScoreChange(n, float(base.values[n][row]), float(last.values[n][row])) for n in names)
+    return tuple(ScoreChange(n, *(float(record.values[n][at].nanmean()) for record in (base, last))) for n in names)
 
 
-def _extremes(total: Tensor | None) -> tuple[list[int], list[int]]:
-    """Rows of the largest rises and the largest falls of the trained score, largest first."""
-    if total is None:
-        return [], []
-    order = [i for i in torch.argsort(total.nan_to_num(0.0), stable=True).tolist() if total[i].isfinite()]
-    gains = [i for i in reversed(order) if total[i] > 0][:EXTREMES]
-    return gains, [i for i in order if total[i] < 0][:EXTREMES]
+def _chosen(run: RunRecord, found: list[Change], last: EvaluationRecord) -> dict[str, list[int]]:
+    """Numbers of the prompts whose trained score rose, fell, is highest and is lowest, as means over their pictures."""
+    change, every = total_change(found, run.rewards), last.samples_per_prompt
+    if change is None:
+        return {}
+    gains = change.unflatten(0, (-1, every)).nanmean(1)
+    level = torch.stack([weight * last.values[name] for name, weight in run.rewards.items()]).sum(0)
+    levels = level.unflatten(0, (-1, every)).nanmean(1)
+    rising, by_level = _ordered(gains), _ordered(levels)
+    return {
+        "Prompts that gained most": [i for i in reversed(rising) if gains[i] > 0][:EXTREMES],
+        "Prompts that lost most": [i for i in rising if gains[i] < 0][:EXTREMES],
+        "Best prompt after training": by_level[-1:],
+        "Worst prompt after training": by_level[:1],
+    }
+
+
+def _ordered(values: Tensor) -> list[int]:
+    """Places of the finite values, smallest first."""
+    return [i for i in torch.argsort(values.nan_to_num(0.0), stable=True).tolist() if values[i].isfinite()]
 
 
 def strip(run: RunRecord) -> Strip | None:
@@ -175,7 +241,7 @@ def map_figures(run: RunRecord) -> list[tuple[int, str]]:
     for iteration in spaced(sorted(run.map_sheets), MAP_SHEETS):
         picture = _opened(run.map_sheets[iteration])
         if picture is not None:
-            shown.append((iteration, data_uri(picture, 1400)))
+            shown.append((iteration, data_uri(picture, 1700)))
     return shown
 
 

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts, pairs
-from vipo.report.run import EvaluationRecord, RunRecord
+from vipo.evaluation.estimate import FEWEST_PROMPTS, Estimate, estimate, paired, paired_prompts, pairs
+from vipo.evaluation.records import EvaluationRecord
+from vipo.report.run import RunRecord
 
-Verdict = Literal["rose beyond noise", "within noise", "fell", "too few prompts to tell"]
+Verdict = Literal["rose in this run", "within noise", "fell in this run", "too few prompts to tell"]
 Role = Literal["trained on", "held-out judge", "measured"]
-
-FEWEST_PROMPTS = 6
-"""All of n prompts move one way by chance with probability 2^(1-n); below 6 that exceeds 5 %: no verdict."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,12 @@ class Change:
 
 
 def verdict_of(gain: Estimate, prompts: int) -> Verdict:
-    """The verdict on a paired gain whose 95 % interval is from ``prompts`` prompts."""
+    """The verdict on one run's paired gain, whose 95 % interval is over its ``prompts`` prompts, not over seeds."""
     if prompts < FEWEST_PROMPTS:
         return "too few prompts to tell"
     if gain.low > 0:
-        return "rose beyond noise"
-    return "fell" if gain.high < 0 else "within noise"
+        return "rose in this run"
+    return "fell in this run" if gain.high < 0 else "within noise"
 
 
 def before_and_after(run: RunRecord) -> tuple[EvaluationRecord, EvaluationRecord] | None:
@@ -113,12 +111,12 @@ def headline(found: list[Change], noun: str = "picture") -> str:
     judges = [change for change in found if change.role == "held-out judge"]
     if not trained:
         return "No score that was trained on was evaluated before and after, so there is no verdict."
-    sentences = [f"{_listed(trained)}, which this run was trained on, {_said(trained)}."]
+    sentences = [f"{_listed(trained)}, which was trained on, {_said(trained)}."]
     if not judges:
         return f"{sentences[0]} No held-out judge watched, so a gain may be the reward's weakness, not better {noun}s."
     sentences.append(f"The held-out {'judge' if len(judges) == 1 else 'judges'} {_listed(judges)} {_said(judges)}.")
-    gained = any(change.verdict == "rose beyond noise" for change in trained)
-    if gained and any(change.verdict == "fell" for change in judges):
+    gained = any(change.verdict == "rose in this run" for change in trained)
+    if gained and any(change.verdict == "fell in this run" for change in judges):
         sentences.append(f"A reward that rises while a judge falls is the mark of reward hacking: look at the {noun}s.")
     return " ".join(sentences)
 
@@ -130,8 +128,8 @@ def _listed(group: list[Change]) -> str:
 
 def _said(group: list[Change]) -> str:
     words: dict[Verdict, str] = {
-        "rose beyond noise": "rose beyond noise",
-        "fell": "fell",
+        "rose in this run": "rose in this run",
+        "fell in this run": "fell in this run",
         "within noise": "stayed within noise",
         "too few prompts to tell": "had too few prompts to tell",
     }

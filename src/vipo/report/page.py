@@ -12,17 +12,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vipo.errors import UserError
+from vipo.evaluation.best import place
 from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
-from vipo.options import CREDIT_MEANINGS
+from vipo.guards import fired
+from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, NEEDS_SOURCES
 from vipo.report import figures, gallery, svg
-from vipo.report.outcome import Change, before_and_after, changes, headline
+from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
 
 PAPER = "https://arxiv.org/abs/2511.18719"
 MOST_EVENTS = 200
-SIGNS = {"rose beyond noise": "▲", "fell": "▼", "within noise": "◆", "too few prompts to tell": "○"}
-TONES = {"rose beyond noise": "up", "fell": "down", "within noise": "flat", "too few prompts to tell": "flat"}
+MARKS: Mapping[Verdict, tuple[str, str]] = {
+    "rose in this run": ("▲", "up"),
+    "fell in this run": ("▼", "down"),
+    "within noise": ("◆", "flat"),
+    "too few prompts to tell": ("○", "flat"),
+}
+"""Sign and tone of each verdict."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -59,16 +66,19 @@ def render(run: RunRecord) -> str:
         headline=headline(found, noun) if found else "",
         noun=noun,
         problem=problem,
+        gain_panels=[] if problem else figures.gain_panels(run),
         reward_panels=figures.reward_panels(run),
         gallery=None if problem else gallery.gallery(run, found),
         strip=gallery.strip(run),
         maps=gallery.map_figures(run),
-        uses_maps=run.recipe.get("credit") in (None, "advantage_map", "reward_map"),
+        uses_maps=run.recipe.get("credit") in (None, *NEEDS_MAPS),
         health=figures.health_panels(run),
+        constant=figures.constants(run),
         phases=figures.phases(run),
         skipped=figures.skipped_updates(run),
-        events=_events(run)[-MOST_EVENTS:],
-        event_count=len(_events(run)),
+        events=run.events[-MOST_EVENTS:],
+        event_count=len(run.events),
+        fired=fired(run.events),
     )
 
 
@@ -93,10 +103,20 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Trained on", rewards, f"weight {weights}" if len(run.rewards) > 1 else ""),
         ("Held-out judges", ", ".join(map(str, judges)) or "none", "measured, never trained on"),
         ("Iterations", str(run.iterations_done), _of_planned(run)),
+        *_best_fact(run),
     ]
-    if credit in ("advantage_map", "reward_map") and "structuring" in run.recipe:
+    if credit in NEEDS_SOURCES and "structuring" in run.recipe:
         facts.insert(2, _map_fact(run))
     return facts
+
+
+def _best_fact(run: RunRecord) -> list[tuple[str, str, str]]:
+    """Which evaluation is the best, where its checkpoint is kept."""
+    best = run.best
+    if best is None:
+        return []
+    remark = "nothing better was found" if best.is_untrained else f"kept in checkpoints/step-{best.iteration:06d}"
+    return [("Best evaluation", place(best.iteration), f"{run.best_by} {svg.number(best.mean)}; {remark}")]
 
 
 def _map_fact(run: RunRecord) -> tuple[str, str, str]:
@@ -120,6 +140,8 @@ def _status(run: RunRecord) -> tuple[str, str]:
     left_out = f" Left out: {', '.join(damaged)}." if damaged else ""
     if run.failure:
         return "open", f"Failed: {run.failure}.{left_out}"
+    if run.stopped:
+        return "open", f"Ended after {done} of {planned} iterations, {run.stopped}.{left_out}"
     if planned and done >= planned:
         return "done", f"Complete: all {planned} iterations.{left_out}"
     goal = f" of {planned}" if planned else ""
@@ -155,8 +177,8 @@ def _row(change: Change) -> dict[str, Any]:
         "scored": change.scored,
         "pictures": len(change.differences),
         "verdict": change.verdict,
-        "sign": SIGNS[change.verdict],
-        "tone": TONES[change.verdict],
+        "sign": MARKS[change.verdict][0],
+        "tone": MARKS[change.verdict][1],
         "plot": svg.interval(
             gain.low, gain.mean, gain.high, label=f"paired gain {mean}, 95 % interval {low} to {high}"
         ),
@@ -181,7 +203,3 @@ def signed(value: float, places: int = 3) -> str:
     """As ``fixed``, with a plus sign."""
     text = fixed(value, places)
     return f"+{text}" if value > 0 and float(f"{value:.{places}f}") else text
-
-
-def _events(run: RunRecord) -> list[tuple[int, str]]:
-    return [(step.iteration, event) for step in run.steps for event in step.events]

@@ -10,31 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from torch import Tensor
 
 from vipo.errors import UserError
+from vipo.evaluation.best import Best, best_of
+from vipo.evaluation.records import EvaluationRecord, recorded
 from vipo.files import complete_lines, is_intact, read_yaml
 
 _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
-class EvaluationRecord:
-    """Scores of the fixed evaluation pictures after ``iteration`` iterations; 0 is the untrained model."""
-
-    iteration: int
-    samples_per_prompt: int
-    prompts: tuple[str, ...]  # one per picture
-    values: Mapping[str, Tensor]  # name -> (N,), NaN where a picture got no score
-
-
-@dataclass(frozen=True)
 class StepRecord:
     """One iteration: its numbers (NaN for null), wall seconds by phase, and every guard that fired, in words.
 
-    ``failure`` is why the run ended there, if it failed.
+    ``failure`` is why the run ended there, if it failed, and ``stopped`` if ``training.stop_when`` ended it.
     """
 
     iteration: int
@@ -42,6 +32,7 @@ class StepRecord:
     seconds: Mapping[str, float]
     events: tuple[str, ...]
     failure: str | None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,14 @@ class RunRecord:
     sheets: Mapping[int, Path]  # iteration -> contact sheet of the evaluation pictures
     map_sheets: Mapping[int, Path]
     unreadable: Mapping[str, int]
+    told: tuple[tuple[int, str], ...] = ()  # of evaluations: after which iteration, and what
+    kept: frozenset[int] = frozenset()  # iterations that there are checkpoints of
+
+    @property
+    def events(self) -> list[tuple[int, str]]:
+        """Everything that was told, each with its iteration."""
+        of_steps = [(step.iteration, event) for step in self.steps for event in step.events]
+        return sorted([*of_steps, *self.told], key=lambda event: event[0])
 
     @property
     def name(self) -> str:
@@ -92,6 +91,22 @@ class RunRecord:
         """Why the run ended with its last iteration, if it failed."""
         return self.steps[-1].failure if self.steps else None
 
+    @property
+    def stopped(self) -> str | None:
+        """Why ``training.stop_when`` ended the run with its last iteration, if it did."""
+        return self.steps[-1].stopped if self.steps else None
+
+    @property
+    def best_by(self) -> str | None:
+        """The score by which the best checkpoint is kept, if one is."""
+        named = (self.recipe.get("training") or {}).get("keep_best")
+        return None if named is None else str(named)
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation whose weights are kept."""
+        return None if self.best_by is None else best_of(self.evaluations, self.best_by, self.kept)
+
     def recorded(self, section: str, key: str) -> Any:
         """A key of the recipe that every run writes down.
 
@@ -125,7 +140,7 @@ def read_run(folder: Path) -> RunRecord:
     logs = {name: _read_lines(folder / f"{name}.jsonl") for name in ("metrics", "timing", "evaluations")}
     seconds = {line["iteration"]: _numbers(line) for line in logs["timing"][0]}
     steps = [_step(line, seconds.get(line["iteration"], {})) for line in logs["metrics"][0]]
-    evaluations = [_evaluation(line) for line in _comparable(logs["evaluations"][0])]
+    evaluations = [recorded(line) for line in _comparable(logs["evaluations"][0])]
     record = RunRecord(
         folder,
         _parse_recipe(folder, recipe_text),
@@ -136,6 +151,8 @@ def read_run(folder: Path) -> RunRecord:
         _numbered(folder / "samples"),
         _numbered(folder / "maps"),
         {name: bad for name, (_, bad) in logs.items() if bad},
+        tuple((line["iteration"], str(event)) for line in logs["evaluations"][0] for event in line.get("events") or ()),
+        frozenset(_checkpoints(folder / "checkpoints")),
     )
     _check_recipe(record)
     return record
@@ -222,22 +239,22 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _step(record: Mapping[str, Any], seconds: Mapping[str, float]) -> StepRecord:
     events = tuple(str(event) for event in record.get("events") or ())
-    return StepRecord(record["iteration"], _numbers(record), seconds, events, record.get("failure"))
-
-
-def _evaluation(record: Mapping[str, Any]) -> EvaluationRecord:
-    values = {
-        name: torch.tensor([math.nan if value is None else float(value) for value in listed], dtype=torch.float64)
-        for name, listed in record["values"].items()
-    }
-    prompts = tuple(str(prompt) for prompt in record.get("prompts") or ())
-    return EvaluationRecord(record["iteration"], int(record.get("samples_per_prompt") or 1), prompts, values)
+    return StepRecord(
+        record["iteration"], _numbers(record), seconds, events, record.get("failure"), record.get("stopped")
+    )
 
 
 def _latest_of_each(records: Sequence[R]) -> tuple[R, ...]:
     """By iteration; a resumed run may have written an iteration twice, and the second is the one that counts."""
     by_iteration = {record.iteration: record for record in records}
     return tuple(by_iteration[iteration] for iteration in sorted(by_iteration))
+
+
+def _checkpoints(folder: Path) -> Iterator[int]:
+    """The iterations of the complete ones."""
+    for index in folder.glob("step-*/state.json"):
+        if match := _STEP.fullmatch(index.parent.name):
+            yield int(match[1])
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

@@ -23,13 +23,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Dots:
-    """Points with an interval each, joined by a thin line."""
+    """Points with an interval each, joined by a thin line; the one at ``ringed`` has a ring around it."""
 
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
     style: str
+    ringed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,19 @@ def _layer(frame: Frame, layer: Line | Dots) -> str:
     points = [f"{frame.x(a):.1f} {frame.y(b):.1f}" for a, b in zip(x, y, strict=True)]
     path = f'<path class="line {layer.style}" d="M{"L".join(points)}"/>'
     if isinstance(layer, Line):
-        return path
+        return path + (_hover(frame, x, y) if layer.style == "raw" else "")
     marks = [_dot(frame, *values, layer.style) for values in zip(x, y, layer.low, layer.high, strict=True)]
-    return path + "".join(marks)
+    ring = [_ring(frame, a, b) for a, b in zip(x, y, strict=True) if a == layer.ringed]
+    return path + "".join(marks + ring)
+
+
+def _hover(frame: Frame, x: Sequence[float], y: Sequence[float]) -> str:
+    """What a pointer finds along a line."""
+    spots = [
+        f'<circle cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="5"><title>{a:.0f}: {number(b)}</title></circle>'
+        for a, b in zip(x, y, strict=True)
+    ]
+    return f'<g class="hover">{"".join(spots)}</g>'
 
 
 def _dot(frame: Frame, x: float, y: float, low: float, high: float, style: str) -> str:
@@ -183,14 +194,26 @@ def _dot(frame: Frame, x: float, y: float, low: float, high: float, style: str) 
     return f'<g class="dot {style}">{title}{bar}<circle cx="{at:.1f}" cy="{frame.y(y):.1f}" r="3.6"/></g>'
 
 
+def _ring(frame: Frame, x: float, y: float) -> str:
+    return f'<circle class="ring" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="7.5"/>'
+
+
 def interval(low: float, middle: float, high: float, *, label: str) -> Markup:
-    """A forest-plot mark: zero as a rule, the interval as a bar, the estimate as a dot, on a scale of its own."""
-    width, height, reach = 132.0, 18.0, max(abs(low), abs(high), 1e-12) * 1.08
-    x_low, x_mid, x_high = (width / 2 + value / reach * width / 2 for value in (low, middle, high))
+    """A forest-plot mark: the interval as a bar, the estimate as a dot, an axis of its own with zero and a tick."""
+    width, height, reach = 148.0, 32.0, max(abs(low), abs(high), 1e-12) * 1.15
+    mark = max(value for value in ticks(0.0, reach, about=2) if value <= reach)
+    x = {value: width / 2 + value / reach * width / 2 for value in (-mark, 0.0, mark, low, middle, high)}
     parts = [
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" class="interval">',
-        f'<line class="zero" x1="{width / 2}" x2="{width / 2}" y1="0" y2="{height}"/>',
-        f'<line class="bar" x1="{x_low:.1f}" x2="{x_high:.1f}" y1="9" y2="9"/>',
-        f'<circle cx="{x_mid:.1f}" cy="9" r="4"/></svg>',
+        f'<line class="axis" x1="0" x2="{width:.0f}" y1="17" y2="17"/>',
+        f'<line class="zero" x1="{x[0.0]:.1f}" x2="{x[0.0]:.1f}" y1="0" y2="17"/>',
+    ]
+    for value, name in zip((-mark, 0.0, mark), tick_labels([-mark, 0.0, mark]), strict=True):
+        at = min(max(x[value], GLYPH * len(name) / 2), width - GLYPH * len(name) / 2)
+        parts.append(f'<line class="axis" x1="{x[value]:.1f}" x2="{x[value]:.1f}" y1="17" y2="20"/>')
+        parts.append(f'<text x="{at:.1f}" y="30" text-anchor="middle">{name}</text>')
+    parts += [
+        f'<line class="bar" x1="{x[low]:.1f}" x2="{x[high]:.1f}" y1="8" y2="8"/>',
+        f'<circle cx="{x[middle]:.1f}" cy="8" r="4"/></svg>',
     ]
     return Markup("".join(parts))

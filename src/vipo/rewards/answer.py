@@ -1,7 +1,8 @@
 """What a reward says about a batch: scores, why some are missing, and which samples are worth asking about again.
 
 Most rewards return a plain tensor and need nothing of this. A reward that can fail sample by sample, such as one in
-another process, has a method ``explain`` beside ``__call__``, so that the causes reach ``Scores.failures``.
+another process, has a method ``explain`` beside ``__call__``, so that the causes reach ``Scores.failures``. One that
+knows where in a sample it found its score has a method ``with_evidence``, which gives both in one pass.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class Answer:
     """One reward's scores of N samples; NaN marks a sample without one.
 
     ``causes`` says why, by sample, where that is known. ``unreached`` are the samples that the reward never saw.
+    ``evidence`` is (T, H, W) by sample, see :mod:`vipo.rewards.evidence`; a sample that is not there has none.
     """
 
     scores: Float[Tensor, " N"]
     causes: Mapping[int, str] = field(default_factory=dict)
     unreached: tuple[int, ...] = ()
+    evidence: Mapping[int, Float[Tensor, "t h w"]] = field(default_factory=dict)
 
     @classmethod
     def unreachable(cls, count: int, cause: str) -> Self:
@@ -55,7 +58,9 @@ class Answer:
         causes = {row: cause for row, cause in self.causes.items() if row not in rows}
         causes |= {rows[place]: cause for place, cause in part.causes.items()}
         unreached = [row for row in self.unreached if row not in rows] + [rows[place] for place in part.unreached]
-        return type(self)(scores, causes, tuple(unreached))
+        evidence = {row: found for row, found in self.evidence.items() if row not in rows}
+        evidence |= {rows[place]: found for place, found in part.evidence.items()}
+        return type(self)(scores, causes, tuple(unreached), evidence)
 
     def complete(self) -> Float[Tensor, " N"]:
         """The scores, for a caller that takes a plain tensor.
@@ -73,3 +78,14 @@ class Explaining(Protocol):
     """A reward that tells why a sample has no score."""
 
     def explain(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Answer: ...
+
+
+@runtime_checkable
+class Locating(Protocol):
+    """A reward that tells where in a sample it found its score."""
+
+    def with_evidence(
+        self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N T H W"]] | Answer:
+        """The scores of ``__call__``, and evidence: -1 (at fault) to 1 (earned) at each position, at any resolution,
+        with one frame, or as many as the media or the latents; NaN throughout a sample that there is none for."""

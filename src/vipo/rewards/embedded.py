@@ -4,9 +4,10 @@
     EmojiJudge    mean over named objects of p(object is there)
     EmojiLayout   share of the caption's claims that hold: objects, relation, ground colour
 
-EmojiMatch knows the drawings that the embedded generator was trained on; the other two have never seen them, only other
-artists' drawings of the same things. A prompt outside the vocabulary's grammar gets NaN, no score. Videos are scored
-frame by frame and averaged. Data, licence and accuracy: ``vipo/embedded/judges/README.md``.
+EmojiMatch knows the drawings that the embedded generator was trained on, and says where it found what it scored; the
+other two have never seen them, only other artists' drawings of the same things. A prompt outside the vocabulary's
+grammar gets NaN, no score. Videos are scored frame by frame and averaged. Data, licence and accuracy:
+``vipo/embedded/judges/README.md``.
 """
 
 from __future__ import annotations
@@ -55,21 +56,42 @@ class EmojiMatch:
         self.head = load_shipped(MatchHead(len(VOCABULARY.names)), "match")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
-        named = _named(prompts).to(media.device)
-        logits = _over_frames(self.presence, media)
+        return self.with_evidence(media, prompts)[0]
+
+    def with_evidence(
+        self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N F 8 8"]]:
+        """Scores, and what the head saw in each cell before it pooled them:
+
+            e(c) = max over named objects k of p_k(c)  -  min(stray, 1) max over the others of p_k(c)
+
+        with p_k(c) the presence that it would give k in a picture of which every cell is this one; the picture's own
+        is their smooth maximum.
+        """
+        named = named_objects(prompts).to(media.device)
         others = ~named & named.any(1, keepdim=True)
+        cells = in_frames(self.cells, media)
+        logits = self.head.presence(cells.flatten(0, 1)).unflatten(0, cells.shape[:2]).mean(1)
         there = _mean_where(F.logsigmoid(logits), named)
-        return there + self.stray * _mean_where(F.logsigmoid(-logits), others)
+        scores = there + self.stray * _mean_where(F.logsigmoid(-logits), others)
+        seen = self.head.presence.alone(cells).sigmoid()
+        stray = _largest_where(seen, others).nan_to_num(0.0)  # where all objects are named
+        return scores, _largest_where(seen, named) - min(self.stray, 1.0) * stray
 
     def presence(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B K"]:
         """How sure the head is of each vocabulary object, in logits."""
+        found: Tensor = self.head.presence(self.cells(images))
+        return found
+
+    def cells(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B K 8 8"]:
+        """The same of each cell, before they are pooled."""
         self.trunk.to(images.device)
         self.head.to(images.device)
-        return in_batches(self._presence, resize(images, (MATCH_RESOLUTION,) * 2), self.batch_size)
+        return in_batches(self._cells, resize(images, (MATCH_RESOLUTION,) * 2), self.batch_size)
 
-    def _presence(self, images: Float[Tensor, "B 3 y x"]) -> Float[Tensor, "B K"]:
+    def _cells(self, images: Float[Tensor, "B 3 y x"]) -> Float[Tensor, "B K 8 8"]:
         *_, fine, coarse = self.trunk.stages(to_input(images))
-        logits: Tensor = self.head.presence(self.head(fine, coarse))
+        logits: Tensor = self.head(fine, coarse)
         return logits
 
 
@@ -85,7 +107,7 @@ class EmojiJudge:
         self.network = load_shipped(JudgeNetwork(len(VOCABULARY.names)), "judge")
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
-        return _mean_where(_over_frames(self.probabilities, media), _named(prompts).to(media.device))
+        return _mean_where(_over_frames(self.probabilities, media), named_objects(prompts).to(media.device))
 
     def probabilities(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B K"]:
         """P(object is there) for each vocabulary object."""
@@ -199,7 +221,7 @@ def _claims(prompt: Prompt) -> Claims | None:
     return None
 
 
-def _named(prompts: Sequence[Prompt]) -> Bool[Tensor, "N K"]:
+def named_objects(prompts: Sequence[Prompt]) -> Bool[Tensor, "N K"]:
     """Which vocabulary objects each prompt names; no object at all for a prompt outside the grammar."""
     named = torch.zeros(len(prompts), len(VOCABULARY.names), dtype=torch.bool)
     for row, claims in enumerate(map(_claims, prompts)):
@@ -213,11 +235,21 @@ def _mean_where(values: Float[Tensor, "N K"], chosen: Bool[Tensor, "N K"]) -> Fl
     return (values * chosen).sum(1) / chosen.sum(1)
 
 
+def _largest_where(values: Float[Tensor, "N F K h w"], chosen: Bool[Tensor, "N K"]) -> Float[Tensor, "N F h w"]:
+    """The largest of the chosen values at each place; NaN where a sample chooses none."""
+    largest = values.masked_fill(~chosen[:, None, :, None, None], -torch.inf).amax(2)
+    return largest.masked_fill(largest.isinf(), torch.nan)
+
+
 def _over_frames(function: Callable[[Tensor], Tensor], media: Float[Tensor, "N 3 F Y X"]) -> Float[Tensor, "N K"]:
     """Apply a picture's function to every frame at once and average over frames."""
-    frames = media.shape[2]
+    return in_frames(function, media).mean(1)
+
+
+def in_frames(function: Callable[[Tensor], Tensor], media: Float[Tensor, "N 3 F Y X"]) -> Float[Tensor, "N F *rest"]:
+    """Apply a picture's function to every frame at once."""
     values = function(media.transpose(1, 2).flatten(0, 1))
-    return values.unflatten(0, (-1, frames)).mean(1)
+    return values.unflatten(0, (-1, media.shape[2]))
 
 
 def load_shipped(network: Network, name: str) -> Network:
@@ -226,12 +258,12 @@ def load_shipped(network: Network, name: str) -> Network:
 
     file = Path(embedded.__file__).parent / "judges" / f"{name}.safetensors"
     if not file.is_file():
-        raise UserError(f"no weights at {file}; reinstall vipo, or make them with experiments/embedded/train_judges.py")
+        raise UserError(f"no weights at {file}; reinstall vipo, or make them with the scripts in experiments/embedded")
     with safe_open(file, framework="pt") as handle:
         objects = (handle.metadata() or {}).get("objects", "")
         tensors = {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118
     if objects != _vocabulary_stamp():
-        raise UserError(f"{file} was trained on another vocabulary ({objects}); run train_judges.py again")
+        raise UserError(f"{file} was trained on another vocabulary ({objects}); run the script that made it again")
     report = network.load_state_dict(tensors, strict=False)
     lacking = [key for key in report.missing_keys if not key.endswith("num_batches_tracked")]
     if lacking or report.unexpected_keys:

@@ -94,6 +94,7 @@ class JsonClient:
 
     Args:
         url: ``http://HOST:PORT`` or ``https://...``, with a path before the server's own if it has one.
+        most_bytes: of an answer; a longer one is refused.
         timeout_seconds: for a whole answer, once a request is sent, and before that for sending it.
         connect_seconds: for the connection.
         retries: further tries of one request.
@@ -106,6 +107,7 @@ class JsonClient:
     def __init__(
         self,
         url: str,
+        most_bytes: int = MAX_ANSWER_BYTES,
         *,
         timeout_seconds: float = 120.0,
         connect_seconds: float = 10.0,
@@ -120,7 +122,7 @@ class JsonClient:
                 f"timeout_seconds={timeout_seconds} and connect_seconds={connect_seconds} must be positive,"
                 f" retries={retries} and first_pause_seconds={first_pause_seconds} not negative"
             )
-        self.url = _checked_url(url)
+        self.url, self.most_bytes = _checked_url(url), most_bytes
         self.timeout_seconds, self.connect_seconds = timeout_seconds, connect_seconds
         self.retries, self.first_pause_seconds = retries, first_pause_seconds
         self._token = read_token(token_env)
@@ -193,7 +195,7 @@ class JsonClient:
             connection.request("POST", path, body, headers)
         timed.allow(self.timeout_seconds)
         response = connection.getresponse()
-        return response.status, _read(response)
+        return response.status, _read(response, self.most_bytes)
 
 
 def read_token(variable: str | None) -> str | None:
@@ -227,13 +229,13 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _read(response: HTTPResponse) -> bytes:
+def _read(response: HTTPResponse, most_bytes: int) -> bytes:
     """The whole body."""
     content = bytearray()
     while chunk := response.read1(CHUNK_BYTES):
         content += chunk
-        if len(content) > MAX_ANSWER_BYTES:
-            raise UserError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes. Is this the reward's address?")
+        if len(content) > most_bytes:
+            raise UserError(f"the answer is longer than {most_bytes} bytes. Is this the reward's address?")
     if response.length:
         raise ConnectionError(f"the answer broke off {response.length} bytes before its end")
     return bytes(content)

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.rewards import wire
+from vipo.rewards import evidence_wire, wire
 from vipo.rewards.answer import Answer, RewardUnavailable
-from vipo.rewards.http import JsonClient
+from vipo.rewards.http import MAX_ANSWER_BYTES, JsonClient
 from vipo.types import Prompt
 
 REQUEST_MEGABYTES = 200  # of media in one request; a server takes 256 unless told otherwise
@@ -35,7 +35,8 @@ class Remote:
         if encoding not in wire.ENCODINGS:
             raise ValueError(f"encoding={encoding!r} must be one of {', '.join(wire.ENCODINGS)}")
         self.batch_size, self.encoding = batch_size, encoding
-        self.client = JsonClient(url, **connection)
+        most_bytes = MAX_ANSWER_BYTES + batch_size * evidence_wire.MOST_BYTES
+        self.client = JsonClient(url, most_bytes, **connection)
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         return self.explain(media, prompts).complete().to(media.device)
@@ -46,14 +47,26 @@ class Remote:
         Raises:
             UserError: the server refused the request, or its answer breaks the protocol.
         """
+        return self._all(media, prompts, evidence=False)
+
+    def with_evidence(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Answer:
+        """:meth:`explain` with the served reward's evidence, or what another judge says in maps or boxes.
+
+        Raises:
+            UserError: as there, or the server gives no evidence.
+        """
+        return self._all(media, prompts, evidence=True)
+
+    def _all(self, media: Tensor, prompts: Sequence[Prompt], *, evidence: bool) -> Answer:
         size = wire.fitting(media, self.batch_size, REQUEST_MEGABYTES)
         batches = (slice(start, start + size) for start in range(0, len(prompts), size))
-        return Answer.cat([self._ask(media[batch], prompts[batch]) for batch in batches])
+        return Answer.cat([self._ask(media[batch], prompts[batch], evidence=evidence) for batch in batches])
 
-    def _ask(self, media: Tensor, prompts: Sequence[Prompt]) -> Answer:
-        body = wire.encode_request(media, prompts, encoding=self.encoding)
+    def _ask(self, media: Tensor, prompts: Sequence[Prompt], *, evidence: bool) -> Answer:
+        body = wire.encode_request(media, prompts, encoding=self.encoding, evidence=evidence)
+        picture = (media.shape[3], media.shape[4]) if evidence else None
         try:
-            return wire.decode_answer(self.client.post("/score", body), len(prompts))
+            return wire.decode_answer(self.client.post("/score", body), len(prompts), picture)
         except RewardUnavailable as error:
             return Answer.unreachable(len(prompts), str(error))
         except wire.WireError as error:

@@ -25,6 +25,13 @@ class Redness:
         red, green, blue = media.float().mean((2, 3, 4)).unbind(1)
         return red - (green + blue) / 2
 
+    def with_evidence(
+        self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N F Y X"]]:
+        """Scores, and the same of each pixel, whose mean they are."""
+        red, green, blue = media.float().unbind(1)
+        return self(media, prompts), red - (green + blue) / 2
+
 
 class Brightness:
     """Mean Rec. 709 luma over frames and pixels, in [0, 1]."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from vipo.errors import UserError
 from vipo.options import OnTimeout
-from vipo.rewards.answer import Answer, Explaining, RewardUnavailable
+from vipo.rewards.answer import Answer, Explaining, Locating, RewardUnavailable
+from vipo.rewards.evidence import EvidenceGrid, by_sample
 from vipo.secrets import redacted
 from vipo.threads import started
 from vipo.types import Prompt, Reward, Scores
@@ -71,6 +73,7 @@ def score(
     must_reach: bool = False,
     max_failed_share: float = 1.0,
     patience: Patience = ENDLESS,
+    evidence: EvidenceGrid | None = None,
 ) -> Scores:
     """Every reward on every sample, float32, without gradients.
 
@@ -82,19 +85,26 @@ def score(
         must_reach: a reward that stays out of reach stops the work instead of leaving holes.
         max_failed_share: of the samples; a reward that leaves more without a score stops the work.
         patience: how long each call may take. What is masked because it took longer may be every sample.
+        evidence: which rewards are asked where they found their scores, in the same call; None asks none.
 
     Raises:
         UserError: rewards and weights do not have the same names, a reward raised, it returned the wrong shape, it
-            cannot be reached though it must, it scored no sample to train on or too few, or a call took too long.
+            cannot be reached though it must, it scored no sample to train on or too few, or a call took too long; or
+            the same of its evidence.
     """
     _check(rewards, weights, media, prompts)
     by_name, failures = {}, {}
+    laid: dict[str, Tensor] = {}
+    asked = {} if evidence is None else evidence.weights
     for name, reward in rewards.items():
+        persistently = partial(_ask_patiently, name, reward, media, prompts, retries, pause_seconds, patience.seconds)
         try:
-            answer = _ask_patiently(name, reward, media, prompts, retries, pause_seconds, patience.seconds)
+            answer = persistently(locate=name in asked)
         except TookTooLong as error:
             failures[name] = _late(name, reward, str(error), patience)
             by_name[name] = media.new_full((len(prompts),), torch.nan, dtype=torch.float32)
+            if evidence is not None and name in asked:
+                laid[name] = evidence.lay(name, {}, media)
             continue
         if must_reach and answer.unreached:
             cause = answer.causes.get(answer.unreached[0], "it does not say why")
@@ -104,7 +114,21 @@ def score(
         if missing.any():
             failures[name] = _failure(name, missing, answer.causes) if trains else _causes(answer.causes)
         _check_share(name, missing, max_failed_share, failures.get(name, ""))
-    return Scores(by_name, dict(weights), failures)
+        if evidence is not None and name in asked:
+            laid[name] = evidence.lay(name, answer.evidence, media)
+            unlocated = laid[name].isnan().flatten(1).any(1) & ~missing
+            _check_share(name, unlocated, max_failed_share, "the reward has nothing to say of where", "evidence")
+            failures |= _unlocated(name, unlocated, failures)
+    return Scores(by_name, dict(weights), failures, laid, dict(asked))
+
+
+def _unlocated(name: str, unlocated: Tensor, failures: Mapping[str, str]) -> dict[str, str]:
+    """What to report of samples with a score and without evidence, after what is reported already."""
+    count = int(unlocated.sum())
+    if not count:
+        return {}
+    told = f"{count} of {len(unlocated)} samples have a score and no evidence; they keep the credit of whole pictures"
+    return {name: f"{failures[name]}; {told}" if name in failures else told}
 
 
 def _late(name: str, reward: Reward, cause: str, patience: Patience) -> str:
@@ -119,11 +143,12 @@ def _late(name: str, reward: Reward, cause: str, patience: Patience) -> str:
     return f"{cause} (training.reward_timeout); the samples are left out of their groups"
 
 
-def _check_share(name: str, missing: Tensor, most: float, why: str) -> None:
+def _check_share(name: str, missing: Tensor, most: float, why: str, what: str = "a score") -> None:
     failed = float(missing.float().mean())
     if failed > most:
+        left = "unscored" if what == "a score" else f"without {what}"
         raise UserError(
-            f"reward {name!r} left {failed:.0%} of the samples unscored, more than"
+            f"reward {name!r} left {failed:.0%} of the samples {left}, more than"
             f" training.max_failed_share={most:g}: {why}"
         )
 
@@ -135,17 +160,20 @@ def ask(
     prompts: Sequence[Prompt],
     *,
     seconds: float | None = None,
+    locate: bool = False,
 ) -> Answer:
     """One reward, once, without gradients; if it cannot be reached, that is the answer.
 
     Args:
         seconds: that the call may take; None is any time.
+        locate: ask for evidence too.
 
     Raises:
-        UserError: the reward raised anything but ``RewardUnavailable``, or did not return N real numbers.
+        UserError: the reward raised anything but ``RewardUnavailable``, or did not return N real numbers, or evidence
+            that is none.
         TookTooLong: it has not ended in its time.
     """
-    asked = reward.explain if isinstance(reward, Explaining) else reward
+    asked = _method(name, reward, locate)
     given = (media, prompts) if _is_own(reward) else (media.clone(), copy.deepcopy(tuple(prompts)))
 
     def call() -> Any:
@@ -162,10 +190,31 @@ def ask(
         raise UserError(redacted(f"reward {name!r}: {error}")) from error
     except (Exception, SystemExit) as error:  # sys.exit(0) in a reward would end the run as if all were well
         raise UserError(f"reward {name!r} raised {type(error).__name__}: {_text(error)}") from error
-    values = _checked(name, said.scores if isinstance(said, Answer) else said, len(prompts), media.device)
     if not isinstance(said, Answer):
-        return Answer(values)
-    return replace(said, scores=values, causes={row: redacted(str(cause)) for row, cause in said.causes.items()})
+        said, evidence = _pair(name, said) if locate else (said, {})
+        values = _checked(name, said, len(prompts), media.device)
+        return Answer(values, evidence=by_sample(name, evidence, len(prompts)))
+    values = _checked(name, said.scores, len(prompts), media.device)
+    causes = {row: redacted(str(cause)) for row, cause in said.causes.items()}
+    return replace(said, scores=values, causes=causes, evidence=by_sample(name, said.evidence, len(prompts)))
+
+
+def _method(name: str, reward: Reward, locate: bool) -> Callable[..., Any]:
+    """What of the reward to call."""
+    if not locate:
+        return reward.explain if isinstance(reward, Explaining) else reward
+    if not isinstance(reward, Locating):
+        raise UserError(f"reward {name!r} gives no evidence: it has no method with_evidence(media, prompts)")
+    return reward.with_evidence
+
+
+def _pair(name: str, said: Any) -> tuple[Any, Any]:
+    if not isinstance(said, tuple) or len(said) != 2:
+        raise UserError(
+            f"reward {name!r} returned {type(said).__name__} from with_evidence; it must return two things, the scores"
+            " (N,) and the evidence (N, T, H, W)"
+        )
+    return said[0], said[1]
 
 
 def _is_own(reward: Reward) -> bool:
@@ -205,15 +254,17 @@ def _ask_patiently(
     retries: int,
     pause_seconds: float,
     seconds: float | None,
+    *,
+    locate: bool,
 ) -> Answer:
     """Ask, and while some samples were not reached, wait and ask about those again."""
-    answer = ask(name, reward, media, prompts, seconds=seconds)
+    answer = ask(name, reward, media, prompts, seconds=seconds, locate=locate)
     for _ in range(retries):
         rows = list(answer.unreached)
         if not rows:
             break
         time.sleep(pause_seconds)
-        again = ask(name, reward, media[rows], [prompts[row] for row in rows], seconds=seconds)
+        again = ask(name, reward, media[rows], [prompts[row] for row in rows], seconds=seconds, locate=locate)
         answer = answer.updated(rows, again)
     return answer
 

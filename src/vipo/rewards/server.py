@@ -117,13 +117,16 @@ class RewardServer(BoundedServer):
                 raise HttpError(400, str(error)) from error
             self._model.acquire()
         try:
-            return wire.encode_answer(request.ids, self._scored(request))
+            return wire.encode_answer(request.ids, self._scored(request), evidence=request.evidence)
+        except wire.TooLargeError as error:
+            raise HttpError(422, str(error)) from error
         finally:
             self._model.release()
 
     def _scored(self, request: wire.Request) -> Answer:
         try:
-            answer = ask(self.name, self.reward, request.media.to(self.device), request.prompts)
+            media = request.media.to(self.device)
+            answer = ask(self.name, self.reward, media, request.prompts, locate=request.evidence)
         except UserError as error:
             log.exception("the reward failed")
             raise HttpError(422, str(error)) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from vipo.rewards.evidence import EvidenceGrid
 from vipo.rewards.scoring import ENDLESS, Patience, score
 from vipo.types import Prompt, Reward, Scores
 
@@ -18,7 +19,7 @@ class RewardSuite:
 
     Args:
         max_failed_share: of the samples of one call; a reward that fails on more stops the run.
-        retries, pause_seconds, trains, must_reach, patience: those of :func:`vipo.rewards.scoring.score`. Without
+        retries, pause_seconds, trains, must_reach, patience, evidence: of :func:`vipo.rewards.scoring.score`. Without
             ``trains`` it scores parts of an evaluation, in which samples without a score are NaN, however many.
     """
 
@@ -30,6 +31,7 @@ class RewardSuite:
     trains: bool = True
     must_reach: bool = False
     patience: Patience = ENDLESS
+    evidence: EvidenceGrid | None = None
 
     def __call__(self, media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt]) -> Scores:
         return score(
@@ -43,4 +45,5 @@ class RewardSuite:
             must_reach=self.must_reach,
             max_failed_share=self.max_failed_share,
             patience=self.patience,
+            evidence=self.evidence,
         )

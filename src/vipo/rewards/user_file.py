@@ -19,18 +19,19 @@ EXAMPLE = "def my_reward(media, prompts):  # (N, 3, F, Y, X) in [0, 1], N prompt
 
 
 def load_user_reward(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Reward:
-    """Import the file and take the function from it; with options, it is called with them and must return a reward.
+    """Import the file and take the function from it; with options, and a class in any case, it is called with them and
+    must return a reward.
 
     Args:
-        offered: options that are added if the function has them and is called, or is a class, which must be.
+        offered: options that are added if the function has them and is called.
 
     Raises:
         UserError: no function named, no such file, the file does not import, no such function, or it is not callable.
     """
     reward = user_function(name)
-    called = bool(options) or isinstance(reward, type)
+    called = bool(options) or isinstance(reward, type)  # a class is none yet
     added = {key: value for key, value in offered.items() if called and key in parameters(reward)}
-    if options or added:
+    if called:
         reward = _configured(reward, name, {**added, **options})
     return cast("Reward", reward)
 

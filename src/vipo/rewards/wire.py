@@ -3,6 +3,10 @@
     POST /score  {"version": 1, "items": [{"id", "prompt", "index", "metadata", "media": {"kind", "data"}}]}
     answer       {"scores": [{"id", "score": number or null, "error": text or null}]}
 
+A request with ``"evidence": true`` beside its items asks where the scores come from too; each score then has an
+``"evidence"``, see :mod:`vipo.rewards.evidence_wire`.
+
+
 ``data`` is base64 of a PNG (kind "png": one RGB frame) or of a NumPy file (kind "npy": (3, F, Y, X), float32 in [0, 1],
 or uint8 where 255 is 1). Float32 arrives as it was; the others were rounded to 256 levels before they were sent. All
 media of a request have one shape; the answer has each id once, in any order. Whatever does not fit raises
@@ -27,7 +31,11 @@ from torch import Tensor
 
 from vipo.errors import UserError
 from vipo.media.reading import MOST_PIXELS, opened, pixels_of
+from vipo.rewards import evidence_wire
 from vipo.rewards.answer import Answer
+from vipo.rewards.npy import TooLargeError as TooLargeError
+from vipo.rewards.npy import WireError as WireError
+from vipo.rewards.npy import npy, read_npy
 from vipo.secrets import redacted
 from vipo.types import Prompt
 
@@ -41,14 +49,6 @@ ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 FLOAT_BYTES = 4 * 4 / 3  # of one number on the wire, in base64
 
 
-class WireError(ValueError):
-    """A message that does not follow the protocol."""
-
-
-class TooLargeError(WireError):
-    """A message that would take more memory than it may."""
-
-
 @dataclass(frozen=True)
 class Request:
     """What a server is asked to score."""
@@ -56,9 +56,12 @@ class Request:
     ids: tuple[str, ...]
     media: Float[Tensor, "N 3 F Y X"]
     prompts: tuple[Prompt, ...]
+    evidence: bool = False
 
 
-def encode_request(media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt], *, encoding: Encoding) -> bytes:
+def encode_request(
+    media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt], *, encoding: Encoding, evidence: bool = False
+) -> bytes:
     """The body of POST /score; ids are the places in the batch.
 
     Raises:
@@ -75,7 +78,8 @@ def encode_request(media: Float[Tensor, "N 3 F Y X"], prompts: Sequence[Prompt],
         for place, (sample, prompt) in enumerate(zip(media.detach().float().cpu(), prompts, strict=True))
     ]
     try:
-        return json.dumps({"version": VERSION, "items": items}, allow_nan=False).encode()
+        asked = {"evidence": True} if evidence else {}
+        return json.dumps({"version": VERSION, **asked, "items": items}, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise UserError(
             f"a prompt's metadata cannot be sent to a reward server: {error}; keep to text, numbers and lists of them"
@@ -103,7 +107,10 @@ def decode_request(content: bytes, max_pixels: int = MOST_PIXELS) -> Request:
     if len(set(ids)) < len(ids):
         raise WireError("every item needs an id of its own, and some are the same")
     prompts = tuple(_prompt(item, place) for place, item in enumerate(items))
-    return Request(ids, _decoded([item.pop("media", None) for item in items], max_pixels), prompts)
+    evidence = raw.get("evidence", False)
+    if not isinstance(evidence, bool):
+        raise WireError('"evidence" must be true or false')
+    return Request(ids, _decoded([item.pop("media", None) for item in items], max_pixels), prompts, evidence)
 
 
 def _decoded(items: list[Any], max_pixels: int) -> Float[Tensor, "N 3 F Y X"]:
@@ -123,8 +130,12 @@ def _decoded(items: list[Any], max_pixels: int) -> Float[Tensor, "N 3 F Y X"]:
     return media
 
 
-def encode_answer(ids: Sequence[str], answer: Answer) -> dict[str, Any]:
-    """The body of a 200; a score that is not finite is null."""
+def encode_answer(ids: Sequence[str], answer: Answer, *, evidence: bool = False) -> dict[str, Any]:
+    """The body of a 200; a score that is not finite is null, and so is evidence that is not there.
+
+    Raises:
+        TooLargeError: a sample's evidence.
+    """
     scores: list[dict[str, Any]] = []
     for place, (name, value) in enumerate(zip(ids, answer.scores.tolist(), strict=True)):
         if math.isfinite(value):
@@ -132,11 +143,17 @@ def encode_answer(ids: Sequence[str], answer: Answer) -> dict[str, Any]:
         else:
             why = answer.causes.get(place, "the reward gave no finite score")
             scores.append({"id": name, "score": None, "error": why})
+        if evidence:
+            scores[-1]["evidence"] = evidence_wire.said(answer.evidence.get(place))
     return {"scores": scores}
 
 
-def decode_answer(raw: Any, count: int) -> Answer:
-    """Check what a server says about the ids that ``encode_request`` gave to ``count`` samples."""
+def decode_answer(raw: Any, count: int, picture: tuple[int, int] | None = None) -> Answer:
+    """Check what a server says about the ids that ``encode_request`` gave to ``count`` samples.
+
+    Args:
+        picture: height and width of the media in pixels, if evidence was asked for.
+    """
     scores = raw.get("scores") if isinstance(raw, Mapping) else None
     if not isinstance(scores, list) or not all(isinstance(entry, Mapping) for entry in scores):
         raise WireError('it lacks "scores", a list of objects')
@@ -147,7 +164,13 @@ def decode_answer(raw: Any, count: int) -> Answer:
     values = torch.tensor([_score(by_id[name]) for name in expected])
     unscored = values.isnan().nonzero().flatten().tolist()
     causes = {place: str(by_id[str(place)].get("error") or NO_REASON) for place in unscored}
-    return Answer(values, {place: redacted(cause)[:QUOTED_CHARACTERS] for place, cause in causes.items()})
+    told = {place: redacted(cause)[:QUOTED_CHARACTERS] for place, cause in causes.items()}
+    if picture is None:
+        return Answer(values, told)
+    if not any("evidence" in entry for entry in scores):
+        raise WireError("it has no evidence, which it was asked for")
+    found = {place: evidence_wire.heard(by_id[name], picture) for place, name in enumerate(expected)}
+    return Answer(values, told, evidence={place: maps for place, maps in found.items() if maps is not None})
 
 
 def _score(entry: Mapping[str, Any]) -> float:
@@ -175,18 +198,12 @@ def _encode(sample: Float[Tensor, "3 F Y X"], encoding: Encoding) -> dict[str, s
     """A sample that is not finite goes as it is: 8 bits would make a picture of it."""
     kind = "npy"
     if encoding == "exact" or not sample.isfinite().all():
-        data = _npy(sample.numpy())
+        data = npy(sample.numpy())
     elif sample.shape[1] == 1:
         kind, data = "png", png(sample[:, 0])
     else:
-        data = _npy(to_8bit(sample))
+        data = npy(to_8bit(sample))
     return {"kind": kind, "data": base64.b64encode(data).decode()}
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _decode(media: Any, place: int, max_pixels: int) -> Float[Tensor, "3 F Y X"]:
@@ -217,21 +234,14 @@ def _read_png(data: bytes, max_pixels: int = MOST_PIXELS) -> Float[Tensor, "3 1 
 
 
 def _read_npy(data: bytes, max_pixels: int) -> Float[Tensor, "3 F Y X"]:
-    """The header is believed only once it agrees with the number of bytes: reading allocates what it says."""
-    buffer = io.BytesIO(data)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(buffer)
-    if version not in readers:
-        raise ValueError(f"version {version} of the format, not 1.0 or 2.0")
-    shape, _, dtype = readers[version](buffer)
+    array = torch.from_numpy(read_npy(data, _check_media))
+    _check_pixels(math.prod(array.shape[1:]), max_pixels)
+    return array.float().div_(255) if array.dtype == torch.uint8 else array
+
+
+def _check_media(shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype not in (np.float32, np.uint8) or len(shape) != 4 or shape[0] != 3 or 0 in shape:
         raise ValueError(f"{dtype} {shape} is not float32 or uint8 of shape (3, F, Y, X)")
-    if math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
-        raise ValueError(f"{len(data) - buffer.tell()} bytes are not {dtype} {shape}")
-    _check_pixels(math.prod(shape[1:]), max_pixels)
-    buffer.seek(0)
-    array = torch.from_numpy(np.ascontiguousarray(np.load(buffer, allow_pickle=False)))
-    return array.float().div_(255) if dtype == np.uint8 else array
 
 
 _READERS = {"png": _read_png, "npy": _read_npy}

@@ -2,7 +2,7 @@
 
 ``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (one object per iteration, reproducible bit for
 bit), ``timing.jsonl`` (wall seconds by phase), ``evaluations.jsonl``, ``samples/``, ``maps/``, ``checkpoints/``,
-``tensorboard/``, ``export/``, ``report.html``.
+``tensorboard/``, ``tracking.json`` (the run's id with other trackers), ``export/``, ``report.html``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 import yaml
 
 from vipo.errors import UserError
-from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import SEAL, aside_of, complete_lines, is_intact, read_yaml, sealed, writing
+from vipo.evaluation.records import POLICY, Evaluation, EvaluationRecord, recorded
+from vipo.files import SEAL, aside_of, complete_lines, is_intact, read_yaml, sealed, write_text, writing
 from vipo.runs import lock
-from vipo.training.saved import Saved, choose, list_folders
+from vipo.training.saved import Saved, choose, iteration_of, list_checkpoints, list_folders
 from vipo.types import TrainStep
 
 METRICS, TIMING, EVALUATIONS = LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
 RECIPE = "recipe.yaml"
+STOPPED = "stopped"  # in the metrics of the last iteration: why the run ended there, see training.stop_when
 CHECKPOINTS = "checkpoints"
 
 
@@ -115,6 +116,14 @@ class RunDirectory:
         found = list_folders(self.checkpoints)
         return found[-1] if found else None
 
+    def kept(self) -> frozenset[int]:
+        """The iterations that there are complete checkpoints of."""
+        return frozenset(map(iteration_of, list_checkpoints(self.checkpoints)))
+
+    def evaluations(self) -> list[EvaluationRecord]:
+        """Those on record, in their order."""
+        return [recorded(line) for line in _read_log(self.root / EVALUATIONS)]
+
     def first_scores(self) -> dict[str, list[float | None]]:
         """The scores that later ones are compared with, picture by picture; empty if they are not on record.
 
@@ -130,7 +139,28 @@ class RunDirectory:
         self._append(METRICS, {**head, **step.metrics, "events": list(step.events), **tail})
         self._append(TIMING, {**head, **step.seconds})
 
-    def log_evaluation(self, iteration: int, evaluation: Evaluation, *, comparable_since: int = 0) -> None:
+    def evaluation_lines(self) -> list[dict[str, Any]]:
+        """The evaluations on record."""
+        return _read_log(self.root / EVALUATIONS)
+
+    def evaluation_events(self, iteration: int) -> list[str]:
+        """What was told of one of them."""
+        return [
+            event
+            for line in self.evaluation_lines()
+            if line["iteration"] == iteration
+            for event in line.get("events", [])
+        ]
+
+    def log_evaluation(
+        self,
+        iteration: int,
+        evaluation: Evaluation,
+        *,
+        comparable_since: int = 0,
+        watch: Callable[[list[dict[str, Any]]], list[str]] = lambda _lines: [],
+    ) -> None:
+        """Write one down; ``watch`` is what its record says of it, beside those before and itself."""
         record = {
             "iteration": iteration,
             **({"comparable_since": comparable_since} if comparable_since else {}),
@@ -138,7 +168,17 @@ class RunDirectory:
             "prompts": evaluation.texts,
             "values": {name: values.tolist() for name, values in evaluation.scores[POLICY].items()},
         }
-        self._append(EVALUATIONS, sealed(_plain(record)))
+        record = _plain(record)
+        told = watch([*self.evaluation_lines(), record])
+        self._append(EVALUATIONS, sealed({**record, **({"events": told} if told else {})}))
+
+    def log_stop(self, iteration: int, why: str) -> None:
+        """Tell in the log of the last iteration, as an event, why the run ended after so many; once only."""
+        lines = complete_lines(self.root / METRICS)
+        last = json.loads(lines[-1]) if lines else {}
+        if last.get("iteration") == iteration - 1 and STOPPED not in last:
+            told = {**last, "events": [*last["events"], why], STOPPED: why}
+            write_text(self.root / METRICS, "".join(f"{line}\n" for line in [*lines[:-1], json.dumps(told)]))
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self.root / name
@@ -152,8 +192,15 @@ def _is_torn(path: Path) -> bool:
 
 
 def _before(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """The records of the iterations before one."""
-    return [record for record in _read_log(path) if record["iteration"] < iteration]
+    """The records of the iterations before one, as they were when it was saved: a stop is told later."""
+    return [_without_stop(record) for record in _read_log(path) if record["iteration"] < iteration]
+
+
+def _without_stop(record: dict[str, Any]) -> dict[str, Any]:
+    if STOPPED not in record:
+        return record
+    events = [event for event in record["events"] if event != record[STOPPED]]
+    return {key: value for key, value in {**record, "events": events}.items() if key != STOPPED}
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

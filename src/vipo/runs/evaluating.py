@@ -14,13 +14,13 @@ from vipo.assemble import Session
 from vipo.errors import UserError
 from vipo.evaluation.evaluator import Evaluator, Sampler
 from vipo.evaluation.records import POLICY, Evaluation, Part, Scored
-from vipo.media.pictures import save_sheet, to_bytes
+from vipo.media.pictures import to_bytes
 from vipo.media.samples import save_clips
+from vipo.media.sheets import save_sheet
 from vipo.ranks import everyones_rows
 from vipo.schema import Recipe
 
 PIXELS_AT_ONCE = 1 << 26  # of media, all frames counted: 64 pictures of 1024 x 1024, 800 MB as float32
-SHEET_COLUMNS = 8
 
 
 class Shown:
@@ -49,7 +49,7 @@ def evaluate_run(session: Session) -> tuple[Evaluation, UInt8[Tensor, "N 3 F Y X
     """
     recipe, engine, shown = session.recipe, session.engine, Shown()
     prompts, samples_per_prompt = session.evaluation_prompts, recipe.evaluation.samples_per_prompt
-    at_once = prompts_at_once(recipe, len(prompts), engine.ranks)
+    at_once = prompts_at_once(recipe, len(prompts), engine.teams)
     evaluate = Evaluator(
         {POLICY: session.policy.averaged},
         Sampler(
@@ -101,4 +101,4 @@ def save_evaluation(sheet: Path, evaluation: Evaluation, media: UInt8[Tensor, "N
     texts = evaluation.texts
     if media.shape[2] > 1:
         save_clips(sheet.with_suffix(""), media, texts, samples_per_prompt=evaluation.samples_per_prompt, fps=fps)
-    save_sheet(sheet, media, SHEET_COLUMNS, texts, evaluation.scores[POLICY])
+    save_sheet(sheet, media, texts, evaluation.scores[POLICY])

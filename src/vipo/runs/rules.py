@@ -39,9 +39,12 @@ RULES: Mapping[str, Rule] = {
     "training.iterations": "free",  # not where the learning rate comes down towards the last one, see changed
     "training.checkpoint_every": "free",
     "training.keep_checkpoints": "free",
+    "training.keep_best": "free",
     "training.maps_every": "free",
     "training.timeout": "free",
     "training.sharding": "recorded",
+    "training.context_parallel": "recorded",
+    "training.context_exchange": "recorded",
     "training.reward_retries": "free",
     "training.reward_pause_seconds": "free",
     "training.reward_timeout": "free",
@@ -52,7 +55,10 @@ RULES: Mapping[str, Rule] = {
     "training.on_reward_timeout": "recorded",
     "training.max_failed_share": "recorded",
     "training.max_skipped_in_a_row": "recorded",
+    "training.stop_when": "recorded",
     "evaluation": "recorded",
+    "guards": "recorded",
+    "tracking": "free",
     "inputs.packages": "recorded",  # inputs: what was in the files that the recipe names, see vipo.runs.inputs
     "inputs.evaluation": "recorded",
     "inputs.judges": "recorded",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vipo.assemble import Session, build, engine_of, keep_text, notices
 from vipo.engine import Engine
@@ -16,7 +16,9 @@ from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
 from vipo.rewards import go_by_rate
+from vipo.runs import over_optimization
 from vipo.runs.agreement import check_agreed
+from vipo.runs.best import best_so_far, best_told, fallen, spared
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
 from vipo.runs.init import keep_init, with_kept_init
@@ -26,6 +28,8 @@ from vipo.runs.opening import settle
 from vipo.runs.resume import Start, beginning, resumption
 from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
+from vipo.runs.trackers import check_trackers
+from vipo.runs.tracking import Tracking
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load, save
 from vipo.training.saved import STATE, prune
@@ -38,6 +42,7 @@ class Evaluated:
 
     iteration: int
     evaluation: Evaluation
+    best_by: str | None = None  # the score by which it is the best so far, if training.keep_best names one
 
     @property
     def scores(self) -> Mapping[str, Tensor]:
@@ -79,6 +84,7 @@ class Run:
 
         def claim() -> Start:
             """Lock the folder and decide how to begin there; nothing in it is changed yet."""
+            check_trackers(recipe.tracking)
             self.lock.take(make=not resume)
             inputs = fingerprints(recipe)
             past = self.directory.past(checkpoint)
@@ -103,18 +109,21 @@ class Run:
             self.engine.wait()
             if self.writes:
                 settle(self.directory.root, self.start, self.recipe.to_yaml(), processes=self.processes)
-                prune(self.directory.checkpoints, recipe.training.keep_checkpoints)  # a kill may have left one too many
+                self._prune()  # a kill may have left one too many
                 keep_init(recipe, self.directory.root, anew=not self.start.resumed)
             self._events = self.start.events  # to be told with the first iteration
             keep_text(self.session)
             self.notices = notices(self.session)
             self.engine.wait()
+            self.stopped: str | None = None
             self._evaluated, self.comparable_since = set(self.start.evaluated), self.start.comparable_since
-            board = str(self.directory.root / "tensorboard")
-            self.board = SummaryWriter(board, purge_step=self.iteration) if self.writes else None
+            self.tracking = self._tracked() if self.writes else None
         except BaseException:
             self.lock.release()
             raise
+
+    def _tracked(self) -> Tracking:
+        return Tracking(self.recipe, self.directory.root, iteration=self.iteration, processes=self.processes)
 
     def _check_agreed(self) -> None:
         """Every process must see what the main one began with."""
@@ -148,7 +157,8 @@ class Run:
     def __iter__(self) -> Iterator[TrainStep | Evaluated]:
         """Train to the recipe's last iteration, yielding each step and each evaluation as it is on disk.
 
-        After a stop request the state is saved; ``finished`` says whether the run is complete.
+        After a stop request the state is saved; ``over`` says whether the run has come to its end: ``finished``, or
+        ``stopped`` by ``training.stop_when``.
 
         Raises:
             RunFailed: nothing was learned, and the state is saved; or another process is lost. Nothing is exported.
@@ -159,11 +169,11 @@ class Run:
                 for event in self._train():
                     yield event
                     self._check_ours()
-                if self.finished:
+                if self.over:
                     self._export()
         finally:
-            if self.board is not None:
-                self.board.close()
+            if self.tracking is not None:
+                self.tracking.close()
             self.lock.release()
 
     def _check_ours(self) -> None:
@@ -175,9 +185,9 @@ class Run:
         with self.stop.listening():
             if self.finished:
                 self._end_if(self.session.trainer.health.failure(self.iteration, last=True))
-            yield from self._evaluate_if_due()
+            yield from self._evaluate_and_watch()
             stopping = self._stop_agreed()
-            while not self.finished and not stopping:
+            while not self.over and not stopping:
                 last = self.iteration + 1 >= self.recipe.training.iterations
                 step = _with_notices(self._with_events(self.session.trainer.step(last=last)), self.notices)
                 if self.writes:
@@ -189,7 +199,7 @@ class Run:
                     self.save()
                 self._end_if(step.failure)
                 if not stopping:
-                    yield from self._evaluate_if_due()
+                    yield from self._evaluate_and_watch()
 
     def _export(self) -> None:
         """Every process takes part: what is sharded is put together for the one that writes."""
@@ -200,8 +210,10 @@ class Run:
             self.session.policy.export(self.session.generator, aside)
 
     def _with_events(self, step: TrainStep) -> TrainStep:
-        """The first iteration after a resume tells what was changed."""
+        """The first iteration after a resume tells what was changed; any, what went wrong with tracking."""
         events, self._events = self._events, ()
+        if self.tracking is not None:
+            events += self.tracking.told()
         return replace(step, events=(*events, *step.events)) if events else step
 
     def _end_if(self, failure: str | None) -> None:
@@ -219,6 +231,21 @@ class Run:
     def finished(self) -> bool:
         return self.iteration >= self.recipe.training.iterations
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to go on with: all iterations are done, or a score has fallen (``stopped``)."""
+        return self.finished or self.stopped is not None
+
+    @property
+    def best(self) -> str | None:
+        """The best checkpoint in a sentence, where ``training.keep_best`` keeps one."""
+        name = self.recipe.training.keep_best
+        return None if name is None else best_told(self.directory, name)
+
+    def _prune(self) -> None:
+        training = self.recipe.training
+        prune(self.directory.checkpoints, training.keep_checkpoints, spared(self.directory, training.keep_best))
+
     def save(self) -> None:
         """Checkpoint now."""
         save(
@@ -226,40 +253,109 @@ class Run:
             self.directory.checkpoints,
             engine=self.engine,
             keep=self.recipe.training.keep_checkpoints,
+            spared=spared(self.directory, self.recipe.training.keep_best) if self.writes else (),
             recipe=self.recipe.model_dump(mode="json"),
             inputs=self.start.inputs,
             logs=self.directory.checksums(self.iteration) if self.writes else None,
         )
 
+    def _evaluate_and_watch(self) -> Iterator[Evaluated]:
+        """Evaluate if that is due, and end the run if a judge has fallen too far and the recipe says so."""
+        yield from self._evaluate_if_due()
+        if self.recipe.guards.over_optimization.action != "stop":
+            return
+        failure = self.engine.agreed(self._over_optimized)
+        if failure is not None:
+            self.save()
+        self._end_if(failure)
+
+    def _over_optimized(self) -> str | None:
+        lines = self.directory.evaluation_lines()
+        if not lines or lines[-1]["iteration"] != self.iteration:
+            return None
+        return over_optimization.failure(self._scored(lines), self.recipe.guards.over_optimization)
+
+    def _scored(self, lines: Sequence[Mapping[str, Any]]) -> list[over_optimization.Scored]:
+        weights = {name: section.weight for name, section in self.recipe.rewards.items()}
+        return over_optimization.read(lines, self.recipe.judges, weights)
+
     def _evaluate_if_due(self) -> Iterator[Evaluated]:
         every = self.recipe.evaluation.every
         due = self.iteration in (0, self.comparable_since) or self.finished
         due = due or (every is not None and self.iteration % every == 0)
-        if due and self.iteration not in self._evaluated:
-            evaluation, media = evaluate_run(self.session)
-            event = Evaluated(self.iteration, evaluation)
-            self._evaluated.add(self.iteration)
+        if not due:
+            return
+        new = self._evaluate() if self.iteration not in self._evaluated else None
+        best_by = self._keep_best()
+        self._stop_if_fallen()
+        if new is not None:
+            yield Evaluated(self.iteration, new, best_by)
+
+    def _evaluate(self) -> Evaluation:
+        """The present weights', on record."""
+        evaluation, media = evaluate_run(self.session)
+        self._evaluated.add(self.iteration)
+        if self.writes:
+            self._keep_evaluation(Evaluated(self.iteration, evaluation), media)
+        return evaluation
+
+    def _keep_best(self) -> str | None:
+        """Keep the evaluated weights if they are the best so far; the score by which they are."""
+        name = self.recipe.training.keep_best
+        if name is None:
+            return None
+        best = self.engine.agreed(lambda: best_so_far(self.directory, name, [self.iteration]))
+        if best is None or best.iteration != self.iteration:
+            return None
+        if not best.is_untrained:
+            self._save_if_missing()
+        if self.writes:
+            self._prune()  # the one that was the best before
+        return name
+
+    def _save_if_missing(self) -> None:
+        if not self.engine.agreed(lambda: self.iteration in self.directory.kept()):
+            self.save()
+
+    def _stop_if_fallen(self) -> None:
+        """End the run here if ``training.stop_when`` says so; the main process looks, and all do as it says."""
+        name = self.recipe.training.stop_when
+        if name is None or self.finished:
+            return
+        self.stopped = self.engine.agreed(lambda: fallen(self.directory, name, self.iteration))
+        if self.stopped is not None:
+            self._save_if_missing()
             if self.writes:
-                self._keep_evaluation(event, media)
-            yield event
+                self.directory.log_stop(self.iteration, self.stopped)
+                self._tell([self.stopped])
 
     def _keep_evaluation(self, event: Evaluated, media: Tensor) -> None:
-        assert self.board is not None
-        sheet = self.directory.root / "samples" / f"step-{self.iteration:06d}.png"
-        save_evaluation(sheet, event.evaluation, media, fps=self.recipe.generator.fps)
-        self.directory.log_evaluation(self.iteration, event.evaluation, comparable_since=self.comparable_since)
-        for key, values in event.scores.items():
-            self.board.add_scalar(f"evaluation/{key}", float(values.nanmean()), self.iteration)
-        self.board.add_images("samples", media[:16, :, media.shape[2] // 2], self.iteration)
+        assert self.tracking is not None
+        sheet, fps = self.directory.root / "samples" / f"step-{self.iteration:06d}.png", self.recipe.generator.fps
+        save_evaluation(sheet, event.evaluation, media, fps=fps)
+        since, options = self.comparable_since, self.recipe.guards.over_optimization
+        self.directory.log_evaluation(
+            self.iteration,
+            event.evaluation,
+            comparable_since=since,
+            watch=lambda lines: over_optimization.events(self._scored(lines), options),
+        )
+        self.tracking.evaluation(event.evaluation, media, fps=fps, iteration=self.iteration)
+        self._tell(self.directory.evaluation_events(self.iteration))
+
+    def _tell(self, events: Sequence[str]) -> None:
+        """Trackers, what the log has already."""
+        assert self.tracking is not None
+        self.tracking.events(events, self.iteration)
 
     def _keep(self, step: TrainStep) -> None:
-        assert self.board is not None
+        assert self.tracking is not None
         self.directory.log_step(step)
-        for key, value in step.metrics.items():
-            self.board.add_scalar(key, value, step.iteration)
+        sheet = None
         if step.maps is not None and step.iteration % self.recipe.training.maps_every == 0:
             sheet = step_sheet(step, step.maps, self.session)
             save_png(self.directory.root / "maps" / f"step-{step.iteration:06d}.png", sheet)
+        self.tracking.step(step, sheet)
 
 
 def _with_notices(step: TrainStep, told: Sequence[str]) -> TrainStep:

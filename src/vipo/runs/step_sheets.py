@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from vipo.assemble import Session
 from vipo.media.map_sheets import clip_map_sheet, map_sheet
+from vipo.options import NORMALISES_POSITIONS
 from vipo.structuring import PerceptualStructuring, oriented_components
 from vipo.structuring.sources import Perceptual, Product
 from vipo.types import MapSource, TrainStep
@@ -19,19 +21,33 @@ CAPTION = 120  # characters of a clip's prompt
 
 
 def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session) -> Image.Image:
-    """Picture, components (if the map has any), map and overlay; of clips, their latent frames side by side."""
+    """Picture, components (if the map has any), map and credit; of clips, their latent frames side by side."""
     firsts = list(range(0, len(maps), step.rollout.group_size))
     texts = [step.rollout.prompts[i].text for i in firsts]
     rewards = [f"reward {float(step.scores.total[i]):.3f}" for i in firsts]
+    by_sample = session.recipe.credit not in NORMALISES_POSITIONS  # else there is no one advantage for all positions
     if maps.shape[1] > 1:
         short = [textwrap.shorten(text, CAPTION, placeholder=" ...") for text in texts]
         rows, captions = firsts[:CLIPS], _captions(short, rewards)[:CLIPS]
-        stride = session.generator.temporal_stride
-        return clip_map_sheet(step.rollout.media[rows], maps[rows], captions, temporal_stride=stride)
+        stride, clips = session.generator.temporal_stride, step.rollout.media[rows]
+        advantages = step.advantage[rows].tolist() if by_sample else None
+        return clip_map_sheet(clips, maps[rows], captions, temporal_stride=stride, advantages=advantages)
     rows, captions = firsts[:PICTURES], _captions(texts, rewards)[:PICTURES]
     pictures, structuring = step.rollout.media[rows, :, 0], _structuring(session.trainer.map_source)
     parts = None if structuring is None else oriented_components(structuring, pictures)
-    return map_sheet(pictures, parts, maps[rows, 0], captions)
+    factors = {name: factor[rows, 0] for name, factor in _factors(step, session).items()}
+    advantages = step.advantage[rows].tolist() if by_sample else None
+    return map_sheet(pictures, parts, maps[rows, 0], captions, factors=factors, advantages=advantages)
+
+
+def _factors(step: TrainStep, session: Session) -> dict[str, Float[Tensor, "N T H W"]]:
+    """The maps of a product, by the recipe's names; made once more, since training keeps only their product."""
+    source = session.trainer.map_source
+    if not isinstance(source, Product):
+        return {}
+    known = step.advantage.where(step.scores.total.isfinite(), torch.nan)
+    names = session.recipe.structuring.sources
+    return {name: part(step.rollout, known, step.scores) for name, part in zip(names, source.sources, strict=True)}
 
 
 def _captions(texts: list[str], rewards: list[str]) -> list[str]:

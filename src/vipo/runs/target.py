@@ -17,6 +17,7 @@ from vipo.errors import UserError
 from vipo.evaluation.evaluator import EVALUATION_SEED, Evaluator, Sampler
 from vipo.evaluation.records import BASE, POLICY, Evaluation, Keeper, Models
 from vipo.generators import attention
+from vipo.generators.lora_file import is_lora
 from vipo.options import Solver
 from vipo.pretrained import fingerprint
 from vipo.prompts.files import named_prompts
@@ -24,8 +25,9 @@ from vipo.ranks import ALONE, Ranks
 from vipo.registry import is_user_file
 from vipo.rollout import StepContext
 from vipo.runs.directory import RunDirectory
+from vipo.runs.guidance import check_guidance, guidance_note, guided, run_behind
 from vipo.runs.plain import PLAIN_STEPS, plain_section, put_on_lora
-from vipo.runs.trained import open_run
+from vipo.runs.trained import Trained, find_trained, is_checkpoint, open_trained
 from vipo.schema import EvaluationSection, JudgeSection
 from vipo.types import Generator, NamesCutPrompts, Prompt, Rollout
 
@@ -43,6 +45,7 @@ class Target:
         reference: inside, the generator is the base model.
         evaluation: where a run's evaluation prompts are.
         rewards: its own, built when they are asked for.
+        told: what to tell of it in any case.
     """
 
     generator: Generator
@@ -53,6 +56,7 @@ class Target:
     evaluation: EvaluationSection | None = None
     rewards: Mapping[str, JudgeSection] = field(default_factory=dict)
     attention: str = attention.AUTO
+    told: tuple[str, ...] = ()
 
     def with_rewards(self, sections: Mapping[str, JudgeSection]) -> Target:
         """The same model with these rewards to choose from."""
@@ -69,7 +73,8 @@ class Target:
 
     def notices(self, prompts: Sequence[Prompt], rewards: Sequence[str] = ()) -> list[str]:
         """What to tell before it samples: a base in fewer bits, prompts that will be cut, clips taken for others."""
-        told = rate_notices({name: own.options for name, own in self.rewards.items() if name in rewards}, self.fps)
+        options = {name: own.options for name, own in self.rewards.items() if name in rewards}
+        told = [*self.told, *rate_notices(options, self.fps)]
         kind = self.described["generator"]["quantization"]
         if kind != "none":
             told.append(
@@ -203,52 +208,98 @@ def open_target(
     frames: int | None = None,
     fps: float | None = None,
     dtype: str | None = None,
+    guidance_scale: float | None = None,
+    checkpoint: str | None = None,
     lora: Path | None = None,
+    base: str | None = None,
     keep_reference: bool = True,
     device: torch.device | str | None = None,
 ) -> Target:
     """Load a run's policy, or a plain model, on request with a LoRA as the policy. No reward is built.
 
     Args:
+        target: a run, a checkpoint of one, a pipeline, or with ``base`` a LoRA.
         size: side in pixels of a plain model's square pictures, short for ``height`` and ``width``.
         height, width: pixels; None takes what a plain model was made for.
         frames: of a plain video model's clips, in pixel space; likewise.
         fps: frames per second of them, for rewards that depend on it; likewise.
         dtype: of a plain model's weights, "float32", "bfloat16" or "float16"; None is float32.
+        guidance_scale: instead of what a run was trained with, or a plain model's usual one.
+        checkpoint: of a run: the name of its folder, a path, or ``best``; None takes the latest.
         lora: safetensors file, or folder that holds one, for a plain model; see :mod:`vipo.generators.lora`.
+        base: the plain model that ``target``, then a LoRA, goes on.
         keep_reference: a run's policy can also be its base model, at the cost, for full weights, of a copy; without,
             it can only :meth:`Target.sample` as the policy.
 
     Raises:
         UserError: neither a run nor a pipeline that an adapter knows, a size that does not fit or fits only plain
-            models, or a LoRA that does not fit.
+            models, guidance for a model that takes none, no such checkpoint, or a LoRA that does not fit.
     """
     options = {"size": size, "height": height, "width": width, "frames": frames, "fps": fps, "dtype": dtype}
     given = {name: value for name, value in options.items() if value is not None}
     device = device or default_device()
-    if RunDirectory(Path(target)).exists():
-        if lora is not None:
-            raise UserError(f"{target!r} is a run and has a policy of its own; give --lora with a pipeline folder")
-        if given:
-            raise UserError(f"{target!r} is a run and samples as it was trained; leave out --{' and --'.join(given)}")
-        return _open_run(target, keep_reference, device)
-    section = plain_section(target, given)
+    is_run = RunDirectory(Path(target)).exists() or is_checkpoint(Path(target))
+    if base is not None:
+        target, lora = _on_base(target, base, lora, is_run)
+    elif is_run:
+        _check_alone(target, lora, given)
+        return _open_run(find_trained(Path(target), checkpoint), target, guidance_scale, keep_reference, device)
+    elif is_lora(Path(target)):
+        raise UserError(f"{target!r} is a LoRA; name the model that it goes on with --base MODEL")
+    if checkpoint is not None:
+        raise UserError(f"{target!r} is no run, so it has no checkpoints; leave out --checkpoint")
+    return _open_plain(target, given, guidance_scale, lora, device)
+
+
+def _on_base(target: str, base: str, lora: Path | None, is_run: bool) -> tuple[str, Path]:
+    """The model and the LoRA on it."""
+    if is_run or not is_lora(Path(target)):
+        raise UserError(f"--base is for a LoRA, and {target!r} is none; leave it out, or give the LoRA in its place")
+    if lora is not None:
+        raise UserError(f"{target!r} is a LoRA, and --lora names a second one; give one of the two")
+    return base, Path(target)
+
+
+def _check_alone(target: str, lora: Path | None, given: Mapping[str, Any]) -> None:
+    """A run has all that a plain model is told."""
+    if lora is not None:
+        raise UserError(f"{target!r} is a run and has a policy of its own; give --lora with a pipeline folder")
+    if given:
+        raise UserError(f"{target!r} is a run and samples as it was trained; leave out --{' and --'.join(given)}")
+
+
+def _open_plain(
+    target: str,
+    given: Mapping[str, Any],
+    guidance_scale: float | None,
+    lora: Path | None,
+    device: torch.device | str,
+) -> Target:
+    section = guided(plain_section(target, given), guidance_scale)
     generator = build_generator(section, device=str(device))
+    check_guidance(generator, guidance_scale)
     described = {"model": target, "lora": lora and str(lora), "generator": section.model_dump(exclude=PLACES)}
     reference = None if lora is None else put_on_lora(generator, lora)
     solver = Solver(steps=PLAIN_STEPS[str(section.name)], shift=generator.shift)
-    return Target(generator, solver, described, section.fps, reference)
+    trained = run_behind(Path(target) if lora is None else lora)
+    told = [] if trained is None else guidance_note(generator, trained)
+    return Target(generator, solver, described, section.fps, reference, told=tuple(told))
 
 
-def _open_run(target: str, keep_reference: bool, device: torch.device | str) -> Target:
-    recipe, model = open_run(Path(target), device=device, keep_reference=keep_reference)
+def _open_run(
+    trained: Trained, target: str, guidance_scale: float | None, keep_reference: bool, device: torch.device | str
+) -> Target:
+    recipe = trained.recipe
+    model = open_trained(trained, guidance_scale=guidance_scale, device=device, keep_reference=keep_reference)
+    section = guided(recipe.generator, guidance_scale)
     return Target(
         model.generator,
         model.solver,
-        {"model": target, "lora": None, "generator": recipe.generator.model_dump(exclude=PLACES)},
+        {"model": target, "lora": None, "generator": section.model_dump(exclude=PLACES)},
         recipe.generator.fps,
         model.policy.reference,
         recipe.evaluation,
         {**recipe.judges, **recipe.rewards},
         model.attention,
+        (*trained.told, *guidance_note(model.generator, recipe.generator)),
     )

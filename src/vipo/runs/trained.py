@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,20 +11,104 @@ from torch import Tensor
 
 from vipo.assemble import Model, default_device, open_model
 from vipo.errors import UserError
-from vipo.recipe import load_recipe
+from vipo.recipe import load_recipe, parse_recipe
+from vipo.runs.best import BEST, best_checkpoint, best_told
 from vipo.runs.directory import RunDirectory
+from vipo.runs.guidance import check_guidance, guided
 from vipo.runs.init import with_kept_init
 from vipo.runs.rules import differences
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load_policy
-from vipo.training.saved import Head, verified
+from vipo.training.saved import STATE, Head, named, read_head, verified
 
 log = logging.getLogger(__name__)
 SHAPED_BY = ("generator", "policy", "solver")  # sections that a model is opened with
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Weights that a run has saved, and the recipe that they are opened with.
+
+    Args:
+        checkpoint: a folder's name under ``checkpoints/``, a path, or ``best``; None takes the latest.
+    """
+
+    directory: RunDirectory
+    recipe: Recipe
+    checkpoint: str | None = None
+
+    def path(self) -> Path:
+        """The checkpoint's folder, as things are now.
+
+        Raises:
+            UserError: there is none; of the best, also if nothing is better than the untrained model.
+        """
+        if self.checkpoint == BEST:
+            return best_checkpoint(self.directory, self.recipe.training.keep_best)
+        if self.checkpoint is not None:
+            return named(self.directory.checkpoints, self.checkpoint)
+        latest = self.directory.latest_checkpoint()
+        if latest is None:
+            raise UserError(f"{str(self.directory.root)!r} has no complete checkpoint yet")
+        return latest
+
+    def export_folder(self) -> Path:
+        """Where it is exported to unless told otherwise: a chosen checkpoint does not take the place of the last.
+
+        Raises:
+            UserError: a checkpoint that lies in no run.
+        """
+        if not self.directory.exists():
+            raise UserError(f"{str(self.directory.root)!r} lies in no run; say where to export it with --output FOLDER")
+        name = "" if self.checkpoint is None else f"-{Path(self.checkpoint).name}"
+        return self.directory.root / f"export{name}"
+
+    @property
+    def told(self) -> list[str]:
+        """Which one it is, where that is not plain."""
+        judge = self.recipe.training.keep_best
+        return [best_told(self.directory, judge)] if self.checkpoint == BEST and judge is not None else []
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / STATE).is_file()
+
+
+def find_trained(target: Path, checkpoint: str | None = None) -> Trained:
+    """What a run's folder, or a checkpoint's, holds. A checkpoint that lies in no run has its recipe in itself.
+
+    Raises:
+        UserError: neither of the two, or there is no such checkpoint.
+    """
+    directory, above = RunDirectory(target), RunDirectory(target.resolve().parent.parent)
+    if directory.exists():
+        found = Trained(directory, load_recipe(directory.recipe), checkpoint)
+    elif not is_checkpoint(target):
+        raise UserError(f"{str(target)!r} is not a run directory: it has no recipe.yaml")
+    elif checkpoint is not None:
+        raise UserError(f"{str(target)!r} is one checkpoint; leave out --checkpoint, or give its run")
+    elif above.exists() and target.resolve().parent == above.checkpoints.resolve():
+        found = Trained(above, load_recipe(above.recipe), str(target))
+    else:
+        found = Trained(directory, _own_recipe(target), str(target))
+    found.path()  # what is not there is told before a model is built
+    return found
+
+
+def _own_recipe(checkpoint: Path) -> Recipe:
+    own = read_head(checkpoint).recipe
+    if not own:
+        raise UserError(f"checkpoint {str(checkpoint)!r} was saved without its recipe; give the run it belongs to")
+    return parse_recipe(own, source=str(checkpoint))
+
+
 def open_run(
-    root: Path, *, device: torch.device | str | None = None, keep_reference: bool = False
+    target: Path,
+    *,
+    checkpoint: str | None = None,
+    guidance_scale: float | None = None,
+    device: torch.device | str | None = None,
+    keep_reference: bool = False,
 ) -> tuple[Recipe, Model]:
     """The recipe of a finished or interrupted run and its model with the trained weights, ready to sample.
 
@@ -31,38 +116,53 @@ def open_run(
     where one was kept.
 
     Args:
+        target: the run's folder, or a checkpoint's.
+        checkpoint: of the run, instead of the latest; see :class:`Trained`.
+        guidance_scale: instead of the recipe's.
         keep_reference: the policy can also be what it was before training, at the cost, for full weights, of a copy.
 
     Raises:
-        UserError: not a run directory, no checkpoint in it yet, or the latest is damaged.
+        UserError: neither a run nor a checkpoint, no such checkpoint in it, or it is damaged; guidance for a model that
+            takes none.
     """
-    directory = RunDirectory(root)
-    if not directory.exists():
-        raise UserError(f"{str(root)!r} is not a run directory: it has no recipe.yaml")
-    if directory.latest_checkpoint() is None:
-        raise UserError(f"{str(root)!r} has no complete checkpoint yet")
-    recipe = load_recipe(directory.recipe)
-    begun = with_kept_init(_without_average(recipe), root)
+    trained = find_trained(target, checkpoint)
+    return trained.recipe, open_trained(
+        trained, guidance_scale=guidance_scale, device=device, keep_reference=keep_reference
+    )
+
+
+def open_trained(
+    trained: Trained,
+    *,
+    guidance_scale: float | None = None,
+    device: torch.device | str | None = None,
+    keep_reference: bool = False,
+) -> Model:
+    """The model of :func:`open_run`."""
+    recipe = _without_average(trained.recipe)
+    recipe = recipe.model_copy(update={"generator": guided(recipe.generator, guidance_scale)})
+    begun = with_kept_init(recipe, trained.directory.root)
     model = open_model(begun, device=device or default_device(), keep_reference=keep_reference)
-    model.policy.begin().load(_weights(directory, recipe))
-    return recipe, model
+    check_guidance(model.generator, guidance_scale)
+    model.policy.begin().load(_weights(trained))
+    return model
 
 
-def _weights(directory: RunDirectory, recipe: Recipe) -> dict[str, Tensor]:
-    """The latest ones; a run that is going on may remove a checkpoint while it is being read.
+def _weights(trained: Trained) -> dict[str, Tensor]:
+    """Those of the checkpoint; a run that is going on may remove it, for a later or a better, while it is being read.
 
     Raises:
-        UserError: the latest is damaged.
+        UserError: it is damaged.
     """
-    while (latest := directory.latest_checkpoint()) is not None:
+    while True:
+        path = trained.path()
         try:
-            head = verified(latest)
-            _tell_other_recipe(head, recipe, directory)
-            return load_policy(latest, head)
+            head = verified(path)
+            _tell_other_recipe(head, trained.recipe, trained.directory)
+            return load_policy(path, head)
         except UserError:
-            if latest.exists():
+            if path.exists():
                 raise
-    raise UserError(f"{str(directory.root)!r} has no complete checkpoint any more")
 
 
 def _tell_other_recipe(head: Head, recipe: Recipe, directory: RunDirectory) -> None:

@@ -23,7 +23,15 @@ Letters as in ``vipo.types``: B pictures, D feature width, h w feature grid, H W
 from vipo.options import Aggregation, Normalization, Orientation, Scope
 from vipo.structuring.components import Components, principal_components
 from vipo.structuring.frames import align_frames, flicker
-from vipo.structuring.maps import allocation_map, consensus_map, deviation_map, normalise, resample, smooth
+from vipo.structuring.maps import (
+    allocation_map,
+    consensus_map,
+    deviation_map,
+    normalise,
+    resample,
+    signed_consensus_map,
+    smooth,
+)
 from vipo.structuring.orientation import ORIENTATIONS, oriented
 from vipo.structuring.perceptual import PerceptualStructuring, oriented_components
 
@@ -45,5 +53,6 @@ __all__ = [
     "oriented_components",
     "principal_components",
     "resample",
+    "signed_consensus_map",
     "smooth",
 ]

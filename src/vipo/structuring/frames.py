@@ -17,6 +17,13 @@ def align_frames(
 
     Raises:
         ValueError: maps that are not (B, F, H, W), or an F that does not belong to T.
+
+    Examples:
+        >>> import torch
+        >>> from vipo.structuring import align_frames
+        >>> frames = torch.arange(9.0).reshape(1, 9, 1, 1)
+        >>> align_frames(frames, 3, temporal_stride=4).flatten()
+        tensor([0.0000, 2.5000, 6.5000])
     """
     if maps.ndim != 4:
         raise ValueError(f"maps {tuple(maps.shape)} must be (B, F, H, W)")

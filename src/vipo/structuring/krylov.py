@@ -17,19 +17,19 @@ LOST = 1e-12
 
 
 def leading_vectors(
-    matrix: Float[Tensor, "B m l"], start: Float[Tensor, "B m block"], depth: int, components: int, precise: torch.dtype
-) -> tuple[Float[Tensor, "B m K"], Float[Tensor, "B values"]]:
-    """Approximate vectors, largest first, and all eigenvalues of A in the space that was searched, largest first.
+    matrix: Float[Tensor, "B m l"], start: Float[Tensor, "B block m"], depth: int, precise: torch.dtype
+) -> tuple[Float[Tensor, "B block m"], Float[Tensor, "B values"]]:
+    """As many vectors as the start has, as rows, and all eigenvalues of A in the space that was searched.
 
-    The vectors are what rounding to single precision leaves: the caller says whether that is good enough. Matrices
-    may be zero, of any rank, or not finite; the last get numbers without meaning.
+    Both are sorted, largest first. The vectors are what rounding to single precision leaves: the caller says whether
+    that is good enough. Matrices may be zero, of any rank, or not finite; the last get numbers without meaning.
     """
     basis, images = (rows.to(precise) for rows in _spaces(matrix, start, depth, precise))
     lower, solve = _factor(basis @ basis.mT), torch.linalg.solve_triangular
     small = solve(lower, solve(lower, images @ images.mT, upper=False).mT, upper=False)
     found = torch.linalg.eigh(_finite(small))
-    mixing = solve(lower.mT, found.eigenvectors.flip(-1)[..., :components], upper=True)
-    return basis.mT @ mixing, found.eigenvalues.flip(-1)
+    mixing = solve(lower.mT, found.eigenvectors.flip(-1)[..., : start.shape[1]], upper=True)
+    return mixing.mT @ basis, found.eigenvalues.flip(-1)
 
 
 def _finite(matrix: Float[Tensor, "B d d"]) -> Float[Tensor, "B d d"]:
@@ -38,22 +38,22 @@ def _finite(matrix: Float[Tensor, "B d d"]) -> Float[Tensor, "B d d"]:
 
 
 def _spaces(
-    matrix: Float[Tensor, "B m l"], start: Float[Tensor, "B m block"], depth: int, precise: torch.dtype
+    matrix: Float[Tensor, "B m l"], start: Float[Tensor, "B block m"], depth: int, precise: torch.dtype
 ) -> tuple[Float[Tensor, "B d m"], Float[Tensor, "B d l"]]:
     """A basis of the searched space as rows, orthonormal or zero, and its products with the matrix.
 
     Rows, because a few rows times a matrix stored by rows is what libraries are quick at.
     """
-    size = start.shape[2]
+    size = start.shape[1]
     basis = matrix.new_zeros(len(matrix), size * (depth + 1), matrix.shape[1])
     images = matrix.new_zeros(len(matrix), size * (depth + 1), matrix.shape[2])
-    rows = start.mT
+    rows = start
     for step in range(depth + 1):
         here = slice(step * size, (step + 1) * size)
         basis[:, here] = rows = _new(_unit(rows), basis[:, : here.start], precise)
         images[:, here] = image = rows @ matrix
         if step < depth:
-            rows = (matrix @ image.mT).mT
+            rows = image @ matrix.mT
     return basis, images
 
 

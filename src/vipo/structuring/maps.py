@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vipo.options import Aggregation, MapOptions, Normalization, Orientation
+from vipo.options import Aggregation, ConsensusOptions, DeviationOptions, MapOptions, Normalization, Orientation
 from vipo.structuring.components import NEGLIGIBLE, principal_components
 from vipo.structuring.orientation import oriented
 from vipo.types import Grid
@@ -110,6 +110,7 @@ def deviation_map(
     *,
     smoothing_sigma: float = MapOptions.smoothing_sigma,
     normalization: Normalization = MapOptions.normalization,
+    power: float = DeviationOptions.power,
 ) -> Float[Tensor, "N T H W"]:
     """Where each sample differs from its group: |latents - the group's mean|^2, summed over channels.
 
@@ -120,13 +121,25 @@ def deviation_map(
         latents: clean ones, groups consecutive.
         smoothing_sigma: width of the Gaussian in latent cells; 0 is none.
         normalization: as in ``allocation_map``. A sample that equals its group's mean gets ones.
+        power: of the smoothed square; 0.5 is its root, which is flatter.
 
     Raises:
-        ValueError: the samples do not divide into groups.
+        ValueError: the samples do not divide into groups, or the power is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from vipo.structuring import deviation_map
+        >>> latents = torch.zeros(2, 4, 1, 1, 4)
+        >>> latents[0, :, :, :, 0] = 1.0  # the two differ in the first position alone
+        >>> deviation_map(latents, group_size=2, smoothing_sigma=0)[0]
+        tensor([[[4., 0., 0., 0.]]])
     """
+    if not power > 0:
+        raise ValueError(f"power={power} must be positive; 1 is the squared distance, 0.5 its root")
     grouped = _in_groups(latents.float(), group_size)
     squared = (grouped - grouped.mean(1, keepdim=True)).square().sum(2).flatten(0, 1)
-    return normalise(smooth(squared, smoothing_sigma), normalization)
+    smoothed = smooth(squared, smoothing_sigma)
+    return normalise(smoothed if power == 1 else smoothed.clamp_min(0).pow(power), normalization)
 
 
 @torch.no_grad()
@@ -137,6 +150,7 @@ def consensus_map(
     *,
     smoothing_sigma: float = MapOptions.smoothing_sigma,
     normalization: Normalization = MapOptions.normalization,
+    floor: float = ConsensusOptions.floor,
 ) -> Float[Tensor, "N T H W"]:
     """Where a sample did what its better group mates did, or, if it is a worse one, what they did not.
 
@@ -152,10 +166,43 @@ def consensus_map(
             own map is ones, as is that of a sample whose advantage is 0 or whose map is 0 everywhere.
         smoothing_sigma: width of the Gaussian in latent cells, before the relu; 0 is none.
         normalization: as in ``allocation_map``.
+        floor: a of a + (1 - a) M, the least weight of a position.
 
     Raises:
-        ValueError: the samples do not divide into groups, or there is not one advantage for each.
+        ValueError: the samples do not divide into groups, there is not one advantage for each, or floor is not in
+            [0, 1].
     """
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor={floor} must be from 0 (none) to 1 (a map of ones)")
+    signed = _agreement(latents, advantage, group_size, smoothing_sigma)
+    maps = normalise(signed.clamp_min(0), normalization)
+    return maps if floor == 0 else floor + (1 - floor) * maps
+
+
+@torch.no_grad()
+def signed_consensus_map(
+    latents: Float[Tensor, "N C T H W"],
+    advantage: Float[Tensor, " N"],
+    group_size: int,
+    *,
+    smoothing_sigma: float = MapOptions.smoothing_sigma,
+) -> Float[Tensor, "N T H W"]:
+    """:func:`consensus_map` before it is cut at 0, its sizes of mean 1: negative where a sample's doing speaks against
+    its own advantage, because worse mates of a good sample did it too or better mates of a bad one did.
+
+        S_i(p) = s_i(p) / mean over p of |s_i(p)|,     s_i(p) = sign(A_i) gaussian * <d_i(p), g_i(p)>
+
+    Ones where s is 0 everywhere, so for a sample with advantage 0 or without a score. The paper allows no such sign.
+    """
+    signed = _agreement(latents, advantage, group_size, smoothing_sigma)
+    size = signed.abs().flatten(1).mean(1)[:, None, None, None]
+    return torch.where(size > 0, signed / size, torch.ones_like(signed)).float()
+
+
+def _agreement(
+    latents: Float[Tensor, "N C T H W"], advantage: Float[Tensor, " N"], group_size: int, smoothing_sigma: float
+) -> Float[Tensor, "N T H W"]:
+    """sign(A_i) gaussian * <d_i(p), g_i(p)>; 0 for a sample without a score."""
     if advantage.shape != latents.shape[:1]:
         raise ValueError(f"advantage {tuple(advantage.shape)} must be ({len(latents)},): one for each of the latents")
     grouped, credit = _in_groups(latents.float(), group_size), _in_groups(advantage.float(), group_size)
@@ -166,8 +213,7 @@ def consensus_map(
     pull = credit * deviation
     others = pull.sum(1, keepdim=True) - pull
     agreement = (deviation * others).sum(2).flatten(0, 1)
-    signed = credit.sign().flatten()[:, None, None, None] * smooth(agreement, smoothing_sigma)
-    return normalise(signed.clamp_min(0), normalization)
+    return credit.sign().flatten()[:, None, None, None] * smooth(agreement, smoothing_sigma)
 
 
 def _in_groups(values: Float[Tensor, "N *rest"], group_size: int) -> Float[Tensor, "P G *rest"]:

@@ -1,5 +1,5 @@
-"""Where an allocation map may come from: one interface, ``MapSource``, from a rollout and its samples' advantages (NaN
-where a sample has no score) to one weight per latent position.
+"""Where an allocation map may come from: one interface, ``MapSource``, from a rollout, its samples' advantages (NaN
+where a sample has no score) and its scores to one weight per latent position.
 
 ==================== ==================================================================== ==========================
 source               evidence e(p) at a position                                          needs
@@ -10,10 +10,15 @@ source               evidence e(p) at a position                                
 ``Disagreement``     variance of the latents over the group's samples                      nothing
 ``Deviation``        |latents - the group's mean|^2, of the sample itself                  nothing
 ``Consensus``        agreement with the better and disagreement with the worse mates      nothing
+``Evidence``         sum_j c_j |e_j(p)|, what the rewards themselves say of p              a reward with evidence
 ==================== ==================================================================== ==========================
 
 ``Product`` multiplies any of them. All but the first go beyond the paper; docs/results.md says which one helps. Each is
 smoothed (in latent cells) and normalised like the paper's map, so that they exchange without touching a learning rate.
+Only ``TextRelevance`` and the paper's cost a pass of a network; what a reward says of positions comes with its score.
+
+``Flawless``, ``DenseEvidence`` and ``SignedConsensus`` are the maps of the credits ``flaw_map``, ``dense_reward`` and
+``signed_consensus``, see :mod:`vipo.training.credit`. They are that credit's own and not normalised.
 """
 
 from __future__ import annotations
@@ -29,11 +34,11 @@ from torch import Tensor
 
 from vipo import randomness
 from vipo.errors import UserError
-from vipo.options import MapOptions, Normalization
+from vipo.options import ConsensusOptions, DeviationOptions, MapOptions, Normalization
 from vipo.structuring.frames import align_frames
-from vipo.structuring.maps import consensus_map, deviation_map, normalise, smooth
+from vipo.structuring.maps import consensus_map, deviation_map, normalise, signed_consensus_map, smooth
 from vipo.structuring.perceptual import PerceptualStructuring
-from vipo.types import Generator, MapSource, Prompt, Reward, Rollout, sent
+from vipo.types import Generator, MapSource, Prompt, Reward, Rollout, Scores, sent
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Perceptual:
 
     structuring: PerceptualStructuring
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
         return self.structuring(rollout.media, rollout.latent_grid)
 
 
@@ -63,7 +70,9 @@ class RewardGradient:
     temporal_stride: int = 1
     batch_size: int = 32
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
         """Raises:
         UserError: a reward has no gradient.
         """
@@ -106,7 +115,9 @@ class TextRelevance:
     batch_size: int = 64
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
         clean = rollout.latents
         noise = randomness.normal(tuple(clean.shape[1:]), [(0,)], seed=0, purpose="text relevance")
         noisy = (1 - self.sigma) * clean + self.sigma * sent(noise, clean.device)
@@ -133,27 +144,103 @@ class Compares:
         return {"smoothing_sigma": self.smoothing_sigma, "normalization": self.normalization}
 
 
+@dataclass(frozen=True)
 class Deviation(Compares):
     """Where a sample differs from its group, :func:`vipo.structuring.deviation_map`."""
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
-        return deviation_map(rollout.latents, rollout.group_size, **self.finish)
+    power: float = DeviationOptions.power
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        return deviation_map(rollout.latents, rollout.group_size, power=self.power, **self.finish)
 
 
+@dataclass(frozen=True)
 class Consensus(Compares):
     """Where a sample agrees with its better group mates, :func:`vipo.structuring.consensus_map`."""
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
-        return consensus_map(rollout.latents, advantage, rollout.group_size, **self.finish)
+    floor: float = ConsensusOptions.floor
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        return consensus_map(rollout.latents, advantage, rollout.group_size, floor=self.floor, **self.finish)
 
 
 class Disagreement(Compares):
     """Where the samples of a group differ from each other: the variance of their latents, one map for the group."""
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
         variance = rollout.latents.unflatten(0, (-1, rollout.group_size)).var(1, correction=0).sum(1)
         maps = normalise(smooth(variance, self.smoothing_sigma), self.normalization)
         return maps.repeat_interleave(rollout.group_size, 0)
+
+
+@dataclass(frozen=True)
+class SignedConsensus:
+    """Where a sample agrees with its better group mates and where it does not, :func:`signed_consensus_map`."""
+
+    smoothing_sigma: float = MapOptions.smoothing_sigma
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        return signed_consensus_map(
+            rollout.latents, advantage, rollout.group_size, smoothing_sigma=self.smoothing_sigma
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the rewards say they found their scores, for good or bad; a sample without evidence gets ones."""
+
+    smoothing_sigma: float = MapOptions.smoothing_sigma
+    normalization: Normalization = MapOptions.normalization
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        size = sum(weight * found.abs() for weight, found in _told(scores, self.smoothing_sigma))
+        return normalise(torch.as_tensor(size).nan_to_num(0.0), self.normalization)
+
+
+@dataclass(frozen=True)
+class Flawless:
+    """1 - H(p), H the mean of the rewards' flaws by the weights of their evidence; ones without evidence."""
+
+    smoothing_sigma: float = 0.0
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        told = _told(scores, self.smoothing_sigma)
+        flaws = sum(weight * (-found).clamp_min(0) for weight, found in told) / sum(weight for weight, _ in told)
+        return 1 - torch.as_tensor(flaws).nan_to_num(0.0)
+
+
+@dataclass(frozen=True)
+class DenseEvidence:
+    """e(p), the sum of the rewards' evidence by its weights; NaN without evidence."""
+
+    smoothing_sigma: float = 0.0
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        return torch.as_tensor(sum(weight * found for weight, found in _told(scores, self.smoothing_sigma)))
+
+
+def _told(scores: Scores | None, smoothing_sigma: float) -> list[tuple[float, Float[Tensor, "N T H W"]]]:
+    """Weight and evidence of each reward that has some."""
+    if scores is None or not scores.evidence:
+        raise UserError(
+            "no reward gave evidence, which credit or structuring.sources take; name a reward that has a method"
+            " with_evidence, such as emoji_match, with a weight of its evidence above 0"
+        )
+    return [(scores.evidence_weights[name], smooth(found, smoothing_sigma)) for name, found in scores.evidence.items()]
 
 
 @dataclass(frozen=True)
@@ -163,6 +250,8 @@ class Product:
     sources: Sequence[MapSource]
     normalization: Normalization = MapOptions.normalization
 
-    def __call__(self, rollout: Rollout, advantage: Float[Tensor, " N"]) -> Float[Tensor, "N T H W"]:
-        maps = torch.stack([source(rollout, advantage) for source in self.sources])
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        maps = torch.stack([source(rollout, advantage, scores) for source in self.sources])
         return normalise(maps.prod(0), self.normalization)

@@ -8,7 +8,7 @@ number of processes goes on from them. Random draws need no state: each is a fun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ def save(
     *,
     engine: Engine | None = None,
     keep: int | None = None,
+    spared: Collection[int] = (),
     recipe: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     logs: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the state after its last completed iteration; older checkpoints beyond ``keep`` are removed.
+
+    Those of the iterations ``spared`` stay.
 
     ``recipe`` and ``inputs``, fingerprints of what it names, trained it; ``logs`` are checksums of what was logged so
     far. They are for whoever goes on from there.
@@ -61,7 +64,7 @@ def save(
     if engine is not None:
         engine.wait()
     if writes:
-        prune(folder, keep)
+        prune(folder, keep, spared)
     return target
 
 

@@ -2,14 +2,28 @@
 
     weight(row) = clip( sum over objectives k of  A_k(i, p)  *  M_i(p) )  *  f(t)      for the row's sample i and step t
 
-============= ======== ================================================ ================================
-credit        ratio    A_k(i, p)  and  M_i(p)                           is
-============= ======== ================================================ ================================
-sample        scalar   A_k(i)                                           DanceGRPO, Flow-GRPO
-uniform       local    A_k(i), ones                                     the paper's ablation
-reward_map    local    (M_i(p) r_k,i) normalised per position           the paper's ablation
-advantage_map local    A_k(i), M_i(p)                                   ViPO (arXiv 2511.18719)
-============= ======== ================================================ ================================
+================ ======== ============================================= ====================================
+credit           ratio    A_k(i, p)  and  M_i(p)                        is
+================ ======== ============================================= ====================================
+sample           scalar   A_k(i)                                        DanceGRPO, Flow-GRPO
+uniform          local    A_k(i), ones                                  the paper's ablation
+reward_map       local    (M_i(p) r_k,i) normalised per position        the paper's ablation
+advantage_map    local    A_k(i), M_i(p)                                ViPO (arXiv 2511.18719)
+flaw_map         local    A_k(i), 1 - H_i(p)                            ImageDoctor's code (arXiv 2510.01010)
+dense_reward     local    (r_k,i + std_group(r_k) e_i(p)) normalised    BoxFlow-GRPO (arXiv 2606.06113)
+                          per position: the sign may differ
+signed_consensus local    A_k(i), S_i(p): the sign may differ           ours, of ``consensus`` before the relu
+================ ======== ============================================= ====================================
+
+Evidence e_j,i(p) in [-1, 1] is what reward j says of position p beside its score, and c_j its weight, ``evidence`` of
+the reward in the recipe:
+
+    H_i(p) = sum_j c_j relu(-e_j,i(p)) / sum_j c_j,        e_i(p) = sum_j c_j e_j,i(p)
+
+With one judge of flaws W in [0, 1], e = -W, these are 1 - W, which is not brought to mean 1, and r - c W std_group(r);
+two that weigh the same give ImageDoctor's H = (misalignment + artefact) / 2. A third way in is ViPO's, M from |e|: the
+map source ``evidence``. A reward k whose weight is negative takes -e, so that what its judges found good stays good. A
+sample without evidence keeps A_k(i) at every position, and is left out where others are compared position by position.
 
 The factor f of a step, mean 1 over the steps that a run may train on (:func:`step_factor`):
 
@@ -31,8 +45,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vipo import sde
-from vipo.objective import combine_advantages, sound, weighted
-from vipo.options import NEEDS_MAPS, CreditKind, Objective, Solver
+from vipo.objective import combine_advantages, dense_reward, sound, weighted
+from vipo.options import NEEDS_MAPS, SIGNED_MAPS, CreditKind, Objective, Solver
 from vipo.types import Scores, sent
 
 
@@ -79,7 +93,8 @@ def assign(
 
     Args:
         advantage: of :func:`combined`.
-        maps: needed by the credits in ``NEEDS_MAPS``; ``grid`` is their (T, H, W) where there are none.
+        maps: needed by the credits in ``NEEDS_MAPS``; ``grid`` is their (T, H, W) where there are none. For
+            ``dense_reward`` they are e, NaN throughout a sample without evidence.
         step: of :func:`step_factor`.
 
     Raises:
@@ -92,15 +107,37 @@ def assign(
     if credit == "sample":
         local = advantage
     elif maps is None or credit == "uniform":
-        local = weighted(advantage, torch.ones(len(advantage), *grid, device=advantage.device))
+        local = _everywhere(advantage, grid)
     elif credit == "reward_map":
         rewards, weights = _objectives(objective, scores)
         seen = {name: maps * values[:, None, None, None] for name, values in rewards.items()}
         local = combine_advantages(seen, weights, group_size)
+    elif credit == "dense_reward":
+        local = _dense(objective, scores, advantage, maps, group_size)
     else:
         local = weighted(advantage, maps)
-    are_sound = torch.ones((), dtype=torch.bool, device=local.device) if maps is None else sound(maps)
+    are_sound = torch.ones((), dtype=torch.bool, device=local.device)
+    if maps is not None:  # of signed ones only the outcome must be finite
+        are_sound = local.isfinite().all() if credit in SIGNED_MAPS else sound(maps)
     return Credit(advantage, local.clamp(-objective.advantage_clip, objective.advantage_clip), step, are_sound)
+
+
+def _everywhere(advantage: Float[Tensor, " N"], grid: tuple[int, int, int]) -> Float[Tensor, "N T H W"]:
+    return weighted(advantage, torch.ones(len(advantage), *grid, device=advantage.device))
+
+
+def _dense(
+    objective: Objective, scores: Scores, advantage: Tensor, evidence: Float[Tensor, "N T H W"], group_size: int
+) -> Float[Tensor, "N T H W"]:
+    """Each reward and its evidence compared in the groups at each position; A_i where a sample has no evidence."""
+    rewards, weights = _objectives(objective, scores)
+    seen = {
+        name: dense_reward(values, -evidence if weights[name] < 0 else evidence, group_size)
+        for name, values in rewards.items()
+    }
+    local = combine_advantages(seen, weights, group_size).to(advantage.dtype)
+    grid = (evidence.shape[1], evidence.shape[2], evidence.shape[3])
+    return local.where(~evidence.isnan(), _everywhere(advantage, grid))
 
 
 def _objectives(objective: Objective, scores: Scores) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:

@@ -13,9 +13,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from vipo.training.watch import Memory, Watch
 
 LIMIT_KEY = "training.max_skipped_in_a_row"
 MEND_FLAT = (
@@ -30,6 +33,8 @@ MEND_FAINT = (
     " the division and does not help)"
 )
 FAINT = 1e-3  # an advantage_size below this is none: it is about 0.8 where scores differ by far more than their eps
+STILL_GUARDS = ("weights_still",)  # what these tell of is told as a streak of its own: of skipped updates,
+FLAT_GUARDS = ("flat_groups", "reward_spread", *STILL_GUARDS)  # and of iterations without spread
 GUARD_MEMORY = 20  # how many gradient norms the guard remembers
 
 
@@ -62,6 +67,12 @@ class Record:
     flat_in_a_row: int = 0
     why_skipped: str = ""  # the last of them
     flat_rewards: list[str] = field(default_factory=list)  # what the last such iteration was scored with
+    guards: Memory = field(default_factory=Memory)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Self:
+        """From what a file has of it; files of before know no guards."""
+        return cls(**{**kept, "guards": Memory(**kept.get("guards", {}))})
 
 
 class Health:
@@ -70,11 +81,16 @@ class Health:
     Args:
         limit: updates skipped, or iterations without spread, in a row that are too many.
         remedies: what to set in a new run whose gradient is not finite, each as ``key=value``.
+        watch: the guards, which remember what they have seen in the record.
     """
 
-    def __init__(self, limit: int = 3, remedies: Sequence[str] = ()) -> None:
-        self.limit, self.remedies = limit, tuple(remedies)
+    def __init__(self, limit: int = 3, remedies: Sequence[str] = (), watch: Watch | None = None) -> None:
+        self.limit, self.remedies, self.watch = limit, tuple(remedies), watch or Watch()
         self.record = Record()
+
+    def restore(self, record: Record) -> None:
+        """Go on from a checkpoint's."""
+        self.record, self.watch.memory = record, record.guards
 
     def skipped(self, reason: str, *, finite: bool) -> list[str]:
         """An update was not applied; what to report of it. The first of a streak says what to try against NaN."""
@@ -87,6 +103,24 @@ class Health:
         if record.skipped_in_a_row == self.limit:
             events.append(f"{self._skipping()}; {MEND_OUTLIERS}" if finite else self._skipping())
         return events
+
+    def outlier(self, reason: str) -> tuple[bool, list[str]]:
+        """A finite gradient is out of line, for this reason: whether its update is not applied, and what to report."""
+        action = self.watch.action("gradient_norm")
+        if action == "off":
+            return False, []
+        self.watch.outlier()
+        if action == "warn":
+            return False, [f"{reason}: update applied, as guards.gradient_norm=warn says"]
+        return True, self.skipped(reason, finite=True)
+
+    def refused(self, reason: str) -> list[str]:
+        """A guard, which has an event of its own, kept an update from being applied; what to report beside that."""
+        record = self.record
+        record.skipped += 1
+        record.skipped_in_a_row += 1
+        record.why_skipped = reason
+        return [self._skipping()] if record.skipped_in_a_row == self.limit else []
 
     def applied(self, *, moved: bool) -> None:
         """An update was applied, and it had a gradient and ``moved`` a weight or not."""
@@ -101,18 +135,23 @@ class Health:
         if flat:
             record.flat_rewards = [key.removeprefix("spread/") for key in metrics if key.startswith("spread/")]
         faint = _faint(metrics) if flat and record.flat_in_a_row == 1 else []
-        return faint + ([f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else [])
+        streak = [f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else []
+        told = FLAT_GUARDS if record.flat_in_a_row else STILL_GUARDS if record.skipped_in_a_row else ()
+        watched = self.watch.iteration(metrics, silent=told)
+        record.guards = self.watch.memory
+        return faint + streak + watched
 
     @property
     def in_streak(self) -> bool:
         """Whether a streak is at its limit or beyond, which has been an event."""
-        return max(self.record.skipped_in_a_row, self.record.flat_in_a_row) >= self.limit
+        streak = max(self.record.skipped_in_a_row, self.record.flat_in_a_row) >= self.limit
+        return streak and self.watch.stopping() is None
 
     def failure(self, iterations: int, *, last: bool) -> str | None:
         """Why the run is over after so many ``iterations``, the ``last`` or not; None where it may go on."""
-        record = self.record
-        if record.learned:
-            return None
+        record, stopping = self.record, self.watch.stopping()
+        if stopping is not None or record.learned:
+            return stopping
         if record.skipped_in_a_row >= self.limit:
             cause = f"{self._skipping()}, at last because the {record.why_skipped}"
             mend = f"begin a new run with {self._remedies()}"

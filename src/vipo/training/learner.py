@@ -90,18 +90,30 @@ class Learner:
         rate = self._set_rate(iteration)
         for number, update in enumerate(self._updates(rows, rollout, kept, iteration)):
             report, odd = self._accumulate(rollout.conditioning, update, credit)
-            reason = self.guard.reason_to_skip(report["grad_norm"])
-            if reason:
-                skipped += 1
-                events += self.health.skipped(reason + odd, finite=math.isfinite(report["grad_norm"]))
-            else:
-                self._apply(report["grad_norm"])
-            self.optimizer.zero_grad()
             if number == 0:  # every log-ratio of the first update must be 0: the weights are those that sampled
                 report["ratio_deviation"] = report["largest_log_ratio"]
+            refused, told = self._judged(report, odd)
+            events += told
+            skipped += refused
+            if not refused:
+                self._apply(report["grad_norm"])
+            self.optimizer.zero_grad()
             reports.append(report)
         merged = {key: statistics.fmean(r[key] for r in reports) for key in reports[-1] if key != "ratio_deviation"}
         return {**merged, "ratio_deviation": reports[0]["ratio_deviation"], "skipped": float(skipped), **rate}, events
+
+    def _judged(self, report: Mapping[str, float], odd: str) -> tuple[bool, list[str]]:
+        """Whether an update with these numbers must not be applied, and what to report of it.
+
+        Args:
+            odd: where its gradient is not finite, to end a sentence.
+        """
+        reason = self.guard.reason_to_skip(report["grad_norm"])
+        if reason and not math.isfinite(report["grad_norm"]):
+            return True, self.health.skipped(reason + odd, finite=False)
+        refused, told = self.health.outlier(reason) if reason else (False, [])
+        refusal = self.health.watch.refusal(report)
+        return (refused, told) if refused or refusal is None else (True, told + self.health.refused(refusal))
 
     def _set_rate(self, iteration: int) -> dict[str, float]:
         """Give the optimiser this iteration's learning rate; what is returned is for the log, if it ever changes."""
@@ -122,7 +134,7 @@ class Learner:
 
     def _updates(self, rows: Any, rollout: Rollout, kept: Tensor, iteration: int) -> list[Update]:
         """The kept samples' rows, dealt to the optimiser steps; all processes make as many passes in each of them."""
-        samples = len(rollout.prompts) * self.engine.ranks
+        samples = len(rollout.prompts) * self.engine.teams
         dealt = self._deal(rows, samples, kept, iteration, rollout.first_sample)
         own = [self._batches(share) for share in dealt]
         everyones = self.engine.everyones([list(batches) for batches in own])
@@ -162,7 +174,8 @@ class Learner:
             part = len(index) / update.total
             with self.engine.syncing(self.generator.network, last=number == len(update.batches) - 1):
                 cost = self._cost(conditioning, update.rows.take(index) if len(index) else update.spare, credit)
-                self.engine.backward(cost.loss * (part * self.engine.ranks))  # processes' gradients are averaged
+                # Processes' gradients are averaged. Those of a team have a part of the tokens' each: they are summed.
+                self.engine.backward(cost.loss * (part * self.engine.ranks))
             if len(index):
                 largest = torch.maximum(largest, cost.deviation)
             for key, value in cost.numbers.items():
@@ -179,7 +192,7 @@ class Learner:
         Raises:
             ValueError: the maps of one were not sound.
         """
-        table = torch.tensor(self.engine.everyones(values), dtype=torch.float64)  # (ranks, numbers)
+        table = torch.tensor(self.engine.teams_say(values), dtype=torch.float64)  # (teams, numbers)
         *sums, largest, norm, sound = table.unbind(1)
         check_maps(bool(sound.all()))
         report = {name: float(column.sum()) for name, column in zip(names, sums, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ def name_of(iteration: int) -> str:
     return f"step-{iteration:06d}"
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """How many iterations it holds, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, of fewest iterations first; copies under other names are none."""
     return [path for path in list_folders(folder) if (path / STATE).is_file()]
@@ -54,7 +59,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def list_folders(folder: Path) -> list[Path]:
     """Checkpoints, of fewest iterations first, also those whose index is gone."""
-    return sorted((path for path in folder.glob("step-*") if _is_one(path) and path.is_dir()), key=_iteration)
+    return sorted((path for path in folder.glob("step-*") if _is_one(path) and path.is_dir()), key=iteration_of)
 
 
 def choose(folder: Path, name: str | None = None) -> Saved | None:
@@ -67,13 +72,13 @@ def choose(folder: Path, name: str | None = None) -> Saved | None:
         UserError: there is no such checkpoint, it is damaged, or all are.
     """
     there, damaged = list_folders(folder), list[str]()
-    for path in reversed(there) if name is None else [_named(folder, name, list_checkpoints(folder))]:
+    for path in reversed(there) if name is None else [named(folder, name)]:
         try:
             head = verified(path)
         except UserError as error:
             damaged.append(str(error))
             continue
-        later = tuple(other for other in reversed(there) if _iteration(other) > head.iteration)
+        later = tuple(other for other in reversed(there) if iteration_of(other) > head.iteration)
         return Saved(path, head, later, tuple(damaged))
     if damaged:
         raise UserError(damaged[0])
@@ -113,7 +118,7 @@ def read_head(checkpoint: Path) -> Head:
         return Head(
             iteration=int(state["iteration"]),
             gradient_norms=[float(norm) for norm in state["gradient_norms"]],
-            health=Record(**state["health"]),
+            health=Record.of(state["health"]),
             processes=int(state["processes"]),
             recipe=dict(state["recipe"]),
             inputs=dict(state["inputs"]),
@@ -132,10 +137,11 @@ def _inside(files: Mapping[str, str]) -> dict[str, str]:
     return {str(name): str(checksum) for name, checksum in files.items()}
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Remove the oldest beyond ``keep``; None keeps all."""
+def prune(folder: Path, keep: int | None, spared: Collection[int] = ()) -> None:
+    """Remove the oldest beyond ``keep`` but those of the iterations ``spared``; None keeps all."""
     for old in list_checkpoints(folder)[: -keep if keep else 0]:
-        discard(old)
+        if iteration_of(old) not in spared:
+            discard(old)
 
 
 def discard(checkpoint: Path) -> None:
@@ -148,19 +154,22 @@ def discard(checkpoint: Path) -> None:
 
 def _is_one(path: Path) -> bool:
     """A folder of exactly the name that is written: ``step-`` and the number, six digits or more."""
-    return _NAME.fullmatch(path.name) is not None and path.name == name_of(_iteration(path))
+    return _NAME.fullmatch(path.name) is not None and path.name == name_of(iteration_of(path))
 
 
-def _iteration(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def named(folder: Path, name: str) -> Path:
+    """The checkpoint of that name in ``folder``, or at that path.
 
-
-def _named(folder: Path, name: str, there: list[Path]) -> Path:
+    Raises:
+        UserError: there is none; those that there are are listed.
+    """
     for path in (folder / name, Path(name).expanduser()):
         if (path / STATE).is_file():
             return path
-    known = ", ".join(path.name for path in there)
-    raise UserError(
-        f"there is no checkpoint {name!r}; in {str(folder)!r} "
-        + (f"there are {known}" if known else "there is none yet")
-    )
+    raise UserError(f"there is no checkpoint {name!r}; {listed(folder)}")
+
+
+def listed(folder: Path) -> str:
+    """Which checkpoints there are, in words."""
+    known = ", ".join(path.name for path in list_checkpoints(folder))
+    return f"in {str(folder)!r} " + (f"there are {known}" if known else "there is none yet")

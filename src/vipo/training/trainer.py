@@ -5,6 +5,7 @@ It knows protocols only. Logging, evaluation, checkpoints and stopping live with
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,7 +20,15 @@ from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators.attention import AUTO, scope
 from vipo.objective import extremes
-from vipo.options import NEEDS_MAPS, CreditKind, Objective, OptimizerOptions, Solver
+from vipo.options import (
+    NEEDS_MAPS,
+    NORMALISES_POSITIONS,
+    SIGNED_MAPS,
+    CreditKind,
+    Objective,
+    OptimizerOptions,
+    Solver,
+)
 from vipo.policy import Policy
 from vipo.prompts.sampler import PromptSampler
 from vipo.ranks import together
@@ -29,8 +38,9 @@ from vipo.training.background import Background
 from vipo.training.credit import Credit, assign, combined, step_factor
 from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
-from vipo.training.metrics import map_metrics, reward_metrics
-from vipo.types import Generator, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
+from vipo.training.metrics import MOVED, SIZE, as_floats, change_of, evidence_metrics, map_metrics, reward_numbers
+from vipo.training.pictures import PICTURES, picture_numbers, picture_rows
+from vipo.types import Generator, KnowsPatches, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
 from vipo.workload import check_updates, parts, share_of
 
 
@@ -108,9 +118,9 @@ class Trainer:
         self.credit, self.solver, self.objective = credit, solver, objective
         self.group_size, self.seed, self.rollout_batch_size = group_size, seed, rollout_batch_size
         dealt = {"per_iteration": prompts.per_iteration, "group_size": group_size}
-        self.share = share_of(engine.rank, engine.ranks, **dealt)
+        self.share = share_of(engine.team, engine.teams, **dealt)
         kept = prompts.per_iteration * (keep_per_group or group_size)
-        check_updates(optimizer.per_iteration, samples=kept, processes=engine.ranks)
+        check_updates(optimizer.per_iteration, samples=kept, processes=engine.teams)
         self.prompts_at_once = prompts_at_once
         self.keep_per_group, self.attention = keep_per_group, attention
         self.health = health or Health()
@@ -150,20 +160,26 @@ class Trainer:
         everyones = self._everyones(scores)  # whatever compares samples sees those of all processes
         advantage = combined(self.objective, everyones, self.group_size)
         with clock("map"):
-            maps = self._maps(rollout, scores, advantage[self._here])
+            maps = self._maps(rollout, scores, everyones, advantage)
         with clock("update"):
             credit = self._credit(everyones, advantage, maps, rollout)
+            seen = self._seen(everyones, advantage, rollout)
+            if self.health.watch.skips_samples:
+                self.health.watch.samples(as_floats(seen))
+            before = self.policy.probe()
             learned, events = self.learner.learn(rollout, credit, self._kept(advantage), iteration)
+            numbers = as_floats({**seen, **change_of(before, self.policy.probe())})
         self.iteration += 1
-        passes = self.engine.sums([float(rollout.model_passes)])[0]
-        numbers = {**reward_metrics(everyones, advantage, self.group_size), **self._mean(map_metrics(maps)), **learned}
-        metrics = {**numbers, "model_passes": passes}
+        passes, moved, size = self.engine.sums([float(rollout.model_passes), numbers.pop(MOVED), numbers.pop(SIZE)])
+        looks = {key: numbers.pop(key) for key in PICTURES if key in numbers}
+        metrics = {**numbers, **self._mean(self._of_positions(maps, scores)), **learned, "model_passes": passes}
+        metrics |= {"weight_change": math.sqrt(moved / size) if size else 0.0, **looks}
         events += [f"reward {name}: {why}" for name, why in everyones.failures.items()]
         events += self.health.iteration(metrics)
         failure = self.health.failure(self.iteration, last=last)
         events += [failure] if failure and not self.health.in_streak else []
         told = tuple(map(redacted, events))  # they quote what servers and libraries said
-        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, maps, failure)
+        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, advantage[self._here], maps, failure)
 
     def _sample_and_score(self, iteration: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
         """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
@@ -202,13 +218,24 @@ class Trainer:
             keep_mean=self.learner.loss.keep_mean,
         )
 
-    def _maps(self, rollout: Rollout, scores: Scores, advantage: Tensor) -> Float[Tensor, "N T H W"] | None:
+    def _seen(self, scores: Scores, advantage: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+        """What all processes' samples and scores come to, in numbers that are not waited for."""
+        period = self.generator.patch_period if isinstance(self.generator, KnowsPatches) else None
+        rows = self.engine.gather(picture_rows(rollout.media, period))
+        numbers = {**reward_numbers(scores, advantage, self.group_size), **picture_numbers(rows, self.group_size)}
+        return numbers
+
+    def _maps(
+        self, rollout: Rollout, scores: Scores, everyones: Scores, advantage: Tensor
+    ) -> Float[Tensor, "N T H W"] | None:
         if self.credit not in NEEDS_MAPS:
             return None
         if self.map_source is None:
             raise ValueError(f"credit={self.credit!r} needs a map_source")
         try:
-            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan))
+            known = advantage.where(everyones.total.isfinite(), torch.nan)[self._here]
+            mine = {name: values[self._here] for name, values in everyones.by_name.items()}
+            return self.map_source(rollout, known, replace(scores, by_name=mine))
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
@@ -218,18 +245,21 @@ class Trainer:
         return slice(self.share.samples.start, self.share.samples.stop)
 
     def _everyones(self, scores: Scores) -> Scores:
-        """The scores of all processes' samples, in the order of their numbers; bit for bit those of one process."""
+        """The scores of all samples, in the order of their numbers; bit for bit those of one process.
+
+        Processes of a team score the same samples, and go by what the first of them found.
+        """
         if self.engine.ranks == 1:
             return scores
         device = scores.total.device
         on_cpu = Scores({name: v.cpu() for name, v in scores.by_name.items()}, dict(scores.weights), scores.failures)
-        found = Scores.join(self.engine.everyones(on_cpu))
+        found = Scores.join(self.engine.teams_say(on_cpu))
         return Scores({name: v.to(device) for name, v in found.by_name.items()}, scores.weights, found.failures)
 
     def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
         """The credit of this process's samples, from the scores and advantages of all."""
         steps, here = step_factor(self.objective, self.solver, rollout.sigmas), self._here
-        joined = self.credit == "reward_map" and self.share.splits_groups  # normalised in the group, at each position
+        joined = self.credit in NORMALISES_POSITIONS and self.share.splits_groups
         if joined and maps is not None:
             maps = self.engine.gather(maps)
         elif not joined:
@@ -245,10 +275,13 @@ class Trainer:
             return torch.arange(len(advantage))
         return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
 
+    def _of_positions(self, maps: Tensor | None, scores: Scores) -> dict[str, float]:
+        return {**map_metrics(maps, signed=self.credit in SIGNED_MAPS), **evidence_metrics(scores)}
+
     def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Means over the processes, each of which has as many samples as any other."""
+        """Means over the teams, each of which has as many samples as any other."""
         sums = self.engine.sums(list(numbers.values()))
-        return {name: value / self.engine.ranks for name, value in zip(numbers, sums, strict=True)}
+        return {name: value / self.engine.teams for name, value in zip(numbers, sums, strict=True)}
 
     def state(self) -> TrainState:
         """What a checkpoint holds, as this process has it: tensors in use, not copies of them."""
@@ -270,4 +303,4 @@ class Trainer:
         self.policy.load(state.weights, state.averages)
         self.learner.restore_optimizer(state.optimizer)
         self.iteration, self.learner.guard.norms = state.iteration, list(state.gradient_norms)
-        self.health.record = state.health
+        self.health.restore(state.health)

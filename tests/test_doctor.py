@@ -1,0 +1,40 @@
+"""What ``vipo doctor`` says of a machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from terminal import Vipo
+from vipo import doctor
+from vipo.generators import attention
+
+CPU = torch.device("cpu")
+
+
+def test_attention_is_tried_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = attention.survey(CPU, torch.bfloat16)
+    assert found["native"] == found["_native_math"] == ""
+    assert found["sage"] == "no backward" and "hub" in found["flash_hub"] and found["_native_npu"]
+    broken = [torch.full((1,), float("nan")), torch.zeros(1), torch.zeros(1)]
+    monkeypatch.setattr(attention, "_through", lambda *_: broken)
+    assert attention.survey(CPU, torch.bfloat16)["native"] == "its gradient is missing or not finite"
+
+
+def test_the_doctor_speaks_to_people_and_programs(vipo: Vipo) -> None:
+    told = vipo("doctor", "--offline")
+    assert told.code == 0 and not told.err, told
+    assert "native" in told.out and "GiB free" in told.out and "not asked" in told.out
+    document = json.loads(vipo("doctor", "--offline", "--json").out)
+    assert document["devices"][0]["attention"]["native"] == "" and document["devices"][0]["memory"] > 2**30
+    assert {extra["name"] for extra in document["extras"]} >= {"video", "quantization"} and "dev" not in document
+
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    found = doctor.hub()
+    assert found.startswith("http://127.0.0.1:9 does not answer")
