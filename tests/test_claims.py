@@ -115,7 +115,7 @@ def test_every_arm_has_a_valid_recipe_with_its_changes() -> None:
 
 def test_every_arm_is_in_a_table_and_no_table_has_another() -> None:
     ablated = [arm for arms in tables.ABLATIONS.values() for arm in arms]
-    shown = {*tables.MAIN, *tables.SOURCES, *tables.CLIPPED, *tables.REDNESS, *ablated, "untrained"}
+    shown = {*tables.MAIN, *tables.SOURCES, *tables.CLIPPED, *tables.REDNESS, *tables.GROUPS, *ablated, "untrained"}
     assert shown == set(ARMS)
 
 
@@ -460,3 +460,18 @@ def test_seeds_of_an_arm_count_up_to_what_all_of_them_have(tmp_path: Path) -> No
     write_gains(tmp_path, "vipo", {1: 0.1}, iterations=12)
     assert results.read(tmp_path).iterations("vipo") == [12]
     assert SETTING.seeds == results.planned_seeds("vipo")
+
+
+def test_the_pictures_to_a_level_are_read_off_the_curve(tmp_path: Path) -> None:
+    write_untrained(tmp_path)
+    base = "groups-sample-1e-3"
+    write_gains(tmp_path, base, {0: 0.1, 1: 0.1})
+    write_gains(tmp_path, "groups-consensus-1e-3", {0: 0.2, 1: 0.2, 2: 9.0})  # it is linear, so half of the iterations
+    write_gains(tmp_path, "groups-noise", {0: -0.1, 1: 0.0})
+    found = results.read(tmp_path)
+    faster = results.reach(found, "groups-consensus-1e-3", base, "emoji_match")
+    assert faster is not None and faster.seeds == 2  # the third has no twin
+    assert faster.times == pytest.approx(2, abs=0.01) and 1.8 < faster.low <= faster.high < 2.3
+    never = results.reach(found, "groups-noise", base, "emoji_match")
+    assert never is not None and never.times == never.high == 0
+    assert results.reach(found, "groups-shuffled", base, "emoji_match") is None

@@ -1,7 +1,7 @@
 """Rewards that teach nothing: what a judge does under them is what training by itself does to it.
 
-    rewards={experiments/claims/controls.py:noise: 1.0}        a number drawn for each picture
-    rewards={experiments/claims/controls.py:Shuffled: 1.0}     the real scores, dealt out anew within each group
+rewards={experiments/claims/controls.py:noise: 1.0}        a number drawn for each picture
+rewards={experiments/claims/controls.py:Shuffled: 1.0}     the real scores, dealt out anew within each group
 """
 
 from __future__ import annotations
