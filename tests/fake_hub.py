@@ -1,4 +1,4 @@
-"""A model hub on loopback: as much of the Hugging Face hub's HTTP interface as its client asks to download and upload."""
+"""A model hub on loopback: as much of the Hugging Face hub's HTTP interface as its client asks for both ways."""
 
 from __future__ import annotations
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vipo.cli.arguments import Checkpoint
-from vipo.cli.consoles import console, errors, warn
+from vipo.cli.consoles import console, warn
 from vipo.errors import UserError
+
+if TYPE_CHECKING:
+    from vipo.fetch.upload import Repository
 
 
 def export(
@@ -42,7 +45,7 @@ def export(
         raise UserError(f"{str(output)!r} exists already; choose another --output")
     if public and push is None:
         raise UserError("--public says who sees what is uploaded; give --push OWNER/NAME too, or leave it out")
-    token = None if push is None else _token(push)  # before anything is loaded
+    repository = None if push is None else _repository(push, public)  # before anything is loaded
     from vipo.pretrained import DTYPES
     from vipo.runs.exporting import write_export
     from vipo.runs.trained import find_trained
@@ -52,19 +55,18 @@ def export(
     write_export(trained, folder, layout=layout, dtype=None if dtype is None else DTYPES[dtype])
     warn(trained.told)
     console.print(str(folder), soft_wrap=True)
-    if push is not None and token is not None:
-        _push(folder, push, token, public)
+    if repository is not None:
+        _push(folder, repository)
 
 
-def _token(repository: str) -> str:
-    from vipo.fetch.upload import check_upload
+def _repository(name: str, public: bool) -> Repository:
+    from vipo.fetch.upload import find_repository
 
-    return check_upload(repository)
+    return find_repository(name, public=public)
 
 
-def _push(folder: Path, repository: str, token: str, public: bool) -> None:
+def _push(folder: Path, repository: Repository) -> None:
     from vipo.fetch.upload import upload, what_is_uploaded
 
-    errors.print(f"Uploading to {repository}, {'public' if public else 'private'}:", soft_wrap=True)
-    warn(f"  {line}" for line in what_is_uploaded(folder))
-    console.print(upload(folder, repository, token=token, public=public), soft_wrap=True)
+    warn([f"Uploading to {repository}:", *(f"  {line}" for line in what_is_uploaded(folder))])
+    console.print(upload(folder, repository), soft_wrap=True)

@@ -83,7 +83,9 @@ def write_card(folder: Path, trained: Trained, kind: type[Any], layout: str) -> 
         *([f"## Pictures\n\n{_table(pictures)}"] if pictures else []),
         f"## Recipe\n\n{_recipe(recipe)}",
     ]
-    card = ModelCard(f"---\n{_header(recipe, licence, pictures, layout).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    card = ModelCard(
+        f"---\n{_header(recipe, licence, pictures, layout).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    )
     populate_model_card(card)
     write_text(folder / CARD, str(card))
 
@@ -155,8 +157,8 @@ def _what(recipe: Mapping[str, Any], iteration: int, licence: Licence) -> str:
     sizes = "" if rank is None else f" (rank {rank}, alpha {policy.get('alpha') or rank:g})"
     kind = f"A LoRA{sizes}" if policy["kind"] == "lora" else "All weights of the transformer"
     return (
-        f"{kind} for {base}, trained by online reinforcement learning with vipo: the weights after iteration {iteration}"
-        f" of {recipe['training']['iterations']}.\n\nLicence of the base model: {inert(licence.words)}"
+        f"{kind} for {base}, trained by online reinforcement learning with vipo: the weights after iteration"
+        f" {iteration} of {recipe['training']['iterations']}.\n\nLicence of the base model: {inert(licence.words)}"
     )
 
 
@@ -201,8 +203,8 @@ def _scores(run: RunRecord | None, iteration: int) -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            f"Paired gains over {prompts} prompts from the same noise; intervals are a 95 % bootstrap over prompts of this"
-            " one run, another seed may come out elsewhere.",
+            f"Paired gains over {prompts} prompts from the same noise; intervals are a 95 % bootstrap over prompts of"
+            " this one run, another seed may come out elsewhere.",
         ]
     )
 
