@@ -117,7 +117,7 @@ def test_the_card_has_recipe_scores_and_pictures_and_no_secret(
     named = trained.recipe.model_copy(update={"name": "<b>`a-secret-word`"})
     from diffusers import FluxPipeline
 
-    write_card(tmp_path, replace(trained, recipe=named), FluxPipeline, "diffusers")
+    write_card(tmp_path, replace(trained, recipe=named), 2, FluxPipeline, "diffusers")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "a-secret-word" not in text and str(finished.parent) not in text and "\n# &lt;b&gt;\\`\\*\\*\\*\\`\n" in text
     card = ModelCard(text)

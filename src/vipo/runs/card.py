@@ -32,7 +32,6 @@ from vipo.report.outcome import before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
 from vipo.runs.trained import Trained
 from vipo.secrets import public, redacted
-from vipo.training.saved import iteration_of
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +61,16 @@ class Picture:
     after: str
 
 
-def write_card(folder: Path, trained: Trained, kind: type[Any], layout: str) -> None:
+def write_card(folder: Path, trained: Trained, iteration: int, kind: type[Any], layout: str) -> None:
     """Write README.md, and the pictures that it shows, beside an export.
 
     Args:
+        iteration: that the weights are of.
         kind: the pipeline class that loads the export, or its base.
         layout: of a LoRA's names, ``diffusers`` or ``comfyui``.
     """
-    iteration, run = iteration_of(trained.path()), _record(trained)
     recipe = public(trained.recipe.model_dump(mode="json", exclude_none=True))
-    known = _until(run, iteration)
+    known = _until(_record(trained), iteration)
     pictures = [] if known is None else _pictures(folder, known)
     licence = base_licence(trained.recipe.generator.path)
     name = inert(trained.recipe.name or trained.directory.root.resolve().name)
@@ -127,8 +126,12 @@ def _licence_header(path: str) -> dict[str, str]:
 
 
 def _record(trained: Trained) -> RunRecord | None:
-    """The run's logs, where the checkpoint lies in a run."""
-    return read_run(trained.directory.root) if trained.directory.exists() else None
+    """The run's logs, where the checkpoint lies in a run and they can be read."""
+    try:
+        return read_run(trained.directory.root) if trained.directory.exists() else None
+    except UserError as error:
+        log.warning("the card has no scores: %s", error)
+        return None
 
 
 def _until(run: RunRecord | None, iteration: int) -> RunRecord | None:
@@ -180,7 +183,7 @@ def _use(recipe: Mapping[str, Any], kind: type[Any], layout: str) -> str:
 
 def _scores(run: RunRecord | None, iteration: int) -> str:
     if run is None:
-        return f"The weights after iteration {iteration} were not evaluated."
+        return f"There is no evaluation on record of the weights after iteration {iteration}."
     try:
         found = changes(run)
     except UserError as error:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from vipo.assemble import Model
 from vipo.errors import UserError
 from vipo.files import written_whole
 from vipo.generators.comfyui import family_of, rename_for_comfyui
 from vipo.runs.card import write_card
 from vipo.runs.trained import Layout, Trained, open_trained
+from vipo.training.saved import read_head
 
 
 def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch.dtype | None) -> None:
@@ -26,7 +28,7 @@ def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch
     renamed = layout == "comfyui"
     if renamed and trained.recipe.policy.kind == "full":
         raise UserError("ComfyUI's names are for a LoRA, and this run trained all weights; take --format diffusers")
-    model = open_trained(trained)
+    model, iteration = _opened(trained)
     family = family_of(model.generator) if renamed else None
     with written_whole(folder) as aside:
         model.policy.export(model.generator, aside, dtype=dtype)
@@ -34,4 +36,13 @@ def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch
             rename_for_comfyui(aside, family)
         pipeline = getattr(model.generator, "pipeline", None)
         if pipeline is not None:
-            write_card(aside, trained, type(pipeline), layout)
+            write_card(aside, trained, iteration, type(pipeline), layout)
+
+
+def _opened(trained: Trained) -> tuple[Model, int]:
+    """The model and the iteration that its weights are of; the latest of a run that goes on may be another by then."""
+    while True:
+        iteration = read_head(trained.path()).iteration
+        model = open_trained(trained)
+        if read_head(trained.path()).iteration == iteration:
+            return model, iteration
