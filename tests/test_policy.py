@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
@@ -199,5 +202,12 @@ def test_lora_scaling_survives_the_export(model_folder: Path, tmp_path: Path) ->
     model = tiny.generator(model_folder)
     policy = tiny.nudged(tiny.lora(model, rank=2, alpha=8.0))
     policy.export(model, tmp_path)
-    theirs = pictures(load_export("lora", model_folder, tmp_path))
-    assert (theirs - pictures(model.pipeline)).abs().max() <= 1e-5
+    ours, file = pictures(model.pipeline), tmp_path / "pytorch_lora_weights.safetensors"
+    assert (pictures(load_export("lora", model_folder, tmp_path)) - ours).abs().max() <= 1e-5
+    with safe_open(file, "pt") as opened:
+        told = json.loads(opened.metadata()["lora_adapter_metadata"])
+    layers = sorted({name.partition(".lora_")[0] for name in policy.state()})
+    assert told["transformer.r"] == told["transformer.lora_alpha"] == 2  # what is in B is not told once more
+    assert sorted(told["transformer.target_modules"]) == layers
+    save_file(load_file(file), file)  # for readers that look at no header
+    assert (pictures(load_export("lora", model_folder, tmp_path)) - ours).abs().max() <= 1e-5

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vipo.cli.arguments import Checkpoint
 from vipo.cli.consoles import console, warn
 from vipo.errors import UserError
+
+if TYPE_CHECKING:
+    from vipo.fetch.upload import Repository
 
 
 def export(
@@ -22,23 +25,48 @@ def export(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of the exported weights; default as they are, what is trained in float32."),
     ] = None,
+    layout: Annotated[
+        Literal["diffusers", "comfyui"], typer.Option("--format", help="Whose names a LoRA's layers have.")
+    ] = "diffusers",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hugging Face hub.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody; default private.")] = False,
 ) -> None:
-    """Write a run's policy for plain diffusers: `load_lora_weights` or `from_pretrained`.
+    """Write a run's policy for plain diffusers or ComfyUI, with a model card: `load_lora_weights`, `from_pretrained`.
 
     Example: `vipo export runs/quickstart`
 
     Example: `vipo export runs/quickstart --checkpoint best --dtype bfloat16`
-    """
-    from vipo.files import written_whole
-    from vipo.pretrained import DTYPES
-    from vipo.runs.trained import find_trained, open_trained
 
+    Example: `vipo export runs/wan --format comfyui --push me/wan-vipo`
+    """
     if output is not None and output.exists():
         raise UserError(f"{str(output)!r} exists already; choose another --output")
+    if public and push is None:
+        raise UserError("--public says who sees what is uploaded; give --push OWNER/NAME too, or leave it out")
+    repository = None if push is None else _repository(push, public)  # before anything is loaded
+    from vipo.pretrained import DTYPES
+    from vipo.runs.exporting import write_export
+    from vipo.runs.trained import find_trained
+
     trained = find_trained(run, checkpoint)
-    folder = output or trained.export_folder()
-    model = open_trained(trained)
+    folder = output or trained.export_folder(layout)
+    write_export(trained, folder, layout=layout, dtype=None if dtype is None else DTYPES[dtype])
     warn(trained.told)
-    with written_whole(folder) as aside:
-        model.policy.export(model.generator, aside, dtype=None if dtype is None else DTYPES[dtype])
     console.print(str(folder), soft_wrap=True)
+    if repository is not None:
+        _push(folder, repository)
+
+
+def _repository(name: str, public: bool) -> Repository:
+    from vipo.fetch.upload import find_repository
+
+    return find_repository(name, public=public)
+
+
+def _push(folder: Path, repository: Repository) -> None:
+    from vipo.fetch.upload import upload, what_is_uploaded
+
+    warn([f"Uploading to {repository}:", *(f"  {line}" for line in what_is_uploaded(folder))])
+    console.print(upload(folder, repository), soft_wrap=True)

@@ -39,7 +39,7 @@ def _ask(need: Need) -> Need | None:
         info: Any = ask(need.name, revision=need.revision, files_metadata=True, timeout=SECONDS)
     except HfHubHTTPError as error:
         return replace(need, hint=f"the hub says: {_first_line(error)}") if error.response is not None else None
-    except _unreachable():
+    except unreachable():
         return None
     wanted = [file for file in info.siblings or () if any(fnmatch(file.rfilename, p) for p in need.files or ("*",))]
     sizes = [file.size for file in wanted]
@@ -55,7 +55,7 @@ def _ask(need: Need) -> Need | None:
     )
 
 
-def _unreachable() -> tuple[type[Exception], ...]:
+def unreachable() -> tuple[type[Exception], ...]:
     """What is raised where nobody answers: errors of the HTTP client below the hub's are no ``OSError``."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -74,7 +74,7 @@ def download(need: Need) -> str:
     options: dict[str, Any] = {"repo_type": "dataset" if need.kind == "data set" else "model"}
     if need.files:
         options["allow_patterns"] = list(need.files)
-    broken: tuple[type[Exception], ...] = (ValueError, *_unreachable())
+    broken: tuple[type[Exception], ...] = (ValueError, *unreachable())
     try:
         return str(snapshot_download(need.name, revision=need.revision, **options))
     except GatedRepoError as error:

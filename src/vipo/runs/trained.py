@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from vipo.training.checkpoint import load_policy
 from vipo.training.saved import STATE, Head, named, read_head, verified
 
 log = logging.getLogger(__name__)
+Layout = Literal["diffusers", "comfyui"]  # of the names in an exported LoRA
 SHAPED_BY = ("generator", "policy", "solver")  # sections that a model is opened with
 
 
@@ -52,8 +54,8 @@ class Trained:
             raise UserError(f"{str(self.directory.root)!r} has no complete checkpoint yet")
         return latest
 
-    def export_folder(self) -> Path:
-        """Where it is exported to unless told otherwise: a chosen checkpoint does not take the place of the last.
+    def export_folder(self, layout: Layout = "diffusers") -> Path:
+        """Where it is exported to unless told otherwise: another checkpoint or layout does not take the usual's place.
 
         Raises:
             UserError: a checkpoint that lies in no run.
@@ -61,7 +63,7 @@ class Trained:
         if not self.directory.exists():
             raise UserError(f"{str(self.directory.root)!r} lies in no run; say where to export it with --output FOLDER")
         name = "" if self.checkpoint is None else f"-{Path(self.checkpoint).name}"
-        return self.directory.root / f"export{name}"
+        return self.directory.root / f"export{name}{'' if layout == 'diffusers' else f'-{layout}'}"
 
     @property
     def told(self) -> list[str]:
