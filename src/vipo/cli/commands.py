@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -80,6 +82,13 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     for library in LOUD:
         logging.getLogger(library).setLevel(logging.ERROR)
+    threading.excepthook = partial(_told_elsewhere, threading.excepthook)
+
+
+def _told_elsewhere(hook: Callable[[threading.ExceptHookArgs], object], failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer keeps its error and raises it where something is written: its thread need not show it too."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        hook(failed)
 
 
 ALLOCATOR = "expandable_segments:True"  # blocks that grow instead of new ones beside gaps
