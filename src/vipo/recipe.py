@@ -77,9 +77,8 @@ def _words(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for entry in value:
+        for entry in (*value, *(value.values() if isinstance(value, Mapping) else ())):
             yield from _words(entry)
-        yield from _words(list(value.values()) if isinstance(value, Mapping) else ())
 
 
 def check_code(named: Mapping[str, str], source: str, *, own: Collection[str], allowed: bool) -> None:
