@@ -18,6 +18,7 @@ import pytest
 
 from terminal import Vipo
 from vipo import embedded
+from vipo.runs.combinations import combinations
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "rewards-your-own.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
@@ -56,6 +57,15 @@ def calls(script: str) -> list[list[str]]:
     return [json.loads(line) for line in Path("calls").read_text().splitlines()]
 
 
+def runs_of(arguments: list[str]) -> list[list[str]]:
+    """The runs of a sweep, to be trained in this process; any other call is itself."""
+    if arguments[0] != "sweep":
+        return [arguments]
+    given, root = arguments[2 : arguments.index("--output")], Path(arguments[arguments.index("--output") + 1])
+    found = combinations(arguments[1], given)
+    return [["train", arguments[1], *one.overrides, "--output", str(root / one.name)] for one in found]
+
+
 def at_toy_size(arguments: list[str]) -> list[str]:
     """The same call with the smallest run; only a command that takes recipe keys is given any."""
     small = [argument.replace("embedded:prompts_eval", "embedded:prompts_eval?limit=1") for argument in arguments]
@@ -83,9 +93,10 @@ def walk(page: Path, vipo: Vipo, *, toy: bool) -> None:
             exec(compile(block.text, where, "exec"), names)
         else:
             assert block.language == "bash", f"{where}: give it a title, or a language that runs"
-            for arguments in calls(block.text):
-                said = vipo(*(at_toy_size(arguments) if toy else arguments))
-                assert said.code == 0, (arguments, said)
+            for written in calls(block.text):
+                for arguments in map(at_toy_size, runs_of(written)) if toy else [written]:
+                    said = vipo(*arguments)
+                    assert said.code == 0, (arguments, said)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

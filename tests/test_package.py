@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ def test_dir_lists_what_vipo_offers_and_all_of_it_is_there() -> None:
     assert offered == {"PerceptualStructuring", "build", "load_recipe", "objective", "sde", "structuring", "train"}
     assert all(getattr(vipo, name) is not None for name in dir(vipo))
     assert set(vipo.__all__) <= set(dir(vipo))
+
+
+def test_type_checkers_are_told_that_it_is_typed() -> None:
+    assert (files("vipo") / "py.typed").is_file()
 
 
 def test_no_module_has_the_name_of_something_that_vipo_offers() -> None:
