@@ -16,6 +16,7 @@ from terminal import Vipo, assert_refused
 from vipo import backbones
 from vipo.cli.catalogue import CATALOGUES
 from vipo.errors import UserError
+from vipo.fetch.needs import needs
 from vipo.options import Objective, Solver
 from vipo.recipe import load_recipe
 from vipo.runs.inputs import fingerprints
@@ -288,4 +289,10 @@ def test_a_plan_and_a_fetch_run_none_of_the_code(tmp_path: Path, written: Path, 
     assert planned.code == 0, planned
     said = " ".join((planned.out + planned.err).split())
     assert "parts.py:source" in said and "parts.py:Loss" in said and "parts.py:credit" in said
+    here = next(
+        need
+        for need in needs(load_recipe(written, [*overrides, f"rewards={{{parts}:reward: 1.0}}"]))
+        if need.name == parts
+    )
+    assert here.state == "there" and set(here.used_by) == {"credit", "loss", "map source", f"reward {parts}:reward"}
     assert not (tmp_path / "ran").exists()
