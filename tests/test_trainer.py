@@ -41,7 +41,7 @@ def credited(trainer: Trainer) -> tuple[Rollout, Credit]:
     scores = trainer.scorer(rollout.media, rollout.prompts)
     advantage = combined(trainer.objective, scores, trainer.group_size)
     maps = trainer._maps(rollout, scores, scores, advantage)
-    return rollout, trainer._credit(scores, advantage, maps, rollout)
+    return rollout, trainer._credit(scores, scores, advantage, maps, rollout)
 
 
 def gradient(trainer: Trainer) -> Tensor:

@@ -7,9 +7,9 @@ a model and what trains it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from vipo.errors import UserError
 from vipo.evaluation.estimate import FEWEST_PROMPTS
 from vipo.generators import attention, compiled, context
 from vipo.generators.folder import pipeline_class
-from vipo.options import NEEDS_SOURCES, Solver, SourceName
+from vipo.options import CreditKind, Solver, needs_sources
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, named_prompts
@@ -31,10 +31,12 @@ from vipo.rewards.scoring import Patience
 from vipo.rewards.suite import RewardSuite
 from vipo.schema import GeneratorSection, JudgeSection, PolicySection, Recipe, RewardSection, StructuringSection
 from vipo.structuring import sources
+from vipo.training.credit import OwnCredit, takes_maps
 from vipo.training.health import Health
 from vipo.training.trainer import Trainer
 from vipo.training.watch import Watch
 from vipo.types import Generator, KeepsText, MapSource, NamesCutPrompts, Prompt
+from vipo.user_file import CREDIT, SOURCE, is_user_file, load_part
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,19 @@ def build_generator(
     return generator
 
 
-def build_map_source(section: StructuringSection, generator: Generator, scorer: RewardSuite, device: str) -> MapSource:
-    """What the recipe's ``structuring.sources`` name; several are multiplied."""
+def build_map_source(
+    section: StructuringSection, generator: Generator, scorer: RewardSuite, device: str, *, signed: bool = False
+) -> MapSource:
+    """What the recipe's ``structuring.sources`` name; several are multiplied.
+
+    Args:
+        signed: a source of the user's own may give weights below 0.
+    """
     stride = generator.temporal_stride
-    own = {entry.name: getattr(section.source_options, entry.name) for entry in fields(section.source_options)}
+    told: Any = section.source_options
 
     def width(name: str) -> float:
-        given = own[name].smoothing_sigma
+        given = getattr(told, name).smoothing_sigma
         return section.smoothing_sigma if given is None else float(given)
 
     def shaped(name: str) -> dict[str, Any]:
@@ -134,22 +142,37 @@ def build_map_source(section: StructuringSection, generator: Generator, scorer: 
         named = perceptual(section.backbone, section.backbone_options, how, temporal_stride=stride, device=device)
         return sources.Perceptual(named)
 
-    makers: dict[SourceName, Callable[[], MapSource]] = {
+    makers: Mapping[str, Callable[[], MapSource]] = {
         "perceptual": seen,
         "reward_gradient": lambda: sources.RewardGradient(
             scorer.rewards, scorer.weights, temporal_stride=stride, **shaped("reward_gradient")
         ),
         "text_relevance": lambda: sources.TextRelevance(generator, **shaped("text_relevance")),
         "disagreement": lambda: sources.Disagreement(**shaped("disagreement")),
-        "deviation": lambda: sources.Deviation(power=own["deviation"].power, **shaped("deviation")),
-        "consensus": lambda: sources.Consensus(floor=own["consensus"].floor, **shaped("consensus")),
+        "deviation": lambda: sources.Deviation(power=told.deviation.power, **shaped("deviation")),
+        "consensus": lambda: sources.Consensus(floor=told.consensus.floor, **shaped("consensus")),
         "evidence": lambda: sources.Evidence(**shaped("evidence")),
     }
-    named = [makers[name]() for name in section.sources]
+
+    def own(name: str) -> MapSource:
+        how = {"smoothing_sigma": section.smoothing_sigma, "normalization": section.normalization}
+        offered = {"temporal_stride": stride, **how}
+        return sources.Own(name, load_part(SOURCE, name, offered, **told.own.get(name, {})), signed)
+
+    named = [makers[name]() if name in makers else own(name) for name in section.sources]
     return named[0] if len(named) == 1 else sources.Product(named, section.normalization)
 
 
-def _map_source(recipe: Recipe, generator: Generator, scorer: RewardSuite, device: str) -> MapSource | None:
+def _credit(recipe: Recipe) -> CreditKind | OwnCredit:
+    """The recipe's credit; of a file, what the file has under that name."""
+    if is_user_file(recipe.credit):
+        return OwnCredit(recipe.credit, load_part(CREDIT, recipe.credit, **recipe.credit_options))
+    return cast("CreditKind", recipe.credit)
+
+
+def _map_source(
+    recipe: Recipe, credit: CreditKind | OwnCredit, generator: Generator, scorer: RewardSuite, device: str
+) -> MapSource | None:
     """Where the maps of the recipe's credit come from; None for a credit without."""
     section, options = recipe.structuring, recipe.structuring.source_options
     if recipe.credit == "signed_consensus":
@@ -160,7 +183,8 @@ def _map_source(recipe: Recipe, generator: Generator, scorer: RewardSuite, devic
         return sources.Flawless(smoothed)
     if recipe.credit == "dense_reward":
         return sources.DenseEvidence(smoothed)
-    return build_map_source(section, generator, scorer, device) if recipe.credit in NEEDS_SOURCES else None
+    own = isinstance(credit, OwnCredit)
+    return build_map_source(section, generator, scorer, device, signed=own) if takes_maps(credit) else None
 
 
 def _asked_for_evidence(recipe: Recipe, scorer: RewardSuite) -> dict[str, float]:
@@ -174,7 +198,7 @@ def _asked_for_evidence(recipe: Recipe, scorer: RewardSuite) -> dict[str, float]
     weights = {name: section.evidence for name, section in recipe.rewards.items() if section.evidence > 0}
     found = {name: weight for name, weight in weights.items() if isinstance(scorer.rewards[name], Locating)}
     if not found:
-        asking = f"credit={recipe.credit}" if recipe.credit not in NEEDS_SOURCES else "structuring.sources=[evidence]"
+        asking = f"credit={recipe.credit}" if not needs_sources(recipe.credit) else "structuring.sources=[evidence]"
         raise UserError(
             f"{asking} takes evidence, and of {', '.join(recipe.rewards)} none gives any with a weight above 0; name a"
             " reward that has a method with_evidence, such as emoji_match (docs/rewards.md, Dense rewards)"
@@ -413,7 +437,8 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         compiled.install(model.generator.network, engine.device)
     _share_samples(recipe, model, engine)
     _check_groups_whole(recipe, engine)
-    map_source = _map_source(recipe, model.generator, scorer, str(engine.device))
+    credit = _credit(recipe)
+    map_source = _map_source(recipe, credit, model.generator, scorer, str(engine.device))
     if located:
         generator = model.generator
         where = EvidenceGrid(located, generator.latent_shape()[1:], generator.temporal_stride)
@@ -425,7 +450,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         prompts=PromptSampler(training_prompts, per_iteration=recipe.prompts.per_iteration, seed=recipe.seed),
         scorer=scorer,
         map_source=map_source,
-        credit=recipe.credit,
+        credit=credit,
         solver=model.solver,
         objective=recipe.objective,
         optimizer=recipe.optimizer,
@@ -449,9 +474,12 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
 
 
 def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
-    if recipe.comparing and engine.teams > recipe.prompts.per_iteration:
+    own = [name for name in (recipe.credit, *recipe.structuring.sources) if is_user_file(name)]
+    comparing = f"{recipe.comparing}, which compares" if recipe.comparing else None
+    comparing = comparing or (f"the recipe names {own[0]}, which may compare" if own else None)
+    if comparing and engine.teams > recipe.prompts.per_iteration:
         raise UserError(
-            f"{recipe.comparing}, which compares the samples of a group, but {engine.teams} processes split"
+            f"{comparing} the samples of a group, but {engine.teams} processes split"
             f" {recipe.prompts.per_iteration} groups; take another, or prompts.per_iteration={engine.teams}"
         )
 

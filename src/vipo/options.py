@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from vipo.user_file import is_user_file
 
 Kind = Literal["dance", "flow", "cps", "ode"]
 Reduce = Literal["mean", "sum"]
@@ -69,7 +72,7 @@ COMPARE_SAMPLES: frozenset[SourceName] = frozenset({"deviation", "disagreement",
 """Sources of maps that a whole group is needed for."""
 
 NEEDS_SOURCES: frozenset[CreditKind] = frozenset({"reward_map", "advantage_map"})
-"""Credits that take what ``structuring.sources`` give."""
+"""Credits that take what ``structuring.sources`` give; so may one of the user's own, see :func:`needs_sources`."""
 
 NEEDS_MAPS: frozenset[CreditKind] = NEEDS_SOURCES | {"flaw_map", "dense_reward", "signed_consensus"}
 """Those, and the ones with a map of their own."""
@@ -79,6 +82,30 @@ SIGNED_MAPS: frozenset[CreditKind] = frozenset({"dense_reward", "signed_consensu
 
 NORMALISES_POSITIONS: frozenset[CreditKind] = frozenset({"reward_map", "dense_reward"})
 """Credits that compare a group's samples at each position."""
+
+
+def needs_sources(credit: str) -> bool:
+    """Whether a credit takes what ``structuring.sources`` give, as far as its name says: one of a file's may."""
+    return credit in NEEDS_SOURCES or is_user_file(credit)
+
+
+def _or_file(known: Any) -> Any:
+    """What a recipe takes as a name: one of those that are ``known``, or ``file.py:thing``."""
+    names = get_args(known)
+
+    def check(given: str) -> str:
+        if given in names or is_user_file(given):
+            return given
+        expected = ", ".join(map(repr, names))
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected} or file.py:thing", {"expected": expected}
+        )
+
+    return AfterValidator(check)
+
+
+CreditName = Annotated[str, _or_file(CreditKind)]
+SourceOrFile = Annotated[str, _or_file(SourceName)]
 
 TIMEOUT = 1800.0  # seconds that processes wait for each other, unless a recipe says otherwise
 MAX_STEPS = 1000  # of a solver: the models were trained with so many noise levels
@@ -214,6 +241,18 @@ class SourcesOptions(Options):
     deviation: DeviationOptions = field(default_factory=DeviationOptions)
     consensus: ConsensusOptions = field(default_factory=ConsensusOptions)
     evidence: SourceOptions = field(default_factory=SourceOptions)
+    own: Annotated[
+        dict[str, dict[str, Any]], said("of a source by file.py:thing, which may stand beside the others too")
+    ] = field(default_factory=dict)
+
+
+def own_apart(given: Any) -> Any:
+    """``{deviation: {}, file.py:thing: {}}`` is short for ``{deviation: {}, own: {file.py:thing: {}}}``."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("own", {}), Mapping):
+        return given
+    own = {name: options for name, options in given.items() if isinstance(name, str) and is_user_file(name)}
+    rest = {name: options for name, options in given.items() if name not in own}
+    return {**rest, "own": {**rest.get("own", {}), **own}} if own else given
 
 
 @dataclass(frozen=True)
@@ -227,7 +266,8 @@ class Objective(Options):
         "advantage"
     )
     kl_weight: Annotated[NotNegative, said("weight of the divergence from the untrained model")] = 0.0
-    loss: Annotated[LossKind, said("see `vipo list losses`")] = "clipped"
+    loss: Annotated[str, _or_file(LossKind), said("see `vipo list losses`, or file.py:thing")] = "clipped"
+    loss_options: Annotated[dict[str, Any], said("of a loss by file.py:thing")] = field(default_factory=dict)
     ratio: Annotated[Ratio, said("of local credit: local, or detached (the sample's value, local gradient)")] = "local"
     step_weight: Annotated[
         StepWeight, said("of a solver step: equal, noise_level (TempFlow-GRPO) or gradient (Flash-GRPO)")

@@ -17,12 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from vipo.errors import UserError
 from vipo.files import is_unicode, read_yaml
-from vipo.registry import is_user_file, near
+from vipo.registry import near
 from vipo.schema import Judges, JudgeSection, Recipe, Section, keys_of, nested_section, shown
 from vipo.secrets import in_the_open
+from vipo.user_file import is_user_file
 
 S = TypeVar("S")
-JUDGING = ("rewards", "judges")  # sections that name rewards
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -36,8 +36,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_code: 
     """Read a recipe file (or the name of a shipped one) and apply ``key=value`` overrides.
 
     Args:
-        allow_code: whether a reward that the file names may be Python code, ``file.py:function``. What an override
-            names may be in any case: whoever gives it has read it.
+        allow_code: whether a part that the file names may be Python code, ``file.py:thing``. What an override names may
+            be in any case: whoever gives it has read it.
 
     Raises:
         UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value does
@@ -49,33 +49,54 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_code: 
         apply_override(raw, override)
         apply_override(given, override)
     recipe = parse_recipe(raw, source=str(path))
-    named, own = (code_of(part.get(key) for key in JUDGING) for part in (raw, given))
-    check_code(named - own, str(path), allowed=allow_code)
+    check_code(code_in(recipe), str(path), own=set(_words(given)), allowed=allow_code)
     return recipe
 
 
-def code_of(sections: Iterable[Any]) -> set[str]:
-    """The ``file.py:function`` that mappings of rewards or judges name, or lists of them."""
-    found: set[str] = set()
-    for section in sections:
-        for name in section if isinstance(section, Mapping | list | tuple) else ():
-            entry = section[name] if isinstance(section, Mapping) else None
-            reward = entry.get("reward") if isinstance(entry, Mapping) else getattr(entry, "reward", None)
-            found.add(str(reward or name))
-    return {name for name in found if is_user_file(name)}
+def code_in(recipe: Recipe) -> dict[str, str]:
+    """Every ``file.py:thing`` that a recipe names, with how it is named on the command line."""
+    structuring = recipe.structuring
+    parts = [
+        ("credit={}", recipe.credit),
+        ("objective.loss={}", recipe.objective.loss),
+        ("structuring.backbone={}", structuring.backbone),
+        *(("structuring.sources=[{}]", name) for name in structuring.sources),
+    ]
+    found = {name: how.format(name) for how, name in parts if is_user_file(name)}
+    return {**code_of([recipe.rewards, recipe.judges]), **found}
 
 
-def check_code(named: Collection[str], source: str, *, allowed: bool) -> None:
+def code_of(sections: Iterable[Mapping[str, JudgeSection]]) -> dict[str, str]:
+    """:func:`code_in` of rewards or judges."""
+    named = [section.reward or name for sections_of in sections for name, section in sections_of.items()]
+    return {name: f"rewards={{{name}: 1.0}}, --rewards {name}" for name in named if is_user_file(name)}
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every key and text of a nested mapping."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in (*value, *(value.values() if isinstance(value, Mapping) else ())):
+            yield from _words(entry)
+
+
+def check_code(named: Mapping[str, str], source: str, *, own: Collection[str], allowed: bool) -> None:
     """Refuse code that the user has not named and not allowed.
+
+    Args:
+        named: each ``file.py:thing``, with how it is named on the command line.
+        own: what the user has named.
 
     Raises:
         UserError: there is some.
     """
-    if named and not allowed:
-        first = min(named)
+    foreign = sorted(set(named) - set(own))
+    if foreign and not allowed:
+        first = foreign[0]
         raise UserError(
             f"{source} names Python code, {first!r}, which would run here with all your rights; read that file, then"
-            f" add --allow-code, or name it yourself on the command line (rewards={{{first}: 1.0}}, --rewards {first})"
+            f" add --allow-code, or name it yourself on the command line ({named[first]})"
         )
 
 

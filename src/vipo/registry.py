@@ -137,8 +137,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'a' or 'b'?``; empty where nothing is much like it."""
     found = near(name, known)
     return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
-
-
-def is_user_file(name: str) -> bool:
-    """Whether a reward's name is meant as ``file.py:function``."""
-    return ".py:" in name or name.endswith(".py")

@@ -29,11 +29,10 @@ from vipo import guards
 from vipo.guards import GuardOptions
 from vipo.options import (
     COMPARE_SAMPLES,
-    NEEDS_SOURCES,
     TIMEOUT,
     ContextExchange,
     Count,
-    CreditKind,
+    CreditName,
     MapOptions,
     NotNegative,
     Objective,
@@ -43,14 +42,17 @@ from vipo.options import (
     Quantization,
     Sharding,
     Solver,
-    SourceName,
+    SourceOrFile,
     SourcesOptions,
     Steps,
     TextQuantization,
     TrackerName,
+    needs_sources,
+    own_apart,
     said,
 )
 from vipo.secrets import redacted
+from vipo.user_file import is_user_file
 
 SHOWN_CHARACTERS = 60  # of a wrong value, in an error
 LONGEST_NAME = 200  # bytes of a run's name; file systems allow 255, and a temporary name is longer
@@ -203,13 +205,15 @@ class StructuringSection(MapOptions):
     """Where the allocation map comes from, and how features become it."""
 
     sources: Annotated[
-        tuple[SourceName, ...], Field(min_length=1), said("see `vipo list sources`; several are multiplied")
+        tuple[SourceOrFile, ...],
+        Field(min_length=1),
+        said("see `vipo list sources`, or file.py:thing; several are multiplied"),
     ] = ("perceptual",)
-    backbone: Annotated[str, said("see `vipo list backbones`")] = "efficientnet_lite"
+    backbone: Annotated[str, said("see `vipo list backbones`, or file.py:thing")] = "efficientnet_lite"
     backbone_options: Annotated[dict[str, Any], said("the backbone's own, e.g. pretrained")] = field(
         default_factory=dict
     )
-    source_options: SourcesOptions = field(default_factory=SourcesOptions)
+    source_options: Annotated[SourcesOptions, BeforeValidator(own_apart)] = field(default_factory=SourcesOptions)
 
 
 class PolicySection(Section):
@@ -352,7 +356,10 @@ class Recipe(Section):
 
     name: Name = Field(description="of the run, and of its default folder")
     seed: int = Field(0, ge=0, lt=2**64, description="of every random draw")
-    credit: CreditKind = Field("advantage_map", description="what an advantage is spread over, see `vipo list credits`")
+    credit: CreditName = Field(
+        "advantage_map", description="what an advantage is spread over, see `vipo list credits`, or file.py:thing"
+    )
+    credit_options: dict[str, Any] = Field({}, description="of a credit by file.py:thing")
     generator: GeneratorSection
     prompts: PromptsSection
     solver: Solver
@@ -392,7 +399,24 @@ class Recipe(Section):
         self._check_context()
         self._check_counts()
         self._check_watched()
+        self._check_own()
         return self
+
+    def _check_own(self) -> None:
+        """What only the user's own parts take."""
+        for key, name, options in (
+            ("credit", self.credit, self.credit_options),
+            ("objective.loss", self.objective.loss, self.objective.loss_options),
+        ):
+            if options and not is_user_file(name):
+                raise ValueError(
+                    f"{key}_options are of a {key} by file.py:thing, and {key}={name} is not; leave them out"
+                )
+        for name in self.structuring.source_options.own:
+            if name not in self.structuring.sources:
+                raise ValueError(
+                    f"structuring.source_options has {shown(name)}, which structuring.sources do not name; add it"
+                )
 
     def _check_dtype(self) -> None:
         kind, precision, dtype = self.policy.kind, self.training.precision, self.generator.dtype
@@ -432,7 +456,7 @@ class Recipe(Section):
 
     def _check_likelihood(self) -> None:
         """A ratio needs steps with a likelihood; a loss without one needs nothing of the solver."""
-        if self.objective.loss == "matching":
+        if self.objective.loss == "matching" or is_user_file(self.objective.loss):  # the file's is asked when built
             return
         if self.solver.kind == "ode":
             raise ValueError(
@@ -451,13 +475,13 @@ class Recipe(Section):
         """What of the recipe compares the samples of a group position by position, to begin a sentence with."""
         if self.credit == "signed_consensus":
             return "credit is signed_consensus"
-        between = sorted(COMPARE_SAMPLES & set(self.structuring.sources)) if self.credit in NEEDS_SOURCES else []
+        between = sorted(COMPARE_SAMPLES & set(self.structuring.sources)) if needs_sources(self.credit) else []
         return f"structuring.sources names {between[0]}" if between else None
 
     @property
     def takes_evidence(self) -> bool:
         """Whether it trains on what rewards say of positions."""
-        from_sources = self.credit in NEEDS_SOURCES and "evidence" in self.structuring.sources
+        from_sources = needs_sources(self.credit) and "evidence" in self.structuring.sources
         return from_sources or self.credit in ("flaw_map", "dense_reward")
 
     def _check_groups(self) -> None:

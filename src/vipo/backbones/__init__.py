@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vipo import registry
+from vipo.user_file import BACKBONE, is_user_file, load_part
 
 if TYPE_CHECKING:
     from vipo.types import Backbone
@@ -56,10 +57,15 @@ BACKBONES: dict[str, BackboneEntry] = {
 
 
 def build(name: str, **options: Any) -> Backbone:
-    """The backbone ``name`` with its options.
+    """The backbone ``name``, or the user's own for ``path/to/file.py:thing``, with its options.
 
     Raises:
-        UserError: no backbone of that name, an option it does not have, or weights that cannot be found.
+        UserError: no backbone of that name, an option it does not have, weights that cannot be found, or a file that
+            does not give a backbone.
     """
-    backbone: Backbone = registry.build("backbone", BACKBONES, name, options)
+    if is_user_file(name):
+        from vipo.backbones.own import OwnBackbone  # torch
+
+        return OwnBackbone(name, load_part(BACKBONE, name, **options))
+    backbone: Backbone = registry.build("backbone", BACKBONES, name, options, otherwise=", or give file.py:thing")
     return backbone

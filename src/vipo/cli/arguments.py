@@ -31,7 +31,7 @@ Overrides = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=completing.runs)]
 AllowCode = Annotated[
     bool,
-    typer.Option("--allow-code", help="Rewards that a file names may be its own Python code, file.py:function."),
+    typer.Option("--allow-code", help="Rewards and other parts that a file names may be Python code, file.py:thing."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Target = Annotated[

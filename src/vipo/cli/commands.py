@@ -86,7 +86,7 @@ def _quiet() -> None:
 
 
 def _told_elsewhere(hook: Callable[[threading.ExceptHookArgs], object], failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer keeps its error and raises it where something is written: its thread need not show it too."""
+    """TensorBoard's writer keeps its error and raises it where something is written; its thread need not show it."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":
         hook(failed)
 

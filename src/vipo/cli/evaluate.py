@@ -99,7 +99,7 @@ def _check_code(target: str, model: targets.Target, asked: list[str], given: str
 
     sections = [{name: model.rewards[name]} for name in asked if name in model.rewards]
     source = given if given.endswith((".yaml", ".yml")) else target
-    check_code(code_of(sections) - set(given.split(",")), source, allowed=allowed)
+    check_code(code_of(sections), source, own=given.split(","), allowed=allowed)
 
 
 def _what_to_score(

@@ -12,12 +12,13 @@ from vipo import backbones, rewards
 from vipo.errors import UserError
 from vipo.fetch.models import network_need, pipeline_need
 from vipo.fetch.need import Need, State, merged
-from vipo.options import NEEDS_SOURCES
+from vipo.options import needs_sources
 from vipo.prompts.files import EMBEDDED, SHIPPED, prompt_file
 from vipo.prompts.hub import HUB, hub_source
 from vipo.prompts.selection import split
-from vipo.registry import find, is_user_file
+from vipo.registry import find
 from vipo.schema import JudgeSection, Recipe
+from vipo.user_file import file_of, is_user_file
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 # Which options of a reward say where each of its ``weights`` is, in their order.
@@ -48,7 +49,8 @@ def _needs(recipe: Recipe) -> Iterator[Need]:
     for section, named in (("reward", recipe.rewards), ("judge", recipe.judges)):
         for name, asked in named.items():
             yield from _reward(f"{section} {name}", asked.reward or name, asked)
-    if recipe.credit in NEEDS_SOURCES and "perceptual" in recipe.structuring.sources:
+    yield from _own_parts(recipe)
+    if needs_sources(recipe.credit) and "perceptual" in recipe.structuring.sources:
         yield from _backbone(recipe.structuring.backbone, recipe.structuring.backbone_options)
     for key, name in (("prompts.file", recipe.prompts.file), ("evaluation.prompts", recipe.evaluation.prompts)):
         yield _prompts(name, key)
@@ -67,7 +69,7 @@ def _generator(path: str) -> Need:
 
 def _reward(user: str, name: str, section: JudgeSection) -> Iterator[Need]:
     if is_user_file(name):
-        yield _own_file(name.rpartition(":")[0], user, "the file with your reward")
+        yield _own_file(str(file_of(name)), user, "the file with your reward")
         return
     entry = find("reward", rewards.REWARDS, name, otherwise=rewards.OTHERWISE)
     if entry.package is not None:
@@ -96,7 +98,19 @@ def _by_repository(entry: rewards.RewardEntry) -> dict[str, list[str]]:
     return found
 
 
+def _own_parts(recipe: Recipe) -> Iterator[Need]:
+    """The files of the user's credit, loss and map sources."""
+    sources = recipe.structuring.sources if needs_sources(recipe.credit) else ()
+    named = [("credit", recipe.credit), ("loss", recipe.objective.loss), *(("map source", name) for name in sources)]
+    for user, name in named:
+        if is_user_file(name):
+            yield _own_file(str(file_of(name)), user, f"the file with your {user}")
+
+
 def _backbone(name: str, options: Mapping[str, Any]) -> Iterator[Need]:
+    if is_user_file(name):
+        yield _own_file(str(file_of(name)), "backbone", "the file with your backbone")
+        return
     entry = find("backbone", backbones.BACKBONES, name)
     if entry.model is not None:
         chosen = str(options.get("pretrained", entry.model))

@@ -29,7 +29,7 @@ from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.schema import GeneratorSection, Recipe
 from vipo.sharding import wrapped_blocks
-from vipo.training.losses import LOSSES, Loss
+from vipo.training.losses import Loss, without_code
 from vipo.types import Batched
 
 
@@ -66,7 +66,7 @@ class Blueprint:
 
     @property
     def loss(self) -> Loss:
-        return LOSSES[self.recipe.objective.loss](self.recipe.objective, self.solver)
+        return without_code(self.recipe.objective, self.solver)
 
     @cached_property
     def blocks(self) -> list[nn.Module]:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vipo.options import NEEDS_SOURCES
+from vipo.options import needs_sources
 from vipo.plan import passes
 from vipo.plan.blueprint import empty_network, shapes_only
 from vipo.plan.passes import Cost
 from vipo.plan.published import table
 from vipo.pretrained import DTYPES
 from vipo.schema import Recipe
+from vipo.user_file import is_user_file
 
 PICTURES_AT_ONCE = 16  # what the rewards and backbones of vipo take by default
 CLIP_SIDE = 224  # pixels
@@ -67,13 +68,21 @@ def judges_of(recipe: Recipe) -> tuple[list[Judge], list[str]]:
             found.setdefault(
                 (kind, str(section.options.get("dtype")), judge.offload), judge
             )  # one model, many questions
-    if recipe.credit in NEEDS_SOURCES and "perceptual" in recipe.structuring.sources:
+    unknown += _own_parts(recipe)
+    if needs_sources(recipe.credit) and "perceptual" in recipe.structuring.sources:
         kind, options = recipe.structuring.backbone, recipe.structuring.backbone_options
         if kind in table("judges"):
             found["backbone", kind, False] = _judge(kind, options, recipe, True)
         elif kind not in LIGHT:
             unknown.append(f"backbone {kind}")
     return list(found.values()), unknown
+
+
+def _own_parts(recipe: Recipe) -> list[str]:
+    """The user's own sources, credit and loss, whose code a plan does not run."""
+    sources = recipe.structuring.sources if needs_sources(recipe.credit) else ()
+    named = [*(("map source", name) for name in sources), ("credit", recipe.credit), ("loss", recipe.objective.loss)]
+    return [f"{what} {name}" for what, name in named if is_user_file(name)]
 
 
 def _judge(kind: str, options: Mapping[str, Any], recipe: Recipe, trains: bool) -> Judge:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from vipo.schema import Recipe
-from vipo.training.losses import LOSSES
+from vipo.training.losses import without_code
 from vipo.workload import check_updates, parts, possible_steps, share_of, share_sizes, teams_of, widths
 
 
@@ -44,7 +44,7 @@ def work_of(recipe: Recipe, processes: int) -> Work:
     teams = teams_of(processes, recipe.training.context_parallel)
     share = share_of(0, teams, per_iteration=section.per_iteration, group_size=section.group_size)
     groups, group_size = len(share.groups), len(share.members)
-    training, loss = recipe.training, LOSSES[recipe.objective.loss](recipe.objective, recipe.solver)
+    training, loss = recipe.training, without_code(recipe.objective, recipe.solver)
     together = [len(part) for part in parts(groups, training.prompts_at_once)]
     at_once = training.rollout_batch_size or together[0] * group_size
     sampling = [_sampling(recipe, stochastic, together, group_size) for stochastic in possible_steps(recipe.solver)]
@@ -74,7 +74,7 @@ def _sampling(recipe: Recipe, stochastic: range, together: list[int], group_size
 
 def _batches(recipe: Recipe, samples: int) -> tuple[int, int]:
     """How many batches the rows of an update with so many samples make, and the most rows of one."""
-    loss = LOSSES[recipe.objective.loss](recipe.objective, recipe.solver)
+    loss = without_code(recipe.objective, recipe.solver)
     rows, at_once = samples * loss.rows_per_sample, recipe.training.replay_batch_size
     if at_once:
         return math.ceil(rows / at_once), min(at_once, rows)

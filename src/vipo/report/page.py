@@ -16,7 +16,7 @@ from vipo.evaluation.best import place
 from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
 from vipo.guards import fired
-from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, NEEDS_SOURCES
+from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, needs_sources
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
 from vipo.report.run import RunRecord, read_run
@@ -105,7 +105,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Iterations", str(run.iterations_done), _of_planned(run)),
         *_best_fact(run),
     ]
-    if credit in NEEDS_SOURCES and "structuring" in run.recipe:
+    if needs_sources(credit) and "structuring" in run.recipe:
         facts.insert(2, _map_fact(run))
     return facts
 

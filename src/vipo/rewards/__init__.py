@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vipo import registry
 from vipo.errors import UserError
-from vipo.registry import is_user_file
-from vipo.rewards.user_file import load_user_reward, user_function
 from vipo.secrets import in_the_open
+from vipo.user_file import REWARD, is_user_file, load_part, named_in_file
 
 if TYPE_CHECKING:
     from vipo.types import Reward
@@ -251,7 +250,7 @@ def takes(name: str, option: str) -> bool:
         UserError: no reward of that name, or a file that does not give one.
     """
     if is_user_file(name):
-        return option in registry.parameters(user_function(name))
+        return option in registry.parameters(named_in_file(REWARD, name))
     return option in registry.find("reward", REWARDS, name, otherwise=OTHERWISE).parameters()
 
 
@@ -277,6 +276,7 @@ def build(name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **opt
     for problem in in_the_open(options):
         raise UserError(f"reward {name!r}: option {problem}")
     if is_user_file(name):
-        return load_user_reward(name, offered, **options)
+        own: Reward = load_part(REWARD, name, offered, **options)
+        return own
     reward: Reward = registry.build("reward", REWARDS, name, options, offered=offered, otherwise=OTHERWISE)
     return reward

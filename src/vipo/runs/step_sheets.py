@@ -15,6 +15,7 @@ from vipo.options import NORMALISES_POSITIONS
 from vipo.structuring import PerceptualStructuring, oriented_components
 from vipo.structuring.sources import Perceptual, Product
 from vipo.types import MapSource, TrainStep
+from vipo.user_file import is_user_file
 
 PICTURES, CLIPS = 6, 3  # at most so many rows
 CAPTION = 120  # characters of a clip's prompt
@@ -25,7 +26,8 @@ def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session
     firsts = list(range(0, len(maps), step.rollout.group_size))
     texts = [step.rollout.prompts[i].text for i in firsts]
     rewards = [f"reward {float(step.scores.total[i]):.3f}" for i in firsts]
-    by_sample = session.recipe.credit not in NORMALISES_POSITIONS  # else there is no one advantage for all positions
+    credit = session.recipe.credit  # of some there is no one advantage for all positions
+    by_sample = credit not in NORMALISES_POSITIONS and not is_user_file(credit)
     if maps.shape[1] > 1:
         short = [textwrap.shorten(text, CAPTION, placeholder=" ...") for text in texts]
         rows, captions = firsts[:CLIPS], _captions(short, rewards)[:CLIPS]

@@ -22,7 +22,6 @@ from vipo.options import Solver
 from vipo.pretrained import fingerprint
 from vipo.prompts.files import named_prompts
 from vipo.ranks import ALONE, Ranks
-from vipo.registry import is_user_file
 from vipo.rollout import StepContext
 from vipo.runs.directory import RunDirectory
 from vipo.runs.guidance import check_guidance, guidance_note, guided, run_behind
@@ -30,6 +29,7 @@ from vipo.runs.plain import PLAIN_STEPS, plain_section, put_on_lora
 from vipo.runs.trained import Trained, find_trained, is_checkpoint, open_trained
 from vipo.schema import EvaluationSection, JudgeSection
 from vipo.types import Generator, NamesCutPrompts, Prompt, Rollout
+from vipo.user_file import file_of, is_user_file
 
 PLACES = {"path", "text_cache", "offload_text"}  # of a generator section: they change no sample
 BATCH = 64  # pictures, or frames of whole clips
@@ -193,8 +193,7 @@ class Target:
         own = self.rewards.get(name)
         options: dict[str, Any] = {} if own is None else {"reward": own.reward or name, **own.options}
         source = str(options.get("reward", name))
-        file = Path(source.rpartition(":")[0]).expanduser()
-        if is_user_file(source) and file.is_file():
+        if is_user_file(source) and (file := file_of(source)).is_file():
             return {"options": options, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         return {"options": options}
 

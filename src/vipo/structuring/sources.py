@@ -14,7 +14,8 @@ source               evidence e(p) at a position                                
 ==================== ==================================================================== ==========================
 
 ``Product`` multiplies any of them. All but the first go beyond the paper; docs/results.md says which one helps. Each is
-smoothed (in latent cells) and normalised like the paper's map, so that they exchange without touching a learning rate.
+smoothed (in latent cells) and normalised like the paper's map, so that they exchange without touching a learning rate;
+only ``Own``, the user's, is taken as it is.
 Only ``TextRelevance`` and the paper's cost a pass of a network; what a reward says of positions comes with its score.
 
 ``Flawless``, ``DenseEvidence`` and ``SignedConsensus`` are the maps of the credits ``flaw_map``, ``dense_reward`` and
@@ -23,7 +24,7 @@ Only ``TextRelevance`` and the paper's cost a pass of a network; what a reward s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ from vipo.structuring.frames import align_frames
 from vipo.structuring.maps import consensus_map, deviation_map, normalise, signed_consensus_map, smooth
 from vipo.structuring.perceptual import PerceptualStructuring
 from vipo.types import Generator, MapSource, Prompt, Reward, Rollout, Scores, sent
+from vipo.user_answer import checked, not_negative
+from vipo.user_file import SOURCE, answering
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,31 @@ def _told(scores: Scores | None, smoothing_sigma: float) -> list[tuple[float, Fl
             " with_evidence, such as emoji_match, with a weight of its evidence above 0"
         )
     return [(scores.evidence_weights[name], smooth(found, smoothing_sigma)) for name, found in scores.evidence.items()]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A source of the user's own, ``file.py:thing``: its map is taken as it is, once it is sound.
+
+    Args:
+        signed: the map may be below 0, which a credit of the user's own can make sense of.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    signed: bool = False
+
+    def __call__(
+        self, rollout: Rollout, advantage: Float[Tensor, " N"], scores: Scores | None = None
+    ) -> Float[Tensor, "N T H W"]:
+        """Raises:
+        UserError: it raised, or gave no finite map for each sample, or one that is negative and must not be.
+        """
+        with torch.no_grad(), answering(SOURCE, self.name):
+            given = self.function(rollout, advantage, scores)
+        maps = checked(SOURCE, self.name, given, [(len(rollout.latents), *rollout.latent_grid)], "(N, T, H, W)")
+        maps = maps.detach().to(rollout.latents.device, torch.float32)
+        return maps if self.signed else not_negative(SOURCE, self.name, maps)
 
 
 @dataclass(frozen=True)

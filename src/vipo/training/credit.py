@@ -36,18 +36,25 @@ gradient    std / (d mean / d u): each step's gradient has one size        Flash
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import get_args
+from functools import cached_property
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vipo import sde
+from vipo.errors import UserError
 from vipo.objective import combine_advantages, dense_reward, sound, weighted
 from vipo.options import NEEDS_MAPS, SIGNED_MAPS, CreditKind, Objective, Solver
-from vipo.types import Scores, sent
+from vipo.registry import parameters
+from vipo.types import Rollout, Scores, sent
+from vipo.user_answer import checked
+from vipo.user_file import CREDIT, answering
+
+OFFERED = ("advantage", "maps", "scores", "rollout")  # to a credit of the user's own
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,16 @@ class Credit:
         chosen = self.local[sent(sample, self.local.device)]
         factor = self.step[sent(step, self.step.device)]
         return chosen * factor.reshape(-1, *[1] * (chosen.ndim - 1))
+
+
+def takes_maps(credit: CreditKind | OwnCredit) -> bool:
+    """Whether it takes what a map source gives."""
+    return "maps" in credit.asks if isinstance(credit, OwnCredit) else credit in NEEDS_MAPS
+
+
+def is_signed(credit: CreditKind | OwnCredit) -> bool:
+    """Whether its maps may be negative."""
+    return isinstance(credit, OwnCredit) or credit in SIGNED_MAPS
 
 
 def combined(objective: Objective, scores: Scores, group_size: int) -> Float[Tensor, " N"]:
@@ -120,6 +137,61 @@ def assign(
     if maps is not None:  # of signed ones only the outcome must be finite
         are_sound = local.isfinite().all() if credit in SIGNED_MAPS else sound(maps)
     return Credit(advantage, local.clamp(-objective.advantage_clip, objective.advantage_clip), step, are_sound)
+
+
+@dataclass(frozen=True)
+class OwnCredit:
+    """A credit of the user's own, ``file.py:thing``: the weight of each sample, (N,) or (N, T, H, W), from what it asks
+    for by name of ``advantage`` (N,), 0 where a sample has no score, ``maps`` (N, T, H, W) of the recipe's sources,
+    ``scores`` and ``rollout``.
+
+    Raises:
+        UserError: it asks for something else.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        lacking = [
+            name for name, p in parameters(self.function).items() if p.default is p.empty and name not in OFFERED
+        ]
+        if lacking:
+            raise UserError(
+                f"credit {self.name!r} asks for {lacking[0]!r}; it is given, by name, {', '.join(OFFERED)}, and with"
+                " credit_options a function is called that makes it"
+            )
+
+    @cached_property
+    def asks(self) -> tuple[str, ...]:
+        """What it is given."""
+        return tuple(name for name in parameters(self.function) if name in OFFERED)
+
+    def __call__(
+        self,
+        objective: Objective,
+        scores: Scores,
+        advantage: Float[Tensor, " N"],
+        maps: Float[Tensor, "N T H W"] | None,
+        rollout: Rollout,
+        step: Float[Tensor, " S"],
+    ) -> Credit:
+        """The credit of one process's samples; a sample without a score weighs nothing, whatever it says of it.
+
+        Raises:
+            UserError: it raised, or gave no finite weights.
+        """
+        offered = {"advantage": advantage, "maps": maps, "scores": scores, "rollout": rollout}
+        with torch.no_grad(), answering(CREDIT, self.name):
+            given = self.function(**{name: offered[name] for name in self.asks})
+        if isinstance(given, Tensor) and given.ndim > 0 and len(given) == len(advantage):
+            scored = sent(scores.total.isfinite(), given.device).reshape(-1, *[1] * (given.ndim - 1))
+            given = given.where(scored, torch.zeros_like(given))
+        shapes = [(len(advantage),), (len(advantage), *rollout.latent_grid)]
+        weight = checked(CREDIT, self.name, given, shapes, "(N,) or (N, T, H, W)")
+        local = weight.detach().to(advantage.device, torch.float32)
+        bound, sound_as_checked = objective.advantage_clip, torch.ones((), dtype=torch.bool, device=local.device)
+        return Credit(advantage, local.clamp(-bound, bound), step, sound_as_checked)
 
 
 def _everywhere(advantage: Float[Tensor, " N"], grid: tuple[int, int, int]) -> Float[Tensor, "N T H W"]:

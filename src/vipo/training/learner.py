@@ -16,10 +16,10 @@ from vipo.engine import Engine
 from vipo.objective import check_maps
 from vipo.options import Objective, OptimizerOptions, Solver
 from vipo.policy import Policy
-from vipo.training import optimizers
+from vipo.training import losses, optimizers
 from vipo.training.credit import Credit
 from vipo.training.health import GradientGuard, Health, where_not_finite
-from vipo.training.losses import LOSSES, Cost
+from vipo.training.losses import Cost
 from vipo.training.schedule import learning_rate, varies
 from vipo.types import Batched, Generator, Rollout
 from vipo.workload import shares
@@ -72,7 +72,7 @@ class Learner:
         self.engine, self.generator, self.policy = engine, generator, policy
         self.objective, self.options, self.health, self.seed = objective, optimizer, health, seed
         self.replay_batch_size, self.iterations = replay_batch_size, iterations or 0
-        self.loss = LOSSES[objective.loss](objective, solver)
+        self.loss = losses.build(objective, solver)
         self.guard = GradientGuard(optimizer.guard_factor)
         self.optimizer: Any = optimizers.build(optimizer, policy.parameters.values())
         generator.network, self.optimizer = engine.prepare(generator.network, self.optimizer)

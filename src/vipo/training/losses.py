@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vipo import randomness, sde
+from vipo.errors import UserError
 from vipo.objective import clipped_surrogate
 from vipo.options import LossKind, Objective, Solver
 from vipo.rollout import policy_step
 from vipo.types import Batched, Generator, Rollout, Transitions, sent
+from vipo.user_answer import checked
+from vipo.user_file import LOSS, answering, is_user_file, make, named_in_file
 
 UNLIKELY = 6.0  # standard deviations
 
@@ -47,6 +50,9 @@ class Rows(Protocol):
     step: Int[Tensor, " R"]
 
     def take(self, index: Int[Tensor, " k"]) -> Any: ...
+
+
+PARTS = ("keep_steps", "keep_mean", "rows_per_sample", "by_step", "rows", "ask", "cost", "divergence")  # of a loss
 
 
 @runtime_checkable
@@ -215,3 +221,97 @@ LOSSES: Mapping[LossKind, Callable[[Objective, Solver], Loss]] = {
     "matching": Matching,
 }
 """Name in ``objective.loss`` -> loss."""
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss of the user's own, ``file.py:thing``, whose answers are checked."""
+
+    name: str
+    loss: Loss
+
+    @property
+    def keep_steps(self) -> bool:
+        return bool(self.loss.keep_steps)
+
+    @property
+    def keep_mean(self) -> bool:
+        return bool(self.loss.keep_mean)
+
+    @property
+    def rows_per_sample(self) -> int:
+        return self.loss.rows_per_sample
+
+    def by_step(self, samples: int) -> StepRows:
+        return self.loss.by_step(samples)
+
+    def rows(self, rollout: Rollout, *, seed: int, iteration: int) -> Any:
+        """Raises:
+        UserError: it raised, or gave no record of rows.
+        """
+        with answering(LOSS, self.name):
+            rows = self.loss.rows(rollout, seed=seed, iteration=iteration)
+        if not isinstance(rows, Batched) or not hasattr(rows, "sample") or not hasattr(rows, "step"):
+            raise UserError(
+                f"loss {self.name!r} returned a {type(rows).__name__} from rows; return a vipo.types.Batched record of"
+                " tensors with sample and step (R,), such as rollout.transitions"
+            )
+        return rows
+
+    def ask(self, generator: Generator, conditioning: Batched, rows: Any) -> Any:
+        """Whatever it gives is its own affair; an error is that of the network as often as its own."""
+        return self.loss.ask(generator, conditioning, rows)
+
+    def cost(self, answer: Any, rows: Any, weight: Float[Tensor, "R *position"]) -> Cost:
+        """Raises:
+        UserError: it raised, or gave no finite cost with a gradient.
+        """
+        with answering(LOSS, self.name):
+            cost = self.loss.cost(answer, rows, weight)
+        if not isinstance(cost, Cost):
+            raise UserError(
+                f"loss {self.name!r} returned a {type(cost).__name__} from cost; return"
+                " vipo.training.losses.Cost(loss, numbers, deviation)"
+            )
+        for number in (cost.loss, cost.deviation, *cost.numbers.values()):
+            checked(LOSS, self.name, number, [()], "without dimensions, from cost")
+        if not cost.loss.requires_grad:
+            raise UserError(f"loss {self.name!r} returned a loss without a gradient; make it from answer, not detached")
+        return cost
+
+    def divergence(self, answer: Any, reference: Any) -> Float[Tensor, "R T H W"]:
+        """Raises:
+        UserError: it raised, or gave no finite divergence at each position.
+        """
+        with answering(LOSS, self.name):
+            found = self.loss.divergence(answer, reference)
+        return checked(LOSS, self.name, found, [(None, None, None, None)], "(R, T, H, W), from divergence")
+
+
+def build(objective: Objective, solver: Solver) -> Loss:
+    """The loss that ``objective.loss`` names; of a file, its ``thing(objective, solver, **loss_options)``.
+
+    Raises:
+        UserError: the file does not give a loss, or it records steps that the solver does not take.
+    """
+    name = objective.loss
+    if not is_user_file(name):
+        return LOSSES[cast("LossKind", name)](objective, solver)
+    loss = make(name, named_in_file(LOSS, name), objective, solver, **objective.loss_options)
+    if not isinstance(loss, Loss):
+        lacking = [part for part in PARTS if not hasattr(loss, part)]
+        raise UserError(
+            f"{name} made a {type(loss).__name__}, which is no loss: it has no {', '.join(lacking)}; begin from"
+            " vipo.training.losses.Clipped or Matching, or give it what vipo.training.losses.Loss lists"
+        )
+    if loss.keep_steps and (solver.kind == "ode" or solver.eta == 0 or solver.trained_count < 1):
+        raise UserError(
+            f"loss {name!r} records steps (keep_steps), but solver.kind={solver.kind} with eta={solver.eta:g} and"
+            f" {solver.trained_count} steps to train on has none with a likelihood; change the solver"
+        )
+    return OwnLoss(name, loss)
+
+
+def without_code(objective: Objective, solver: Solver) -> Loss:
+    """:func:`build` for whoever only counts: no code of the user's is run, and their loss counts as ``clipped``."""
+    return LOSSES[cast("LossKind", "clipped" if is_user_file(objective.loss) else objective.loss)](objective, solver)

@@ -21,9 +21,7 @@ from vipo.errors import UserError
 from vipo.generators.attention import AUTO, scope
 from vipo.objective import extremes
 from vipo.options import (
-    NEEDS_MAPS,
     NORMALISES_POSITIONS,
-    SIGNED_MAPS,
     CreditKind,
     Objective,
     OptimizerOptions,
@@ -35,7 +33,7 @@ from vipo.ranks import together
 from vipo.rollout import sample_groups
 from vipo.secrets import redacted
 from vipo.training.background import Background
-from vipo.training.credit import Credit, assign, combined, step_factor
+from vipo.training.credit import Credit, OwnCredit, assign, combined, is_signed, step_factor, takes_maps
 from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
 from vipo.training.metrics import MOVED, SIZE, as_floats, change_of, evidence_metrics, map_metrics, reward_numbers
@@ -99,7 +97,7 @@ class Trainer:
         prompts: PromptSampler,
         scorer: Scorer,
         map_source: MapSource | None,
-        credit: CreditKind,
+        credit: CreditKind | OwnCredit,
         solver: Solver,
         objective: Objective,
         optimizer: OptimizerOptions,
@@ -160,9 +158,9 @@ class Trainer:
         everyones = self._everyones(scores)  # whatever compares samples sees those of all processes
         advantage = combined(self.objective, everyones, self.group_size)
         with clock("map"):
-            maps = self._maps(rollout, scores, everyones, advantage)
+            maps = self._maps(rollout, self._mine(scores, everyones), everyones, advantage)
         with clock("update"):
-            credit = self._credit(everyones, advantage, maps, rollout)
+            credit = self._credit(self._mine(scores, everyones), everyones, advantage, maps, rollout)
             seen = self._seen(everyones, advantage, rollout)
             if self.health.watch.skips_samples:
                 self.health.watch.samples(as_floats(seen))
@@ -228,14 +226,13 @@ class Trainer:
     def _maps(
         self, rollout: Rollout, scores: Scores, everyones: Scores, advantage: Tensor
     ) -> Float[Tensor, "N T H W"] | None:
-        if self.credit not in NEEDS_MAPS:
+        if not takes_maps(self.credit):
             return None
         if self.map_source is None:
             raise ValueError(f"credit={self.credit!r} needs a map_source")
         try:
             known = advantage.where(everyones.total.isfinite(), torch.nan)[self._here]
-            mine = {name: values[self._here] for name, values in everyones.by_name.items()}
-            return self.map_source(rollout, known, replace(scores, by_name=mine))
+            return self.map_source(rollout, known, scores)
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
@@ -256,15 +253,20 @@ class Trainer:
         found = Scores.join(self.engine.teams_say(on_cpu))
         return Scores({name: v.to(device) for name, v in found.by_name.items()}, scores.weights, found.failures)
 
-    def _credit(self, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
+    def _mine(self, scores: Scores, everyones: Scores) -> Scores:
+        """This process's scores as all processes go by, with its evidence."""
+        return replace(scores, by_name={name: values[self._here] for name, values in everyones.by_name.items()})
+
+    def _credit(self, mine: Scores, scores: Scores, advantage: Tensor, maps: Tensor | None, rollout: Rollout) -> Credit:
         """The credit of this process's samples, from the scores and advantages of all."""
         steps, here = step_factor(self.objective, self.solver, rollout.sigmas), self._here
+        if isinstance(self.credit, OwnCredit):
+            return self.credit(self.objective, mine, advantage[here], maps, rollout, steps)
         joined = self.credit in NORMALISES_POSITIONS and self.share.splits_groups
         if joined and maps is not None:
             maps = self.engine.gather(maps)
         elif not joined:
-            advantage, by_name = advantage[here], {name: values[here] for name, values in scores.by_name.items()}
-            scores = Scores(by_name, scores.weights)
+            advantage, scores = advantage[here], mine
         given = (scores, advantage, maps, rollout.latent_grid, self.group_size, steps)
         credit = assign(self.credit, self.objective, *given)
         return replace(credit, advantage=credit.advantage[here], local=credit.local[here]) if joined else credit
@@ -276,7 +278,7 @@ class Trainer:
         return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
 
     def _of_positions(self, maps: Tensor | None, scores: Scores) -> dict[str, float]:
-        return {**map_metrics(maps, signed=self.credit in SIGNED_MAPS), **evidence_metrics(scores)}
+        return {**map_metrics(maps, signed=is_signed(self.credit)), **evidence_metrics(scores)}
 
     def _mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Means over the teams, each of which has as many samples as any other."""
