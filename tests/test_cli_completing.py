@@ -44,6 +44,9 @@ def test_a_tab_costs_no_heavy_library() -> None:
     assert "vipo.cli.completing" in loaded and not {"torch", "transformers", "diffusers"} & loaded
 
 
-def test_the_script_of_a_shell_is_that_of_the_command_also_from_the_module(vipo: Vipo) -> None:
+def test_the_script_of_a_shell_is_that_of_the_command_also_from_the_module(
+    vipo: Vipo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # there may be no shell above the tests
     shown = vipo("--show-completion", "bash")
     assert shown.code == 0 and "_VIPO_COMPLETE=complete_bash" in shown.out and shown.out.strip().endswith(" vipo")

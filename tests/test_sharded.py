@@ -30,7 +30,7 @@ from vipo.types import TrainStep
 
 ITERATIONS = 5
 TOLERANCE = 1e-4  # of weights after so many iterations at a learning rate of 1e-3; most differ by 1e-6
-EXACT = ("reward", "spread/", "agreement/", "unscored/", "advantage_size", "flat_groups", "pictures/")
+EXACT = ("reward", "spread/", "agreement/", "unscored/", "advantage_size", "flat_groups")
 
 
 @pytest.fixture(scope="session")
@@ -91,9 +91,11 @@ def assert_same(ours: list[dict[str, Any]], one: dict[str, Any], *, split: bool)
     for k, (mine, theirs) in enumerate(zip(ours[0]["metrics"], one["metrics"], strict=True)):
         assert list(mine) == list(theirs)
         for key in mine:
-            exact = k == 0 and key.startswith(EXACT)
+            exact, near = k == 0 and key.startswith(EXACT), pytest.approx(theirs[key], abs=1e-3)
+            if key == "weight_change":  # of a few elements of each part, and a process has other parts
+                near = pytest.approx(theirs[key], rel=0.6)
             if key != "model_passes" or not split:  # a split group's first steps are made by each of its processes
-                assert mine[key] == (theirs[key] if exact else pytest.approx(theirs[key], abs=1e-3)), (k, key)
+                assert mine[key] == (theirs[key] if exact else near), (k, key)
 
 
 def a_lora(model_folder: Path, output: Path) -> Path:
