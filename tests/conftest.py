@@ -32,7 +32,9 @@ NEEDS = {"weights": "real weights", "gpu": "a GPU"}
 def pytest_addoption(parser: pytest.Parser) -> None:
     for need, what in NEEDS.items():
         parser.addoption(f"--run-needs-{need}", action="store_true", help=f"also run tests that need {what}")
-    parser.addoption("--run-long", action="store_true", help="also run tests of hundreds and thousands of cases")
+    parser.addoption(
+        "--run-long", action="store_true", help="also run tests of hundreds of cases, and those that take long"
+    )
 
 
 def pytest_configure() -> None:
@@ -42,7 +44,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long") and not config.getoption("--run-long"):
-            item.add_marker(pytest.mark.skip(reason="hundreds of cases: run with --run-long"))
+            item.add_marker(pytest.mark.skip(reason="takes long: run with --run-long"))
     for need, what in NEEDS.items():
         skip = pytest.mark.skip(reason=f"needs {what}: run with --run-needs-{need}")
         for item in items:

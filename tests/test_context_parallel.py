@@ -50,7 +50,7 @@ def on_a_cpu(work: Any, *given: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_teams_train_as_one_process(wan_folder: Path, tmp_path: Path, processes: int) -> None:
     lora = {"kind": "lora", "rank": 2, "ema_decay": 0.5}
     in_parts = {"prompts__per_iteration": 1, "prompts__group_size": 8, "credit": "reward_map"}
@@ -69,7 +69,7 @@ def test_teams_train_as_one_process(wan_folder: Path, tmp_path: Path, processes:
         assert first["grad_norm"] == pytest.approx(one["metrics"][0]["grad_norm"], rel=1e-4) and first["grad_norm"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_shared_run_is_evaluated_saved_and_exported_as_one(wan_folder: Path, tmp_path: Path) -> None:
     raw = shared(wan_folder, tmp_path)
     raw["training"] |= {"iterations": 1}

@@ -219,7 +219,7 @@ def test_a_reward_that_cannot_be_reached_stops_the_evaluation() -> None:
         evaluation_scorer(away=away)(torch.zeros(1, 3, 1, 4, 4), [Prompt("a cat")])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_fill_one_folder_with_what_one_would(model_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {k}" for k in range(5)))

@@ -182,7 +182,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path: Path, monk
     assert late["late"]["outcome"] == "left out" and check.verdict(late, [])[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"

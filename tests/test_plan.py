@@ -344,8 +344,8 @@ def test_an_adapter_whose_text_cannot_be_blank_says_what_to_add(
         plan(recipe_of(), Machine(), Ledger())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [pytest.param("Qwen/Qwen-Image", marks=pytest.mark.long), "Tongyi-MAI/Z-Image-Turbo"])
+@pytest.mark.long
+@pytest.mark.parametrize("path", ["Qwen/Qwen-Image", "Tongyi-MAI/Z-Image-Turbo"])
 def test_the_published_models_with_padded_text_are_planned(recipe_of: Any, path: str) -> None:
     section = {"path": path, "height": 64, "width": 64, "dtype": "bfloat16"}
     found = plan(

@@ -366,7 +366,8 @@ def test_a_plan_knows_the_bytes_of_8_bit_moments(model_folder: Path, tmp_path: P
 ONE_AT_A_TIME = ["training.rollout_batch_size=1", "training.replay_batch_size=1"]
 
 
-@pytest.mark.parametrize("overrides", [ONE_AT_A_TIME, pytest.param([], marks=pytest.mark.long)], ids=["ones", "whole"])
+@pytest.mark.long
+@pytest.mark.parametrize("overrides", [ONE_AT_A_TIME, []], ids=["ones", "whole"])
 def test_the_24_gb_recipe_fits_24_gb_with_room(overrides: list[str]) -> None:
     recipe = load_recipe("flux1-dev-lora-24gb", overrides)
     found = plan(recipe, Machine(memory=24 * 10**9), Ledger())

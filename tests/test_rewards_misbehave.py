@@ -241,7 +241,7 @@ def _ends(run: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
     return run.returncode, output + errors
 
 
-@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_two_ctrl_c_stop_a_run_whose_reward_hangs(tmp_path: Path, model_folder: Path, in_background: bool) -> None:
     what = "media.shape[0] > 2 and time.sleep(600)\n    return media.mean((1, 2, 3, 4))"  # not in the evaluation
     recipe = _own_recipe(tmp_path, model_folder, what, **({"training__prompts_at_once": 1} if in_background else {}))

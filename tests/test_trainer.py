@@ -415,7 +415,7 @@ save_file({{n: v.contiguous() for n, v in kept.items()}}, Path({out!r}) / f"rank
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one(model_folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
