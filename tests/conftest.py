@@ -29,6 +29,9 @@ from vipo.runs.run import Run
 NEEDS = {"weights": "real weights", "gpu": "a GPU"}
 
 
+CAMPAIGN_SECONDS = 1800  # of one test that takes long, on a machine that is busy
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     for need, what in NEEDS.items():
         parser.addoption(f"--run-needs-{need}", action="store_true", help=f"also run tests that need {what}")
@@ -43,6 +46,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(CAMPAIGN_SECONDS))
         if item.get_closest_marker("long") and not config.getoption("--run-long"):
             item.add_marker(pytest.mark.skip(reason="takes long: run with --run-long"))
     for need, what in NEEDS.items():
