@@ -123,7 +123,8 @@ def _unsound(value: Any, where: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _unsound(key, where)
-            yield from _unsound(entry, f"{where}.{key}" if where else str(key))
+            named = str(key) if str(key).isprintable() else repr(key)  # a message is one line whatever a key holds
+            yield from _unsound(entry, f"{where}.{named}" if where else named)
     elif isinstance(value, list | tuple):
         for place, entry in enumerate(value):
             yield from _unsound(entry, f"{where}.{place}")
