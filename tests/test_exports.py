@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,27 @@ def test_the_card_has_recipe_scores_and_pictures_and_no_secret(
         assert (
             f"(samples/{file.name})" in text and (tmp_path / "samples" / file.name.replace("after", "before")).is_file()
         )
+
+
+def test_what_a_card_must_do_without_is_said(vipo: Vipo, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    log = run / "evaluations.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    last = f"samples/step-{json.loads(lines[-1])['iteration']:06d}.png"
+
+    def told() -> str:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        said = vipo("export", run, "--output", tmp_path / "out")
+        assert said.code == 0 and (tmp_path / "out" / "README.md").is_file(), said
+        return " ".join(said.err.split())
+
+    assert "the card" not in told()
+    (run / last).unlink()
+    assert "the card has no pictures: those of an evaluation are not in samples/" in told()
+    log.write_text("".join([lines[0].replace(":", ";", 1), *lines[1:]]))
+    assert "the card leaves out 1 damaged line of evaluations.jsonl" in told()
+    log.unlink()
+    assert "the card has no scores: there is no evaluation on record" in told()
 
 
 @pytest.mark.parametrize(

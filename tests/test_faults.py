@@ -373,6 +373,7 @@ TOLD = (
     "was cut short",
     "cannot be read",
     "not in samples",
+    "has no scores",
     "Not complete",
     "is not what its checkpoint",
     "damaged",

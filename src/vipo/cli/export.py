@@ -52,8 +52,8 @@ def export(
 
     trained = find_trained(run, checkpoint)
     folder = output or trained.export_folder(layout)
-    write_export(trained, folder, layout=layout, dtype=None if dtype is None else DTYPES[dtype])
-    warn(trained.told)
+    missing = write_export(trained, folder, layout=layout, dtype=None if dtype is None else DTYPES[dtype])
+    warn([*trained.told, *missing])
     console.print(str(folder), soft_wrap=True)
     if repository is not None:
         _push(folder, repository)

@@ -61,8 +61,8 @@ class Picture:
     after: str
 
 
-def write_card(folder: Path, trained: Trained, iteration: int, kind: type[Any], layout: str) -> None:
-    """Write README.md, and the pictures that it shows, beside an export.
+def write_card(folder: Path, trained: Trained, iteration: int, kind: type[Any], layout: str) -> list[str]:
+    """Write README.md, and the pictures that it shows, beside an export; what the card had to do without, in words.
 
     Args:
         iteration: that the weights are of.
@@ -70,15 +70,17 @@ def write_card(folder: Path, trained: Trained, iteration: int, kind: type[Any], 
         layout: of a LoRA's names, ``diffusers`` or ``comfyui``.
     """
     recipe = public(trained.recipe.model_dump(mode="json", exclude_none=True))
-    known = _until(_record(trained), iteration)
-    pictures = [] if known is None else _pictures(folder, known)
+    told: list[str] = []
+    known = _until(_record(trained, told), iteration)
+    pictures = [] if known is None else _pictures(folder, known, told)
+    scores = _scores(known, iteration, told)
     licence = base_licence(trained.recipe.generator.path)
     name = inert(trained.recipe.name or trained.directory.root.resolve().name)
     parts = [
         f"# {name}",
         _what(recipe, iteration, licence),
         f"## Use\n\n{_use(recipe, kind, layout)}",
-        f"## Scores\n\n{_scores(known, iteration)}",
+        f"## Scores\n\n{scores}",
         *([f"## Pictures\n\n{_table(pictures)}"] if pictures else []),
         f"## Recipe\n\n{_recipe(recipe)}",
     ]
@@ -87,6 +89,7 @@ def write_card(folder: Path, trained: Trained, iteration: int, kind: type[Any], 
     )
     populate_model_card(card)
     write_text(folder / CARD, str(card))
+    return [f"the card {what}" for what in told]
 
 
 def inert(text: str) -> str:
@@ -125,13 +128,16 @@ def _licence_header(path: str) -> dict[str, str]:
     return found if "license" in found else {}
 
 
-def _record(trained: Trained) -> RunRecord | None:
+def _record(trained: Trained, told: list[str]) -> RunRecord | None:
     """The run's logs, where the checkpoint lies in a run and they can be read."""
     try:
-        return read_run(trained.directory.root) if trained.directory.exists() else None
+        run = read_run(trained.directory.root) if trained.directory.exists() else None
     except UserError as error:
-        log.warning("the card has no scores: %s", error)
+        told.append(f"has no scores: {error}")
         return None
+    if run is not None and (damaged := run.unreadable.get("evaluations")):
+        told.append(f"leaves out {damaged} damaged line{'s' * (damaged > 1)} of evaluations.jsonl")
+    return run
 
 
 def _until(run: RunRecord | None, iteration: int) -> RunRecord | None:
@@ -181,16 +187,19 @@ def _use(recipe: Mapping[str, Any], kind: type[Any], layout: str) -> str:
     return f"{_fenced(redacted(chr(10).join(lines)), 'python')}{told}"
 
 
-def _scores(run: RunRecord | None, iteration: int) -> str:
-    if run is None:
-        return f"There is no evaluation on record of the weights after iteration {iteration}."
+def _scores(run: RunRecord | None, iteration: int, told: list[str]) -> str:
+    """The table of gains, or why there is none."""
     try:
-        found = changes(run)
+        found = [] if run is None else changes(run)
+        why = "there is no second evaluation to compare with"
     except UserError as error:
-        return inert(str(error))
-    pair = before_and_after(run)
-    if not found or pair is None:
-        return "There is no second evaluation to compare with."
+        found, why = [], str(error)
+    pair = None if run is None else before_and_after(run)
+    if run is None:
+        why = f"there is no evaluation on record of the weights after iteration {iteration}"
+    if run is None or not found or pair is None:
+        told.append(f"has no scores: {why}")
+        return inert(f"None: {why}.")
     before = "untrained" if pair[0].iteration == 0 else f"iteration {pair[0].iteration}"
     rows = [
         f"| {inert(c.name)} | {c.role} | {c.base.mean:.4g} | {c.trained.mean:.4g} |"
@@ -212,16 +221,19 @@ def _scores(run: RunRecord | None, iteration: int) -> str:
     )
 
 
-def _pictures(folder: Path, run: RunRecord) -> list[Picture]:
+def _pictures(folder: Path, run: RunRecord, told: list[str]) -> list[Picture]:
     """Save the first prompts' first samples before and after training; none where they cannot be read."""
     first, last = run.evaluations[0], run.evaluations[-1]
     places = [run.sheets.get(record.iteration) for record in (first, last)]
-    if first.prompts != last.prompts or None in places or first is last:
+    if first.prompts != last.prompts or first is last:
+        return []  # what is said of the scores holds for them
+    if None in places:
+        told.append("has no pictures: those of an evaluation are not in samples/")
         return []
     try:
         sheets = [load_sheet(place) for place in places if place is not None]
     except UserError as error:
-        log.warning("the card has no pictures: %s", error)
+        told.append(f"has no pictures: {error}")
         return []
     fewest = min(len(last.prompts), *(len(tiles) for tiles, _ in sheets))
     rows = range(0, fewest, last.samples_per_prompt)[:SHOWN]

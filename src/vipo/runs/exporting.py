@@ -15,8 +15,8 @@ from vipo.runs.trained import Layout, Trained, open_trained
 from vipo.training.saved import read_head
 
 
-def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch.dtype | None) -> None:
-    """Write ``folder``, whole or not at all.
+def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch.dtype | None) -> list[str]:
+    """Write ``folder``, whole or not at all; what its card had to do without, in words.
 
     Args:
         layout: of a LoRA's names.
@@ -35,8 +35,7 @@ def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch
         if family is not None:
             rename_for_comfyui(aside, family)
         pipeline = getattr(model.generator, "pipeline", None)
-        if pipeline is not None:
-            write_card(aside, trained, iteration, type(pipeline), layout)
+        return [] if pipeline is None else write_card(aside, trained, iteration, type(pipeline), layout)
 
 
 def _opened(trained: Trained) -> tuple[Model, int]:
