@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ import tiny
 from vipo import guards
 from vipo.assemble import open_model
 from vipo.errors import RunFailed, UserError
+from vipo.evaluation.records import EvaluationRecord
 from vipo.guards import GUARDS, Action, GuardOptions
 from vipo.recipe import load_recipe, parse_recipe
 from vipo.report.page import render
 from vipo.report.run import read_run
 from vipo.rollout import sample_groups
-from vipo.runs import over_optimization
-from vipo.runs.over_optimization import Scored
+from vipo.runs.over_optimization import JudgeWatch
 from vipo.runs.run import Run
 from vipo.schema import GuardsSection
 from vipo.training.pictures import frequencies, picture_numbers, picture_rows
@@ -329,9 +330,14 @@ def test_a_run_that_goes_on_remembers_what_its_guards_have_seen(tmp_path: Path, 
 # A judge that falls while the reward rises
 
 
-def scored(iteration: int, judge: float, reward: float, prompts: int = 8) -> Scored:
+def scored(iteration: int, judge: float, reward: float, prompts: int = 8) -> EvaluationRecord:
     noise = torch.linspace(-1, 1, prompts, dtype=torch.float64)
-    return Scored(iteration, {"judge": judge + noise}, reward + noise + 0.01 * noise**2, 1)
+    values = {"judge": judge + noise, "reward": (reward + noise + 0.01 * noise**2) / 2}
+    return EvaluationRecord(iteration, 1, ("a fox",) * prompts, values)
+
+
+def watch(options: GuardOptions) -> JudgeWatch:
+    return JudgeWatch(options, ["judge", "a judge that came later"], {"reward": 2.0})
 
 
 UP_AND_DOWN = [scored(0, 0.0, 0.0), scored(2, 1.0, 1.0), scored(4, 0.5, 2.0), scored(6, 0.4, 3.0)]
@@ -339,12 +345,14 @@ USUAL_FALL = GUARDS["over_optimization"].usual
 
 
 def test_over_optimisation_is_told_when_it_begins_and_against_the_judges_best() -> None:
-    said = [over_optimization.events(UP_AND_DOWN[: k + 1], USUAL_FALL) for k in range(4)]
+    said = [watch(USUAL_FALL).events(UP_AND_DOWN[: k + 1]) for k in range(4)]
     assert [len(told) for told in said] == [0, 0, 1, 0]
     assert "judge 'judge', since its best evaluation, after iteration 2" in said[2][0]
-    twice = GuardOptions("stop", above=0.0, in_a_row=2)
-    assert [bool(over_optimization.failure(UP_AND_DOWN[: k + 1], twice)) for k in range(4)] == [False] * 3 + [True]
-    assert not over_optimization.events(UP_AND_DOWN[:3], GuardOptions("warn", above=5.0)), "a fall that is small"
+    twice = watch(GuardOptions("stop", above=0.0, in_a_row=2))
+    assert [bool(twice.failure(UP_AND_DOWN[: k + 1])) for k in range(4)] == [False] * 3 + [True]
+    assert not watch(GuardOptions("warn", above=5.0)).events(UP_AND_DOWN[:3]), "a fall that is small"
+    begun_anew = [replace(one, comparable_since=4) for one in UP_AND_DOWN[2:]]
+    assert not watch(USUAL_FALL).events([*UP_AND_DOWN[:2], *begun_anew[:1]]), "evaluated in another way than the best"
 
 
 @pytest.mark.parametrize(
@@ -352,10 +360,10 @@ def test_over_optimisation_is_told_when_it_begins_and_against_the_judges_best() 
     [scored(4, 0.5, 0.5), scored(4, 1.5, 2.0)],
     ids=["the reward fell too", "the judge rose"],
 )
-def test_what_is_no_over_optimisation(last: Scored) -> None:
-    assert over_optimization.fall(UP_AND_DOWN[:2], last) is None
+def test_what_is_no_over_optimisation(last: EvaluationRecord) -> None:
+    assert watch(USUAL_FALL).fall([*UP_AND_DOWN[:2], last]) is None
     few = [scored(0, 1.0, 0.0, prompts=5), scored(2, 0.0, 1.0, prompts=5)]
-    assert over_optimization.fall(few[:1], few[1]) is None, "five prompts are too few to tell"
+    assert watch(USUAL_FALL).fall(few) is None, "five prompts are too few to tell"
 
 
 def test_a_run_that_is_hacked_says_so_in_its_log_its_report_and_at_its_end(

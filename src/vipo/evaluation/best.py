@@ -9,6 +9,9 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from vipo.evaluation.estimate import FEWEST_PROMPTS, Estimate, paired, paired_prompts, prompt_mean
 from vipo.evaluation.records import EvaluationRecord
 
@@ -82,11 +85,16 @@ def fall_of(series: Sequence[EvaluationRecord], name: str) -> Fall | None:
         return None
     last = having[-1]
     peak = next(record for record in having if record.iteration == best.iteration)
-    scores = (peak.values[name], last.values[name], last.samples_per_prompt)
-    if paired_prompts(*scores) < FEWEST_PROMPTS:
+    loss = beyond_chance(peak.values[name], last.values[name], last.samples_per_prompt)
+    return None if loss is None else Fall(name, last.iteration, best, loss)
+
+
+def beyond_chance(higher: Float[Tensor, " N"], lower: Float[Tensor, " N"], samples_per_prompt: int) -> Estimate | None:
+    """What one has over the other, paired; None where its interval is not above 0, or rests on too few prompts."""
+    if paired_prompts(higher, lower, samples_per_prompt) < FEWEST_PROMPTS:
         return None
-    loss = paired(*scores)
-    return Fall(name, last.iteration, best, loss) if loss.low > 0 else None
+    found = paired(higher, lower, samples_per_prompt)
+    return found if found.low > 0 else None
 
 
 def _having(records: Sequence[EvaluationRecord], name: str) -> list[EvaluationRecord]:

@@ -139,15 +139,11 @@ class RunDirectory:
         self._append(METRICS, {**head, **step.metrics, "events": list(step.events), **tail})
         self._append(TIMING, {**head, **step.seconds})
 
-    def evaluation_lines(self) -> list[dict[str, Any]]:
-        """The evaluations on record."""
-        return _read_log(self.root / EVALUATIONS)
-
     def evaluation_events(self, iteration: int) -> list[str]:
         """What was told of one of them."""
         return [
             event
-            for line in self.evaluation_lines()
+            for line in _read_log(self.root / EVALUATIONS)
             if line["iteration"] == iteration
             for event in line.get("events", [])
         ]
@@ -158,7 +154,7 @@ class RunDirectory:
         evaluation: Evaluation,
         *,
         comparable_since: int = 0,
-        watch: Callable[[list[dict[str, Any]]], list[str]] = lambda _lines: [],
+        watch: Callable[[list[EvaluationRecord]], list[str]] = lambda _records: [],
     ) -> None:
         """Write one down; ``watch`` is what its record says of it, beside those before and itself."""
         record = {
@@ -169,7 +165,7 @@ class RunDirectory:
             "values": {name: values.tolist() for name, values in evaluation.scores[POLICY].items()},
         }
         record = _plain(record)
-        told = watch([*self.evaluation_lines(), record])
+        told = watch([*self.evaluations(), recorded(record)])
         self._append(EVALUATIONS, sealed({**record, **({"events": told} if told else {})}))
 
     def log_stop(self, iteration: int, why: str) -> None:

@@ -7,32 +7,21 @@ is said follows from the evaluations on record, so a run that goes on says the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vipo.evaluation.estimate import paired, paired_prompts, pairs
+from vipo.evaluation.best import beyond_chance, fall_of, latest_series
+from vipo.evaluation.records import EvaluationRecord
 from vipo.guards import GuardOptions, begun, stopped
-from vipo.report.outcome import verdict_of
 
 NAME = "over_optimization"
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One evaluation: its judges, and the weighted sum of the rewards, each (N,) with NaN for no score."""
-
-    iteration: int
-    judges: Mapping[str, Tensor]
-    reward: Tensor
-    samples_per_prompt: int
-
-
-@dataclass(frozen=True)
-class Fall:
+class Depth:
     """By how many standard deviations of its scores a judge has fallen beyond doubt, and since which iteration."""
 
     size: float
@@ -43,72 +32,59 @@ class Fall:
         return f" (judge {self.judge!r}, since its best evaluation, after iteration {self.since})"
 
 
-def read(lines: Iterable[Mapping[str, Any]], judges: Iterable[str], weights: Mapping[str, float]) -> list[Scored]:
-    """The evaluations of a run's log that can be compared with its last; judges that came later are none of it."""
-    whole = list(lines)
-    since = int(whole[-1].get("comparable_since") or 0) if whole else 0
-    return [_scored(line, list(judges), weights) for line in whole if line["iteration"] >= since]
+@dataclass(frozen=True)
+class JudgeWatch:
+    """The guard of one run.
 
+    Args:
+        judges: of which none may fall.
+        weights: of the rewards, whose weighted sum rises meanwhile.
+    """
 
-def _scored(line: Mapping[str, Any], judges: Sequence[str], weights: Mapping[str, float]) -> Scored:
-    values = {
-        name: torch.tensor([math.nan if value is None else float(value) for value in listed], dtype=torch.float64)
-        for name, listed in line["values"].items()
-    }
-    parts = [weight * values[name] for name, weight in weights.items() if name in values]
-    known = {name: values[name] for name in judges if name in values}
-    count = int(line["samples_per_prompt"])
-    return Scored(line["iteration"], known, torch.stack(parts).sum(0) if parts else torch.empty(0), count)
+    options: GuardOptions
+    judges: Sequence[str]
+    weights: Mapping[str, float]
 
+    def fall(self, series: Sequence[EvaluationRecord]) -> Depth | None:
+        """The deepest fall of a judge up to the last evaluation of a series; None if there is none beyond doubt."""
+        found = [depth for judge in self.judges if (depth := self._fall_of(judge, series)) is not None]
+        return max(found, key=lambda one: one.size, default=None)
 
-def fall(past: Sequence[Scored], now: Scored) -> Fall | None:
-    """The deepest fall of a judge while the reward rose; None if there is none beyond doubt."""
-    found = [one for judge in now.judges if (one := _fall_of(judge, past, now)) is not None]
-    return max(found, key=lambda one: one.size, default=None)
+    def _fall_of(self, judge: str, series: Sequence[EvaluationRecord]) -> Depth | None:
+        fall = fall_of(series, judge)
+        if fall is None:
+            return None
+        peak, last = next(one for one in series if one.iteration == fall.best.iteration), series[-1]
+        risen, before = self._reward(last), self._reward(peak)
+        if risen is None or before is None or beyond_chance(risen, before, last.samples_per_prompt) is None:
+            return None
+        scores = peak.values[judge]
+        spread = float(scores[scores.isfinite()].std())
+        return Depth(fall.loss.low / spread if spread > 0 else math.inf, judge, peak.iteration)
 
+    def _reward(self, record: EvaluationRecord) -> Tensor | None:
+        """What is trained on, of each picture; None if it was not evaluated."""
+        parts = [weight * record.values[name] for name, weight in self.weights.items() if name in record.values]
+        return torch.stack(parts).sum(0) if parts else None
 
-def _fall_of(judge: str, past: Sequence[Scored], now: Scored) -> Fall | None:
-    known = [one for one in past if judge in one.judges and pairs(now.judges[judge], one.judges[judge])]
-    if not known:
-        return None
-    best = max(known, key=lambda one: float(one.judges[judge].nanmean()))
-    before, after = best.judges[judge], now.judges[judge]
-    if (
-        _verdict(after, before, now) != "fell in this run"
-        or _verdict(now.reward, best.reward, now) != "rose in this run"
-    ):
-        return None
-    spread = float(before[before.isfinite()].std())
-    least = -paired(after, before, now.samples_per_prompt).high  # what the interval leaves no doubt of
-    return Fall(least / spread if spread > 0 else math.inf, judge, best.iteration)
+    def _streak(self, records: Sequence[EvaluationRecord]) -> tuple[int, Depth | None]:
+        """For how many evaluations up to the last it has been beyond its threshold, and the last one's fall."""
+        series = latest_series(records)
+        falls = [self.fall(series[: number + 1]) for number in range(len(series))]
+        beyond = [one is not None and self.options.is_beyond(one.size) for one in falls]
+        return next((k for k, is_so in enumerate(reversed(beyond)) if not is_so), len(beyond)), falls[-1]
 
+    def events(self, records: Sequence[EvaluationRecord]) -> list[str]:
+        """What to tell of the last evaluation: the guard's event, if it begins with it."""
+        if self.options.action == "off" or not records:
+            return []
+        count, last = self._streak(records)
+        if last is None or count != self.options.in_a_row:
+            return []
+        return [begun(NAME, self.options, last.size, where=str(last))]
 
-def _verdict(after: Tensor, before: Tensor, now: Scored) -> str | None:
-    if len(after) != len(before) or not pairs(after, before):
-        return None
-    prompts = paired_prompts(after, before, now.samples_per_prompt)
-    return verdict_of(paired(after, before, now.samples_per_prompt), prompts)
-
-
-def _streak(evaluations: Sequence[Scored], options: GuardOptions) -> tuple[int, Fall | None]:
-    """For how many evaluations up to the last the guard has been beyond its threshold, and the last one's fall."""
-    falls = [fall(evaluations[:number], one) for number, one in enumerate(evaluations)]
-    beyond = [one is not None and options.is_beyond(one.size) for one in falls]
-    return next((k for k, is_so in enumerate(reversed(beyond)) if not is_so), len(beyond)), falls[-1]
-
-
-def events(evaluations: Sequence[Scored], options: GuardOptions) -> list[str]:
-    """What to tell of the last evaluation: the guard's event, if it begins with it."""
-    if options.action == "off" or not evaluations:
-        return []
-    count, last = _streak(evaluations, options)
-    if last is None or count != options.in_a_row:
-        return []
-    return [begun(NAME, options, last.size, where=str(last))]
-
-
-def failure(evaluations: Sequence[Scored], options: GuardOptions) -> str | None:
-    """Why the run must end with the last evaluation, or None."""
-    if options.action != "stop" or not evaluations or _streak(evaluations, options)[0] < options.in_a_row:
-        return None
-    return stopped(NAME)
+    def failure(self, records: Sequence[EvaluationRecord]) -> str | None:
+        """Why the run must end with the last evaluation, or None."""
+        if self.options.action != "stop" or not records or self._streak(records)[0] < self.options.in_a_row:
+            return None
+        return stopped(NAME)

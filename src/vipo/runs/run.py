@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
 from vipo.rewards import go_by_rate
-from vipo.runs import over_optimization
 from vipo.runs.agreement import check_agreed
 from vipo.runs.best import best_so_far, best_told, fallen, spared
 from vipo.runs.directory import RunDirectory
@@ -25,6 +23,7 @@ from vipo.runs.init import keep_init, with_kept_init
 from vipo.runs.inputs import fingerprints
 from vipo.runs.lock import FolderLock
 from vipo.runs.opening import settle
+from vipo.runs.over_optimization import JudgeWatch
 from vipo.runs.resume import Start, beginning, resumption
 from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
@@ -270,14 +269,13 @@ class Run:
         self._end_if(failure)
 
     def _over_optimized(self) -> str | None:
-        lines = self.directory.evaluation_lines()
-        if not lines or lines[-1]["iteration"] != self.iteration:
-            return None
-        return over_optimization.failure(self._scored(lines), self.recipe.guards.over_optimization)
+        records = self.directory.evaluations()
+        return self._watch.failure(records) if records and records[-1].iteration == self.iteration else None
 
-    def _scored(self, lines: Sequence[Mapping[str, Any]]) -> list[over_optimization.Scored]:
+    @property
+    def _watch(self) -> JudgeWatch:
         weights = {name: section.weight for name, section in self.recipe.rewards.items()}
-        return over_optimization.read(lines, self.recipe.judges, weights)
+        return JudgeWatch(self.recipe.guards.over_optimization, list(self.recipe.judges), weights)
 
     def _evaluate_if_due(self) -> Iterator[Evaluated]:
         every = self.recipe.evaluation.every
@@ -333,13 +331,8 @@ class Run:
         assert self.tracking is not None
         sheet, fps = self.directory.root / "samples" / f"step-{self.iteration:06d}.png", self.recipe.generator.fps
         save_evaluation(sheet, event.evaluation, media, fps=fps)
-        since, options = self.comparable_since, self.recipe.guards.over_optimization
-        self.directory.log_evaluation(
-            self.iteration,
-            event.evaluation,
-            comparable_since=since,
-            watch=lambda lines: over_optimization.events(self._scored(lines), options),
-        )
+        since, watch = self.comparable_since, self._watch.events
+        self.directory.log_evaluation(self.iteration, event.evaluation, comparable_since=since, watch=watch)
         self.tracking.evaluation(event.evaluation, media, fps=fps, iteration=self.iteration)
         self._tell(self.directory.evaluation_events(self.iteration))
 
