@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vipo.errors import UserError
-from vipo.evaluation.estimate import estimate, paired, paired_prompts, pairs, summary
+from vipo.evaluation.estimate import estimate, first_at, paired, paired_prompts, pairs, summary
 from vipo.evaluation.records import Evaluation
 from vipo.types import Prompt
 
@@ -69,3 +69,10 @@ def test_a_summary_has_the_policy_beside_its_base() -> None:
     ]  # fmt: skip
     assert rows[0]["mean"] is rows[0]["gain"] is rows[1]["gain"] is rows[2]["gain"] is None
     assert rows[3]["gain"]["mean"] == paired(AFTER, BEFORE, 2).mean
+
+
+def test_where_a_curve_is_first_at_a_level() -> None:
+    at = torch.tensor([0.0, 10, 20], dtype=torch.float64)
+    curves = torch.tensor([[0.0, 1, 0], [0, 1, 2], [3, 1, 3], [0, 1, 1], [2, 2, 2]], dtype=torch.float64)
+    levels = torch.tensor([0.5, 1.5, 2, 1.5, 2], dtype=torch.float64)
+    assert first_at(levels, at, curves).tolist() == [5, 15, 0, torch.inf, 0]

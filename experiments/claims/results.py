@@ -23,6 +23,7 @@ from torch import Tensor
 from matrix import ARMS, SETTING
 from vipo import randomness
 from vipo.errors import UserError
+from vipo.evaluation.estimate import first_at
 
 RESAMPLES = 2000
 SIDES = torch.tensor([0.025, 0.975], dtype=torch.double)
@@ -235,13 +236,7 @@ def _gained(results: Results, arm: str, seed: int, score: str, iteration: int) -
 def _times(curves: Tensor, levels: Tensor, at: Sequence[int], last: int) -> Tensor:
     """``last`` over the first iteration at which each curve (R, K), which starts at 0, is at its level (R,)."""
     x = torch.tensor([0.0, *at], dtype=torch.double)
-    y = torch.cat([torch.zeros(len(curves), 1, dtype=torch.double), curves], 1)
-    above = y[:, 1:] >= levels[:, None]
-    first = above.int().argmax(1, keepdim=True)  # of the intervals
-    left, right = y.gather(1, first).squeeze(1), y.gather(1, first + 1).squeeze(1)
-    share = ((levels - left) / (right - left)).clamp(0, 1).nan_to_num(0.0)
-    place = first.squeeze(1)
-    return torch.where(above.any(1), last / (x[place] + share * (x[place + 1] - x[place])), 0.0)
+    return last / first_at(levels, x, torch.cat([torch.zeros(len(curves), 1, dtype=torch.double), curves], 1))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,17 @@ def paired_prompts(after: Float[Tensor, " N"], before: Float[Tensor, " N"], samp
     return int(both.unflatten(0, (-1, samples_per_prompt)).any(1).sum())
 
 
+def first_at(levels: Float[Tensor, " R"], at: Float[Tensor, " K"], curves: Float[Tensor, "R K"]) -> Float[Tensor, " R"]:
+    """Where each curve is first at its level, on straight lines between the points ``at``; infinite if it never is."""
+    above = curves >= levels[:, None]
+    first = above.int().argmax(1, keepdim=True)
+    before = (first - 1).clamp_min(0)
+    low, high = (curves.gather(1, place).squeeze(1) for place in (before, first))
+    share = ((levels - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)  # of a level that it begins with
+    begin, end = at[before.squeeze(1)], at[first.squeeze(1)]
+    return torch.where(above.any(1), begin + share * (end - begin), torch.inf)
+
+
 def summary(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One row per reward and model, sorted by reward: how many samples have a score, and the mean over prompts.
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-from vipo.evaluation.estimate import Estimate, estimate, paired_prompts
+from vipo.evaluation.estimate import Estimate, estimate, first_at, paired_prompts
 from vipo.evaluation.records import EvaluationRecord
 from vipo.report.outcome import Role, Verdict, role_of, verdict_of
 from vipo.report.run import RunRecord
@@ -161,12 +160,9 @@ def _pictures_to(level: float, run: RunRecord, name: str) -> float | None:
     points = [(record.iteration, _mean(record, name)) for record in run.evaluations if _scored(record, name)]
     if each is None or not points:
         return None
-    if points[0][1] >= level:
-        return float(points[0][0] * each)
-    for (begin, low), (end, high) in pairwise(points):
-        if high >= level:
-            return each * (begin + (end - begin) * (level - low) / (high - low))
-    return None
+    at, means = torch.tensor(points, dtype=torch.float64).unbind(1)
+    found = float(first_at(at.new_tensor([level]), at, means[None])[0])
+    return each * found if math.isfinite(found) else None
 
 
 def _mean(record: EvaluationRecord, name: str) -> float:
