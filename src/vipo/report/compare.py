@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts
@@ -134,18 +134,24 @@ def html_table(rows: Sequence[ComparedRun]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _lines(rows: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
-    """One line per score and run, the score named once."""
-    lines: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(name for row in rows for name in row.cells):
-        having = [row for row in rows if name in row.cells]
+Row = TypeVar("Row")
+Found = TypeVar("Found", Cell, GroupScore)
+
+
+def _by_score(rows: Sequence[Row], of: Callable[[Row], Mapping[str, Found]]) -> Iterator[tuple[str, Row, Found]]:
+    """Every score of every row, score by score; its name and role on the first line only."""
+    for name in dict.fromkeys(name for row in rows for name in of(row)):
+        having = [row for row in rows if name in of(row)]
         for row in having:
-            cell = row.cells[name]
-            title = f"{name} ({having[0].cells[name].role})" if row is having[0] else ""
-            lines.append(
-                (title, row.run, row.label, str(row.seed), str(row.iteration), f"{cell.mean.mean:.4f}", *_gain(cell))
-            )
-    return lines
+            found = of(row)[name]
+            yield f"{name} ({found.role})" if row is having[0] else "", row, found
+
+
+def _lines(rows: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
+    return [
+        (title, row.run, row.label, str(row.seed), str(row.iteration), f"{cell.mean.mean:.4f}", *_gain(cell))
+        for title, row, cell in _by_score(rows, lambda row: row.cells)
+    ]
 
 
 def _gain(cell: Cell | GroupScore) -> tuple[str, str, str]:
@@ -188,14 +194,10 @@ def group_rows(found: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _group_lines(found: Sequence[Group]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(name for group in found for name in group.scores):
-        having = [group for group in found if name in group.scores]
-        for group in having:
-            score = group.scores[name]
-            title = f"{name} ({score.role})" if group is having[0] else ""
-            spread = f"{score.low:.4f} to {score.high:.4f}" if len(group.seeds) > 1 else ""
-            seeds = ",".join(map(str, group.seeds))
-            lines.append((title, group.label, seeds, f"{score.mean:.4f}", spread, *_gain(score), _reached(score)))
+    for title, group, score in _by_score(found, lambda group: group.scores):
+        spread = f"{score.low:.4f} to {score.high:.4f}" if len(group.seeds) > 1 else ""
+        seeds = ",".join(map(str, group.seeds))
+        lines.append((title, group.label, seeds, f"{score.mean:.4f}", spread, *_gain(score), _reached(score)))
     return lines
 
 

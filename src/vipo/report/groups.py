@@ -12,7 +12,7 @@ import torch
 from vipo.evaluation.estimate import Estimate, estimate, first_at, paired_prompts
 from vipo.evaluation.records import EvaluationRecord
 from vipo.report.outcome import Role, Verdict, role_of, verdict_of
-from vipo.report.run import RunRecord
+from vipo.report.run import RunRecord, flat
 from vipo.report.table import pictures_of
 
 NAMELESS = ("name", "tracking")  # keys that change nothing of what is trained
@@ -93,14 +93,7 @@ def plain(value: Any) -> Any:
 def _settings(run: RunRecord) -> dict[str, str]:
     """The recipe flat, without what names the run and its seed."""
     kept = {key: value for key, value in run.recipe.items() if key not in (*NAMELESS, SEED)}
-    return dict(_flat(kept, ""))
-
-
-def _flat(value: Mapping[str, Any], above: str) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    for key, entry in value.items():
-        pairs += _flat(entry, f"{above}{key}.") if isinstance(entry, Mapping) else [(f"{above}{key}", str(entry))]
-    return pairs
+    return {key: str(value) for key, value in flat(kept)}
 
 
 def _group(label: str, found: Mapping[int, RunRecord], first: Mapping[int, RunRecord]) -> Group:

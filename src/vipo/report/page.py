@@ -19,7 +19,7 @@ from vipo.guards import fired
 from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, needs_sources
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
-from vipo.report.run import RunRecord, read_run
+from vipo.report.run import RunRecord, flat, read_run
 
 PAPER = "https://arxiv.org/abs/2511.18719"
 MOST_EVENTS = 200
@@ -148,17 +148,10 @@ def _status(run: RunRecord) -> tuple[str, str]:
     return "open", f"Not complete: {done}{goal} iterations so far; what follows is the state of then.{left_out}"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Nested settings as (dotted name, text)."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none"))
-        else:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows
+    lists = {key: ", ".join(map(str, value)) or "none" for key, value in flat(values) if isinstance(value, list)}
+    return [(key, lists.get(key, str(value))) for key, value in flat(values)]
 
 
 def _row(change: Change) -> dict[str, Any]:

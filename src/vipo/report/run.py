@@ -158,6 +158,15 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings, each under its dotted name."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
 def _recipe_text(folder: Path) -> str:
     try:
         return (folder / "recipe.yaml").read_text(encoding="utf-8")
