@@ -27,8 +27,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vipo.connections import CONNECTIONS
 from vipo.rewards import wire
-from vipo.rewards.connections import CONNECTIONS
 from vipo.rewards.remote import Remote
 from vipo.types import Prompt
 

@@ -23,13 +23,13 @@ import yaml
 
 import tiny
 from terminal import Vipo, assert_refused
+from vipo.connections import BoundedServer
 from vipo.errors import UserError
 from vipo.recipe import parse_recipe
 from vipo.report.compare import group_runs, group_table
 from vipo.report.groups import labels
 from vipo.report.run import read_run
 from vipo.report.watch import watching
-from vipo.rewards.connections import BoundedServer
 from vipo.runs.combinations import Combination, combinations
 from vipo.runs.sweep import Sweep, state_of
 

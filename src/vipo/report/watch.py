@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from vipo.connections import BoundedServer
 from vipo.errors import UserError
 from vipo.report.page import render
 from vipo.report.run import read_run
-from vipo.rewards.connections import BoundedServer
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # that a browser may ask by: another name is another site's way in

@@ -29,10 +29,10 @@ from typing import Any, cast
 
 import torch
 
+from vipo.connections import GRACE_SECONDS, BoundedServer
 from vipo.errors import UserError
 from vipo.rewards import build, wire
 from vipo.rewards.answer import Answer
-from vipo.rewards.connections import GRACE_SECONDS, BoundedServer
 from vipo.rewards.http import read_token
 from vipo.rewards.scoring import ask
 from vipo.rewards.timed import TimedSocket
