@@ -96,6 +96,7 @@ def test_a_contact_sheet_gives_back_the_bytes_it_was_given(tmp_path: Path) -> No
     tiles, info = load_sheet(tmp_path / "s.png")
     assert np.array_equal(np.stack([np.asarray(tile) for tile in tiles]), to_uint8(media)[:, 0])
     corners = info.pop("corners")
+    assert info.pop("picture") and info.pop("sha256")
     assert info == {"tile": [6, 9], "frames": 1, "prompts": prompts, "scores": {"r": [1, 2, None, 4, 5]}}
     assert corners[1] == [corners[0][0] + 9 + BETWEEN, corners[0][1]] and corners[2] != [
         corners[1][0] + 9 + BETWEEN,
@@ -115,8 +116,22 @@ def test_a_sheet_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
         save_sheet(tmp_path / "s.png", media, ["one"], {})
     save_sheet(tmp_path / "s.png", media, ["one", "two"], {})
     contact_sheet(media[:1], ["one"])[0].save(tmp_path / "s.png")
-    with pytest.raises(UserError, match="does not describe"):
+    with pytest.raises(UserError, match="not as it was written"):
         load_sheet(tmp_path / "s.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".json"])
+def test_another_bit_in_a_sheet_is_noticed(tmp_path: Path, suffix: str) -> None:
+    save_sheet(tmp_path / "s.png", torch.rand(2, 3, 1, 4, 4), ["one", "two"], {"r": [0.25, 0.5]})
+    file = tmp_path / f"s{suffix}"
+    for place in range(0, file.stat().st_size, 7):
+        content = bytearray(file.read_bytes())
+        content[place] ^= 1
+        (tmp_path / f"t{suffix}").write_bytes(content)
+        (other,) = {".png", ".json"} - {suffix}
+        shutil.copy(tmp_path / f"s{other}", tmp_path / f"t{other}")
+        with pytest.raises(UserError, match="cannot be read"):
+            load_sheet(tmp_path / "t.png")
 
 
 def test_a_labelled_grid_scales_and_takes_uneven_rows_and_long_words() -> None:
@@ -169,11 +184,13 @@ def test_a_killed_run_reads_without_its_half_written_line(run: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_a_damaged_map_sheet_is_left_out_of_the_page(run: Path, chunk: int) -> None:
-    shown, sheet = gallery.map_figures(read_run(run)), min((run / "maps").glob("*.png"))
+    shown, sheet = gallery.map_figures(read_run(run)).shown, min((run / "maps").glob("*.png"))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(sheet)
     parts = sheet.read_bytes().split(b"IDAT")
     sheet.write_bytes(b"IDAT".join(parts[: chunk + 1]) + b"\0\0\0\0" + b"IDAT".join(parts[chunk + 1 :]))
-    assert len(gallery.map_figures(read_run(run))) == len(shown) - 1
+    found = gallery.map_figures(read_run(run))
+    assert len(found.shown) == len(shown) - 1 and found.unreadable == (0,)
+    assert "The map sheet of iteration 0 cannot be read." in write_report(run).read_text()
 
 
 def test_a_damaged_line_is_counted_and_a_repeated_iteration_replaced(run: Path) -> None:

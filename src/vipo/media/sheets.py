@@ -1,7 +1,7 @@
 """Contact sheets: every sample of an evaluation in one PNG, under its prompt, and a JSON file that finds each tile.
 
 The samples of a prompt stand side by side; a clip is its frames side by side. The tiles are untouched: whoever reads a
-sheet back gets the very bytes that were scored.
+sheet back gets the very bytes that were scored; both files have a checksum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vipo.errors import UserError
-from vipo.files import write_text
+from vipo.files import SEAL, is_intact, sealed, sha256, write_text
 from vipo.media.pictures import MARGIN, PAPER, Media, draw_text, save_png, text_height, to_uint8, wrapped
 
 NARROWEST = 160  # pixels of a group of tiles: narrower ones leave no room for their prompt
@@ -91,8 +91,8 @@ def save_sheet(
     sheet, corners = contact_sheet(media, texts)
     frames, *tile = map(int, media.shape[2:])
     info = {"tile": tile, "frames": frames, "corners": corners, "prompts": texts, "scores": listed}
-    write_text(path.with_suffix(".json"), json.dumps(info, ensure_ascii=False))
     save_png(path, sheet)
+    write_text(path.with_suffix(".json"), json.dumps(sealed({**info, "picture": sha256(path)}), ensure_ascii=False))
 
 
 def _plain(values: Sequence[float] | Tensor) -> list[float | None]:
@@ -110,6 +110,8 @@ def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
     """
     try:
         info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if SEAL not in info or not is_intact(info) or info["picture"] != sha256(path):
+            raise ValueError("the picture or its JSON file is not as it was written")
         (height, width), frames = map(int, info["tile"]), int(info["frames"])
         boxes = [(int(x), int(y), int(x) + frames * width, int(y) + height) for x, y in info["corners"]]
         if len(boxes) != len(info["prompts"]) or min(height, width, frames) < 1:
@@ -117,8 +119,6 @@ def load_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise UserError(f"contact sheet {str(path)!r} cannot be read: {error}") from error
     sheet = open_sheet(path)
-    if not boxes or any(min(box) < 0 or box[2] > sheet.width or box[3] > sheet.height for box in boxes):
-        raise UserError(f"contact sheet {str(path)!r} is {sheet.size} pixels, which its JSON file does not describe")
     with _of_any_size():
         return [sheet.crop(box) for box in boxes], info
 

@@ -235,14 +235,18 @@ def _still(tiles: Tiles, row: int) -> str:
     )
 
 
-def map_figures(run: RunRecord) -> list[tuple[int, str]]:
-    """(iteration, data URI) of evenly spaced map sheets; a sheet that cannot be read is left out."""
-    shown = []
-    for iteration in spaced(sorted(run.map_sheets), MAP_SHEETS):
-        picture = _opened(run.map_sheets[iteration])
-        if picture is not None:
-            shown.append((iteration, data_uri(picture, 1700)))
-    return shown
+@dataclass(frozen=True)
+class MapFigures:
+    """Evenly spaced map sheets as (iteration, data URI), and the iterations of those that cannot be read."""
+
+    shown: tuple[tuple[int, str], ...]
+    unreadable: tuple[int, ...]
+
+
+def map_figures(run: RunRecord) -> MapFigures:
+    found = {at: _opened(run.map_sheets[at]) for at in spaced(sorted(run.map_sheets), MAP_SHEETS)}
+    shown = tuple((at, data_uri(sheet, 1700)) for at, sheet in found.items() if sheet is not None)
+    return MapFigures(shown, tuple(at for at, sheet in found.items() if sheet is None))
 
 
 def _opened(path: Path) -> Image.Image | None:
