@@ -19,7 +19,7 @@ from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
 from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut, spaced
-from vipo.media.map_sheets import clip_map_sheet, heat, lit, map_sheet, shown_frames
+from vipo.media.map_sheets import BLAME, PRAISE, clip_map_sheet, heat, lit, map_sheet, shown_frames
 from vipo.media.pictures import labelled_grid, to_uint8
 from vipo.media.sheets import BETWEEN, contact_sheet, load_sheet, save_sheet
 from vipo.report import figures, gallery, svg
@@ -154,6 +154,13 @@ def test_a_map_lights_what_it_weighs_and_darkens_the_rest() -> None:
     assert seen[-1].tolist() == [255] * 3 and seen[0].max() < 70
     assert (np.diff(heat(np.linspace(0, 1, 50)).astype(float) @ [0.2126, 0.7152, 0.0722]) > 0).all()
     assert heat(np.array([float("nan")]))[0].tolist() == [226, 227, 230]
+
+
+def test_credit_is_as_strong_as_the_advantage_and_has_its_sign() -> None:
+    pictures, maps = torch.zeros(3, 3, 8, 8), torch.ones(3, 4, 4)
+    sheet = np.asarray(map_sheet(pictures, None, maps, ["a", "b", "c"], advantages=[2.0, -2.0, 0.02], tile=64))
+    full = [int((sheet == colour).all(-1).sum()) for colour in (PRAISE, BLAME)]
+    assert all(64 * 64 <= count < 64 * 64 + 200 for count in full), "a tile of each, and an end of the colour bar"
 
 
 def test_a_map_that_is_not_finite_or_flat_still_makes_a_sheet() -> None:

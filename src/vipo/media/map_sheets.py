@@ -71,18 +71,22 @@ def map_sheet(
         maps: the weight M(p) of each position.
         captions: one per picture, or none. max_rows: how many of the first samples are shown.
         factors: the maps whose product ``maps`` is, by name: a column each.
-        advantages: A of each sample; adds a column of A M(p), blue where a position is praised, orange where blamed.
+        advantages: A of each sample; adds a column of A M(p), blue where a position is praised, orange where blamed,
+            the paler the smaller its A is beside the largest on the sheet.
         tile: longest side of each tile in pixels; the aspect ratio is kept.
     """
     _check(pictures, components, maps, captions, max_rows)
     factors = factors or {}
+    shown = range(min(max_rows, len(pictures)))
+    most = max((abs(float(advantages[i])) for i in shown), default=0.0) if advantages is not None else 0.0
     rows, labels = [], []
-    for i in range(min(max_rows, len(pictures))):
+    for i in shown:
         plane = _plane(maps[i])
         parts = None if components is None else components[i]
         advantage = None if advantages is None else float(advantages[i])
         others = [_plane(factor[i]) for factor in factors.values()]
-        rows.append(_row(pictures[i], parts, others, plane, advantage, tile))
+        share = None if advantage is None else advantage / (most or 1.0)
+        rows.append(_row(pictures[i], parts, others, plane, share, tile))
         labels.append(_label(captions[i] if captions else "", plane, advantage))
     middle = () if components is None else ("components 1-3 as RGB",)
     named = "map M(p)" if not factors else "M(p), their product"
@@ -130,15 +134,14 @@ def _row(
     components: Tensor | None,
     factors: Sequence[np.ndarray],
     plane: np.ndarray,
-    advantage: float | None,
+    share: float | None,
     tile: int,
 ) -> list[Image.Image]:
+    """``share`` is the sample's advantage as a share of the largest on the sheet."""
     image = _fitted(picture, tile)
     cells = [] if components is None else [_components(components)]
     cells += [Image.fromarray(_coloured(values)) for values in (*factors, plane)]
-    cells += (
-        [] if advantage is None else [Image.fromarray(signed_heat(np.sign(advantage) * plane / _largest(abs(plane))))]
-    )
+    cells += [] if share is None else [Image.fromarray(signed_heat(share * plane / _largest(abs(plane))))]
     return [image, *(cell.resize(image.size, Image.Resampling.NEAREST) for cell in cells), lit(image, abs(plane))]
 
 
