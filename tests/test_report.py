@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image, ImageSequence
 
+from terminal import Vipo
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate
 from vipo.evaluation.records import EvaluationRecord
@@ -326,6 +327,15 @@ def test_a_comparison_is_the_mean_of_paired_differences(tmp_path: Path) -> None:
     assert (cell.role, cell.verdict, first.cells["match"].difference) == ("trained on", "rose in this run", None)
     for table in (text_table, markdown_table, html_table):
         assert "+0.3000" in table([first, second]) and "held-out judge" in table([first, second])
+
+
+def test_a_comparison_says_what_it_leaves_out(vipo: Vipo, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    log = runs[1] / "evaluations.jsonl"
+    log.write_text(log.read_text().replace('{"iteration": 6', '{"iteration": 6;', 1))
+    said = vipo("compare", *runs)
+    assert said.code == 0 and "left out 1 damaged line of evaluations.jsonl" in " ".join(said.err.split()), said
+    assert not vipo("compare", runs[0], runs[0]).err
 
 
 def test_runs_on_different_prompts_are_not_compared(run: Path, finished: Path) -> None:

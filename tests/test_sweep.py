@@ -26,8 +26,8 @@ from terminal import Vipo, assert_refused
 from vipo.connections import BoundedServer
 from vipo.errors import UserError
 from vipo.recipe import parse_recipe
-from vipo.report.compare import group_runs, group_table
-from vipo.report.groups import labels
+from vipo.report.compare import comparable, group_table
+from vipo.report.groups import groups, labels
 from vipo.report.run import read_run
 from vipo.report.watch import watching
 from vipo.runs.combinations import Combination, combinations
@@ -101,7 +101,7 @@ def six(tmp_path: Path, finished: Path) -> list[Path]:
 def test_seeds_are_one_group_and_runs_are_named_by_what_differs(six: list[Path]) -> None:
     runs = [read_run(folder) for folder in six]
     assert labels(runs) == ["credit=sample"] * 3 + ["credit=uniform"] * 3
-    scalar, other = group_runs(six)
+    scalar, other = groups(comparable(six))
     assert scalar.seeds == other.seeds == (0, 1, 2) and scalar.label == "credit=sample"
     a, b = scalar.scores["redness"], other.scores["redness"]
     assert (a.high - a.low, b.mean - a.mean) == pytest.approx((0.02, 0.2))
@@ -110,7 +110,7 @@ def test_seeds_are_one_group_and_runs_are_named_by_what_differs(six: list[Path])
 
 
 def test_pictures_to_the_yardsticks_level_by_hand(six: list[Path]) -> None:
-    scalar, other = group_runs(six)
+    scalar, other = groups(comparable(six))
     recipe = read_run(six[0]).recipe["prompts"]
     each = recipe["per_iteration"] * recipe["group_size"]
     fast, slow = other.scores["redness"].reach, scalar.scores["redness"].reach

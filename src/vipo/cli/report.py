@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vipo.cli.arguments import Json, RunFolder
-from vipo.cli.consoles import console, show
+from vipo.cli.consoles import console, show, warn
 from vipo.errors import UserError
 
 
@@ -77,17 +77,19 @@ def compare(
     """
     from dataclasses import asdict
 
-    from vipo.report.compare import compare_runs, group_rows, group_runs, group_table, text_table
-    from vipo.report.groups import plain
+    from vipo.report.compare import comparable, compared, group_rows, group_table, text_table
+    from vipo.report.groups import groups, plain
     from vipo.report.table import csv_text
 
     _one_format(as_csv, as_json)
-    rows, groups = compare_runs(runs), group_runs(runs)
+    read = comparable(runs)
+    rows, gathered = compared(read), groups(read)
+    warn(f"{run.folder}: left out {', '.join(run.left_out)}" for run in read if run.left_out)
     if as_csv:
-        sys.stdout.write(csv_text(group_rows(groups)))
+        sys.stdout.write(csv_text(group_rows(gathered)))
         return
-    view = text_table(rows) + (f"\n\n{group_table(groups)}" if len(rows) > 1 else "")
-    document = {"runs": [plain(asdict(row)) for row in rows], "groups": [plain(asdict(group)) for group in groups]}
+    view = text_table(rows) + (f"\n\n{group_table(gathered)}" if len(rows) > 1 else "")
+    document = {"runs": [plain(asdict(row)) for row in rows], "groups": [plain(asdict(group)) for group in gathered]}
     if as_json:
         show(document, view, as_json=True)
     else:

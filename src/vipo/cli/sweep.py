@@ -67,12 +67,15 @@ def sweep(
 
 def _table(root: Path, finished: list[str]) -> None:
     """What the runs came to, compared with the first; a run that has nothing to compare says so in a sentence."""
-    from vipo.report.compare import group_runs, group_table
+    from vipo.report.compare import comparable, group_table
+    from vipo.report.groups import groups
 
     if not finished:
         return
     try:
-        console.print(group_table(group_runs([root / name for name in finished])), highlight=False, soft_wrap=True)
+        console.print(
+            group_table(groups(comparable([root / name for name in finished]))), highlight=False, soft_wrap=True
+        )
     except UserError as error:
         _say(f"The runs cannot be compared: {error}")
 

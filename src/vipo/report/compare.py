@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts
 from vipo.evaluation.records import EvaluationRecord
-from vipo.report.groups import SEED, Group, GroupScore, groups, labels
+from vipo.report.groups import SEED, Group, GroupScore, labels
 from vipo.report.outcome import Role, Verdict, check_pairs, role_of, verdict_of
 from vipo.report.run import RunRecord, read_run
 
@@ -52,23 +52,21 @@ def compare_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
     Raises:
         UserError: a folder is not a run directory, has no evaluation, or was evaluated on other prompts.
     """
-    runs = _comparable(run_dirs)
-    records = [run.evaluations[-1] for run in runs]
-    named = zip(runs, records, labels(runs), strict=True)
-    return [_compared(run, record, records[0], label) for run, record, label in named]
+    return compared(comparable(run_dirs))
 
 
-def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
-    """The same runs with those that differ only in their seed as one.
+def compared(runs: Sequence[RunRecord]) -> list[ComparedRun]:
+    """Of runs that are :func:`comparable`; :func:`vipo.report.groups.groups` takes those of other seeds as one."""
+    first = runs[0].evaluations[-1]
+    return [_compared(run, first, label) for run, label in zip(runs, labels(runs), strict=True)]
+
+
+def comparable(run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """The runs, each with an evaluation, all of the same pictures.
 
     Raises:
         UserError: as :func:`compare_runs`.
     """
-    return groups(_comparable(run_dirs))
-
-
-def _comparable(run_dirs: Sequence[Path]) -> list[RunRecord]:
-    """The runs, each with an evaluation, all of the same pictures."""
     if not run_dirs:
         raise UserError("there is nothing to compare; name at least one run directory")
     runs = [read_run(Path(folder)) for folder in run_dirs]
@@ -84,7 +82,8 @@ def _last(run: RunRecord) -> EvaluationRecord:
     return run.evaluations[-1]
 
 
-def _compared(run: RunRecord, record: EvaluationRecord, first: EvaluationRecord, label: str) -> ComparedRun:
+def _compared(run: RunRecord, first: EvaluationRecord, label: str) -> ComparedRun:
+    record = run.evaluations[-1]
     cells = {name: _cell(run, name, record, first) for name in record.values}
     kept = {name: cell for name, cell in cells.items() if cell is not None}
     return ComparedRun(str(run.folder), run.name, label, int(run.recipe.get(SEED) or 0), record.iteration, kept)

@@ -137,8 +137,7 @@ def _of_planned(run: RunRecord) -> str:
 def _status(run: RunRecord) -> tuple[str, str]:
     """A tone and a sentence on how far the run got."""
     done, planned = run.iterations_done, run.iterations_planned
-    damaged = [f"{count} damaged line{'s' * (count > 1)} of {name}.jsonl" for name, count in run.unreadable.items()]
-    left_out = f" Left out: {', '.join(damaged)}." if damaged else ""
+    left_out = f" Left out: {', '.join(run.left_out)}." if run.left_out else ""
     if run.failure:
         return "open", f"Failed: {run.failure}.{left_out}"
     if run.stopped:

@@ -62,6 +62,11 @@ class RunRecord:
         return str(self.recipe.get("name") or self.folder.name)
 
     @property
+    def left_out(self) -> list[str]:
+        """What of its logs is damaged and counts for nothing, in words."""
+        return [f"{count} damaged line{'s' * (count > 1)} of {name}.jsonl" for name, count in self.unreadable.items()]
+
+    @property
     def rewards(self) -> dict[str, float]:
         """What was trained on, with weights."""
         listed = self.recipe.get("rewards") or {}

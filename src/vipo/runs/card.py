@@ -135,8 +135,7 @@ def _record(trained: Trained, told: list[str]) -> RunRecord | None:
     except UserError as error:
         told.append(f"has no scores: {error}")
         return None
-    if run is not None and (damaged := run.unreadable.get("evaluations")):
-        told.append(f"leaves out {damaged} damaged line{'s' * (damaged > 1)} of evaluations.jsonl")
+    told += [] if run is None else [f"leaves out {what}" for what in run.left_out]
     return run
 
 
