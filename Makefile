@@ -54,7 +54,7 @@ check: $(VENV)/.installed-dev ## Lint, types, import contracts
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-dev ## All tests
-	OMP_NUM_THREADS=1 $(TUNING) $(BIN)/pytest --numprocesses $(WORKERS)
+	OMP_NUM_THREADS=1 $(TUNING) $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
 # A machine with a GPU may have a torch of its own: GPU_PYTHON is then the Python that has it; vipo is taken from src/.
 GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
