@@ -40,7 +40,7 @@ def credited(trainer: Trainer) -> tuple[Rollout, Credit]:
     rollout = trainer._sample(trainer.prompts.groups(0), 0, 0)
     scores = trainer.scorer(rollout.media, rollout.prompts)
     advantage = combined(trainer.objective, scores, trainer.group_size)
-    maps = trainer._maps(rollout, scores, scores, advantage)
+    maps = trainer._maps(rollout, scores, advantage)
     return rollout, trainer._credit(scores, scores, advantage, maps, rollout)
 
 

@@ -156,11 +156,11 @@ class Trainer:
         clock, iteration = Stopwatch(), self.iteration
         rollout, scores = self._sample_and_score(iteration, clock)
         everyones = self._everyones(scores)  # whatever compares samples sees those of all processes
-        advantage = combined(self.objective, everyones, self.group_size)
+        mine, advantage = self._mine(scores, everyones), combined(self.objective, everyones, self.group_size)
         with clock("map"):
-            maps = self._maps(rollout, self._mine(scores, everyones), everyones, advantage)
+            maps = self._maps(rollout, mine, advantage[self._here])
         with clock("update"):
-            credit = self._credit(self._mine(scores, everyones), everyones, advantage, maps, rollout)
+            credit = self._credit(mine, everyones, advantage, maps, rollout)
             seen = self._seen(everyones, advantage, rollout)
             if self.health.watch.skips_samples:
                 self.health.watch.samples(as_floats(seen))
@@ -220,19 +220,15 @@ class Trainer:
         """What all processes' samples and scores come to, in numbers that are not waited for."""
         period = self.generator.patch_period if isinstance(self.generator, KnowsPatches) else None
         rows = self.engine.gather(picture_rows(rollout.media, period))
-        numbers = {**reward_numbers(scores, advantage, self.group_size), **picture_numbers(rows, self.group_size)}
-        return numbers
+        return {**reward_numbers(scores, advantage, self.group_size), **picture_numbers(rows, self.group_size)}
 
-    def _maps(
-        self, rollout: Rollout, scores: Scores, everyones: Scores, advantage: Tensor
-    ) -> Float[Tensor, "N T H W"] | None:
+    def _maps(self, rollout: Rollout, scores: Scores, advantage: Tensor) -> Float[Tensor, "N T H W"] | None:
         if not takes_maps(self.credit):
             return None
         if self.map_source is None:
             raise ValueError(f"credit={self.credit!r} needs a map_source")
         try:
-            known = advantage.where(everyones.total.isfinite(), torch.nan)[self._here]
-            return self.map_source(rollout, known, scores)
+            return self.map_source(rollout, advantage.where(scores.total.isfinite(), torch.nan), scores)
         except ValueError as error:  # the backbone's features were not finite: no map is better than an invented one
             raise UserError(f"the allocation map of iteration {self.iteration} failed: {error}") from error
 
