@@ -32,6 +32,7 @@ from gpu_page import page
 from jobs import HERE, Job
 from published_cases import CASES, COMPILED
 from records import read, write
+from vipo.cli.commands import grow_segments
 from vipo.environment import environment
 from vipo.files import write_text
 from vipo.schema import TrainingSection
@@ -155,6 +156,7 @@ def check(args: argparse.Namespace) -> bool:
     begin = time.monotonic()
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
+    grow_segments()  # for the parts, as the command line does for a run
     facts = machine(args.device)
     parts, cases = list(args.only), list(args.cases)
     outcomes: dict[str, Any] = {}

@@ -67,7 +67,8 @@ def of_case(record: Mapping[str, Any], planned: Mapping[str, Any] | None) -> Ite
     if planned:
         for work in ("forward", "forward_backward"):
             yield f"{work}_tflops", planned[f"{work}_flops"] / bare[work] / TERA
-    yield "lora_over_untrained", bare["forward"] / bare["forward_untrained"]
+    for one in ("", "_one"):
+        yield f"lora_over_untrained{one}", bare[f"forward{one}"] / bare[f"forward_untrained{one}"]
     for credit, measured in credits.items():
         yield f"{credit}.iteration_over_bare", measured["iteration"] / bare["bare_passes"]
         yield f"{credit}.first_ratio", measured["first_ratio"]

@@ -95,7 +95,7 @@ ALLOCATOR = "expandable_segments:True"  # blocks that grow instead of new ones b
 ALLOCATOR_KEYS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # all that PyTorch reads
 
 
-def _grow_segments() -> None:
+def grow_segments() -> None:
     """Have CUDA's allocator grow its blocks, unless the user has set it up. PyTorch reads this when it is loaded.
 
     https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf; Linux only.
@@ -128,7 +128,7 @@ def _call() -> None:
     debug = bool(os.environ.get("VIPO_DEBUG"))
     if not debug:
         _quiet()
-    _grow_segments()
+    grow_segments()
     try:
         app(prog_name="vipo")
     except (UserError, RunFailed, OSError) as error:  # OSError: a full disk, a folder without permission
