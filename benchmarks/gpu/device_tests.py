@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from records import write
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_WORKERS = 16
+GRACE = 10.0  # seconds that an interrupted pytest has for its report
 CHECKED_BY = ("pytest_timeout", "beartype")  # what the options in pyproject.toml need
 SUITES = {"device": "not on_cpu", "cpu": "on_cpu"}
 
@@ -49,12 +51,24 @@ def run(suite: str, place: Path, workers: int, limit: float, chosen: Sequence[st
     begin = time.monotonic()
     with (place / f"tests-{suite}.log").open("wb") as log:
         process = subprocess.Popen([*command, *chosen], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        ended = True
         try:
             process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.terminate()  # xdist's workers end with it
-            process.wait()
-    return {**counted(report), "seconds": time.monotonic() - begin, "device_visible": bool(seen)}
+            ended = False
+            _end(process)
+    found = {**counted(report), "seconds": time.monotonic() - begin, "device_visible": bool(seen)}
+    return found if ended else {**found, "complete": False}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt it, which has pytest tell what it knows by then; xdist's workers end with it."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def counted(report: Path) -> dict[str, Any]:
