@@ -12,7 +12,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_P
 os.environ.update(OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")  # subprocesses inherit them
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # what it says while it is imported would follow the summary of a worker
 os.environ.pop("COLUMNS", None)  # a console keeps the width that it finds when it is first imported
-if "--run-needs-gpu" not in sys.argv:
+if "--run-needs-gpu" in sys.argv:
+    os.environ["VIPO_TESTS_SEE_GPU"] = "1"  # for xdist's workers, which are told no options before they read this file
+if "VIPO_TESTS_SEE_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import jaxtyping

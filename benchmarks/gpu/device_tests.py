@@ -50,7 +50,7 @@ def run(suite: str, place: Path, workers: int, limit: float, chosen: Sequence[st
     command = [sys.executable, "-m", "pytest", *options(workers), *seen, "-m", SUITES[suite], f"--junitxml={report}"]
     begin = time.monotonic()
     with (place / f"tests-{suite}.log").open("wb") as log:
-        process = subprocess.Popen([*command, *chosen], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *chosen], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=_told())
         ended = True
         try:
             process.wait(timeout=limit)
@@ -59,6 +59,11 @@ def run(suite: str, place: Path, workers: int, limit: float, chosen: Sequence[st
             _end(process)
     found = {**counted(report), "seconds": time.monotonic() - begin, "device_visible": bool(seen)}
     return found if ended else {**found, "complete": False}
+
+
+def _told() -> dict[str, str]:
+    """The environment of a pytest that is not part of another one: that one may see a GPU."""
+    return {key: value for key, value in os.environ.items() if key != "VIPO_TESTS_SEE_GPU"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -18,7 +18,7 @@ from vipo.types import Prompt
 
 def noise(media: Tensor, _prompts: Sequence[Prompt]) -> Tensor:
     """A standard normal number a picture, drawn from its own pixels: the same picture gets the same number again."""
-    return torch.tensor([_drawn(picture) for picture in media])
+    return torch.tensor([_drawn(picture) for picture in media.cpu()])
 
 
 class Shuffled:

@@ -42,7 +42,7 @@ class Arm:
     recipe: file in ``recipes/``. changes: its own keys. every: iterations between evaluations, if not the setting's.
     measures: more numbers per prompt, from the untrained and the present evaluation. seeds: if not the setting's.
     short: trained up to the first evaluation only, to be compared with the others there.
-    iterations: if not the setting's.
+    iterations: if not the setting's. untrained: the arm that has the untrained model's scores.
     """
 
     changes: tuple[str, ...] = ()
@@ -53,6 +53,7 @@ class Arm:
     short: bool = False
     iterations: int | None = None
     trained: bool = True
+    untrained: str = "untrained"
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -86,17 +87,37 @@ def redness(*changes: str) -> Arm:
     return Arm(("optimizer.learning_rate=1e-3", *changes), recipe="redness.yaml", every=4, measures=structure)
 
 
-def full_groups(credit: str, learning_rate: str, *changes: str, seeds: int | None = None) -> Arm:
-    """The quickstart's own 96 pictures an iteration, groups of 16, evaluated every nine of 36 iterations."""
-    own = "credit=sample" if credit == "sample" else f"structuring.sources=[{credit}]"
-    keys = ("prompts.group_size=16", own, f"optimizer.learning_rate={learning_rate}", *changes)
-    return Arm(keys, every=9, iterations=36, seeds=seeds)
+WATCHED = "emoji_judge, emoji_layout, emoji_count, emoji_quality, emoji_flaws"
+LEVELS = {"iterations": 48, "every": 8}
+CREDITS: dict[str, tuple[str, ...]] = {
+    "sample": ("credit=sample",),
+    "perceptual": ("structuring.sources=[perceptual]",),
+    "deviation": ("structuring.sources=[deviation]",),
+    "consensus": ("structuring.sources=[consensus]",),
+    "consensus-perceptual": ("structuring.sources=[consensus, perceptual]",),
+    "flaw-map": ("credit=flaw_map",),
+    "dense-reward": ("credit=dense_reward",),
+    "signed-consensus": ("credit=signed_consensus",),
+    "quickstart": ("structuring.sources=[deviation, perceptual]",),
+}
+"""Scalar GRPO, the paper's map, three of our own, the three families of dense rewards, and the quickstart's product."""
+
+
+def full_groups(credit: str, learning_rate: str, *changes: str, judges: str = WATCHED, seeds: int | None = None) -> Arm:
+    """The quickstart's own 96 pictures an iteration in groups of 16, evaluated every eight of 48 iterations."""
+    shared = ("prompts.group_size=16", f"judges=[{judges}]", f"optimizer.learning_rate={learning_rate}")
+    return Arm((*shared, *CREDITS[credit], *changes), seeds=seeds, untrained="groups-untrained", **LEVELS)
 
 
 def control(reward: str) -> Arm:
     """Scalar GRPO on a reward that teaches nothing; the real one watches."""
     rewards = f"rewards={{experiments/claims/controls.py:{reward}: 1.0}}"
-    return full_groups("sample", "1e-3", rewards, "judges=[emoji_match, emoji_judge, emoji_layout]")
+    return full_groups("sample", "1e-3", rewards, judges=f"emoji_match, {WATCHED}")
+
+
+def clean(credit: str, learning_rate: str) -> Arm:
+    """Trained on ``emoji_clean`` as well, whose optimum is one whole copy of each thing on a clean ground."""
+    return full_groups(credit, learning_rate, "rewards={emoji_match: 1.0, emoji_clean: 2.0}")
 
 
 SCALAR, PAPER = Arm(("credit=sample",)), Arm()
@@ -145,21 +166,18 @@ ARMS: dict[str, Arm] = {
     "orientation-border": structuring(orientation="border"),
     "orientation-skewness": structuring(orientation="skewness"),
     "orientation-release": structuring(orientation="release"),
-    "groups-sample-1e-3": full_groups("sample", "1e-3", seeds=5),
-    "groups-consensus-1e-3": full_groups("consensus", "1e-3", seeds=5),
-    "groups-deviation-1e-3": full_groups("deviation", "1e-3"),
-    "groups-sample-2e-3": full_groups("sample", "2e-3"),
-    "groups-consensus-5e-4": full_groups("consensus", "5e-4"),
-    "groups-consensus-2e-3": full_groups("consensus", "2e-3"),
-    "groups-consensus-perceptual-1e-3": full_groups("consensus, perceptual", "1e-3"),
+    "groups-untrained": replace(full_groups("sample", "1e-3", seeds=1), trained=False),
+    **{f"groups-{credit}-1e-3": full_groups(credit, "1e-3", seeds=5) for credit in CREDITS},
+    **{f"groups-{credit}-2e-3": full_groups(credit, "2e-3", seeds=5) for credit in CREDITS},
+    **{f"groups-{credit}-5e-4": full_groups(credit, "5e-4") for credit in CREDITS},
+    "groups-sample-clean": clean("sample", "1e-3"),
+    "groups-consensus-clean": clean("consensus", "1e-3"),
+    "groups-quickstart-clean": clean("quickstart", "1e-3"),
+    "groups-consensus-clean-2e-3": clean("consensus", "2e-3"),
     "groups-noise": control("noise"),
     "groups-shuffled": control("Shuffled"),
-    "groups-sample-5e-4": full_groups("sample", "5e-4"),
-    "groups-deviation-2e-3": full_groups("deviation", "2e-3"),
-    "groups-deviation-5e-4": full_groups("deviation", "5e-4"),
-    "groups-perceptual-1e-3": full_groups("perceptual", "1e-3"),
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 25, 28, len(ARMS) - 13, len(ARMS) - 10, len(ARMS))
+BLOCKS = (13, 22, 25, 28, len(ARMS) - 34, len(ARMS) - 15, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""

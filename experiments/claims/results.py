@@ -88,7 +88,7 @@ class Results:
         """The untrained model's scores on the pictures that the result was evaluated on."""
         if 0 in result.evaluations:
             return result.evaluations[0]
-        untrained = self.arms.get("untrained", {})
+        untrained = self.arms.get(ARMS[result.arm].untrained, {})
         return next(iter(untrained.values())).evaluations[0] if untrained else {}
 
 
