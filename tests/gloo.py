@@ -127,7 +127,7 @@ def _one(work: Callable[..., Any], place: tuple[int, int, int | None, Path], giv
     rank, processes, port, scratch = place
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1"}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     try:
         allow_fsdp_on_cpu()

@@ -61,7 +61,7 @@ def recipe(tmp_path: Path, model_folder: Path) -> str:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    usual = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    usual = {**tiny.on_cpu(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env={**usual, **environment}, capture_output=True, text=True, timeout=300)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import tiny
 from vipo.errors import UserError
 from vipo.evaluation.evaluator import Evaluator
 from vipo.evaluation.folder import EvaluationFolder, _csv
@@ -228,7 +228,7 @@ def test_two_processes_fill_one_folder_with_what_one_would(model_folder: Path, t
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     def vipo(*words: str) -> str:
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+        environment = tiny.on_cpu()
         done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

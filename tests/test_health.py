@@ -309,7 +309,7 @@ def test_two_processes_fail_together_with_one_record(tmp_path: Path, raw: dict[s
     recipe, folder = tiny.write_recipe(tmp_path / "recipe.yaml", constant(raw, tmp_path)), tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
     command = [*launch, "train", str(recipe), "--allow-code", "--output", str(folder)]
-    done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=tiny.on_cpu(), capture_output=True, text=True)
     assert done.returncode != 0 and "vipo: nothing was learned in 3 iterations" in done.stderr
     assert "exitcode  : 3" in done.stderr, done.stderr[-3000:]
     lines = tiny.lines(folder / "metrics.jsonl")

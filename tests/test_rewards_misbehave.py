@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -285,9 +284,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, mod
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
     words = ["train", str(recipe), "--allow-code", "--output", str(tmp_path / "run")]
     begin = time.monotonic()
-    done = subprocess.run(
-        [*torchrun, *words], env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([*torchrun, *words], env=tiny.on_cpu(), capture_output=True, text=True, timeout=200)
     assert done.returncode != 0 and time.monotonic() - begin < 150
     assert "raised AssertionError: only here" in done.stderr
     assert "a reward failed in another process" in done.stderr

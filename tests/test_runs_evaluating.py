@@ -79,7 +79,7 @@ def test_two_processes_sample_each_prompt_once_and_write_what_one_writes(tmp_pat
     script.write_text(COUNTED)
     both, alone = tmp_path / "both", tmp_path / "alone"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(recipe), str(both)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    environment = tiny.on_cpu()
     done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads((tmp_path / f"both.{rank}.json").read_text()) for rank in range(2)]

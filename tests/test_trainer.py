@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -422,7 +421,7 @@ def test_two_processes_train_as_one(model_folder: Path, tmp_path: Path) -> None:
         TWO_ITERATIONS.format(tests=str(Path(__file__).parent), model=str(model_folder), out=str(tmp_path))
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(torchrun, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    done = subprocess.run(torchrun, env=tiny.on_cpu(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
 

@@ -104,6 +104,7 @@ def test_cuda_itself_counts_no_other_wait(model_folder: Path) -> None:
             trainer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    said = [warning for warning in said if "vipo" in Path(warning.filename).parts]  # diffusers encodes as it likes
     waits = [warning for warning in said if "synchronizing CUDA operation" in str(warning.message)]
     places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits)
     assert sum(places.values()) <= sum(ALLOWED.values()), places

@@ -40,6 +40,11 @@ GRID = (1, 6, 10)
 PROMPTS = ("a cat", "a red car", "a heart above a star", "a panda on a white background")
 
 
+def on_cpu() -> dict[str, str]:
+    """The environment of processes that train together on a CPU, on a machine with a GPU too."""
+    return {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def save_pipeline(folder: Path, seed: int = 0) -> Path:
     """The classes of FLUX.1-dev with one double and one single block of width 32; random weights."""
     source = embedded_path("emoji-flux")

@@ -3,7 +3,7 @@
 Nothing waits on a CPU, so tensors are followed from the network's parameters, the generator's own tensors and what is
 made with ``device=``: what is computed from one of them would be on the accelerator. A call that turns such a tensor
 into a Python value, or whose result has a size that depends on its values, waits; so does moving a tensor of the host
-there without ``non_blocking``.
+there without ``non_blocking``, and taking rows of one there by an index on the host.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Waits(TorchFunctionMode):
         super().__init__()
         self.found: Counter[str] = Counter()
         self.there: dict[int, Tensor] = {}  # kept alive, so that no id is used again
+        self.sent: dict[int, Tensor] = {}
         self._follow([*generator.network.parameters(), *generator.network.buffers()])
         self._follow([value for value in vars(generator).values() if isinstance(value, Tensor)])
 
@@ -52,6 +53,9 @@ class Waits(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if name == "torch.Tensor.cpu":
             return result.clone()  # here it is the same tensor, which would be followed on
+        if name == "torch.Tensor.to" and (kwargs or {}).get("non_blocking"):
+            result = result.clone()  # so it is here, where a row's number may be sent to either side
+            self.sent[id(result)] = result
         made_there = not given and (kwargs or {}).get("device") is not None
         if there or made_there:
             self._follow([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
@@ -67,6 +71,10 @@ class Waits(TorchFunctionMode):
         return name in READS or name.rpartition(".")[2] in SIZED_BY_VALUES or by_mask
 
     def _sends(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], there: Sequence[Tensor]) -> bool:
+        if name.endswith(("__getitem__", "__setitem__")) and there and id(args[0]) in self.there:
+            return any(
+                isinstance(leaf, Tensor) and id(leaf) not in self.there | self.sent for leaf in tree_leaves(args[1])
+            )
         if name == "torch.tensor" or name == "torch.as_tensor":
             return kwargs.get("device") is not None and not isinstance(args[0], Tensor)
         to_device = [*args[1:], kwargs.get("device")]

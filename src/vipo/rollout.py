@@ -122,6 +122,7 @@ def _batched_step(
     samples take."""
 
     def step(at: Tensor) -> sde.Transition:
+        at = sent(at, latents.device)
         here = (latents[at], sigma.expand(len(at)), sigma_next.expand(len(at)), rows.take(at))
         return policy_step(generator, *here, solver)
 

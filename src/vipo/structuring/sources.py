@@ -81,7 +81,9 @@ class RewardGradient:
         """
         frames, height, width = rollout.latent_grid
         index = torch.arange(len(rollout.media)).split(self.batch_size)
-        gradients = [self._gradient(rollout.media[at], [rollout.prompts[i] for i in at.tolist()]) for at in index]
+        gradients = [
+            self._gradient(rollout.media[at[0] : at[-1] + 1], [rollout.prompts[i] for i in at.tolist()]) for at in index
+        ]
         squared = torch.cat(gradients).square().mean(1)  # (N, F, Y, X)
         by_frame = F.adaptive_avg_pool2d(squared, (height, width)).sqrt()
         aligned = align_frames(by_frame, frames, temporal_stride=self.temporal_stride)
@@ -126,7 +128,7 @@ class TextRelevance:
         noisy = (1 - self.sigma) * clean + self.sigma * sent(noise, clean.device)
         without = self.generator.encode([""])
         changes = []
-        for at in torch.arange(len(clean)).split(self.batch_size):
+        for at in torch.arange(len(clean), device=clean.device).split(self.batch_size):
             sigma = torch.full((len(at),), self.sigma, device=clean.device)
             told = self.generator.velocity(noisy[at], sigma, rollout.conditioning.take(at))
             untold = self.generator.velocity(noisy[at], sigma, without.take(torch.zeros_like(at)))
