@@ -30,6 +30,7 @@ from matrix import ARMS, SETTING
 PROMPTS = 12
 START = np.linspace(0.2, 0.8, PROMPTS)
 SLOPES = [1.0, 2.0, 3.0, 2.0, 1.5, 2.5, 0.5, 3.5]
+EVERY = (*tables.SCORES, *tables.JUDGES[2:])
 PAIR = ("redness-sample", "redness-vipo")
 WOBBLE = 0.01 * (-1.0) ** np.arange(PROMPTS)  # of mean 0
 
@@ -40,18 +41,21 @@ def write(folder: Path, arm: str, seed: int, evaluations: Mapping[int, Mapping[s
     (folder / f"{arm}-{seed}.json").write_text(json.dumps(record))
 
 
-def write_gains(folder: Path, arm: str, gains: Mapping[int, float], *, iterations: int = 24) -> None:
+def write_gains(
+    folder: Path, arm: str, gains: Mapping[int, float], *, iterations: int = 24, more: Sequence[int] = ()
+) -> None:
     """An arm whose every score rises by each seed's gain, half of it at half time, give or take the wobble."""
     for seed, gain in gains.items():
         at = {
-            k: {score: START + gain * k / iterations + WOBBLE * (seed + 1) for score in tables.SCORES}
-            for k in (iterations // 2, iterations)
+            k: {score: START + gain * k / iterations + WOBBLE * (seed + 1) for score in EVERY}
+            for k in (*more, iterations // 2, iterations)
         }
         write(folder, arm, seed, at, clipped_fraction=[0.0, 0.1 * (seed + 1)])
 
 
 def write_untrained(folder: Path) -> None:
-    write(folder, "untrained", 0, {0: dict.fromkeys(tables.SCORES, START)})
+    for arm in ("untrained", "groups-untrained"):
+        write(folder, arm, 0, {0: dict.fromkeys(EVERY, START)})
 
 
 def write_redness(folder: Path, arm: str, seed: int, redness: list[float], structure: list[float]) -> None:
@@ -73,14 +77,15 @@ def write_everything(folder: Path, pictures: Path) -> None:
     """A finished experiment."""
     write_untrained(folder)
     for number, arm in enumerate(ARMS):
-        if arm == "untrained":
+        if not ARMS[arm].trained:
             continue
         for seed in range(results.planned_seeds(arm)):
             if arm in tables.REDNESS:
                 loss = 0.8 if arm == "redness-sample" else 0.4
                 write_redness(folder, arm, seed, [0, 0.2, 0.5 + 0.1 * seed], [1, 1 - loss / 3, 1 - loss + 0.05 * seed])
             else:
-                write_gains(folder, arm, {seed: 0.01 * number + 0.01 * seed})
+                long = {"iterations": 48, "more": (8, 16, 32)} if arm in tables.GROUPS else {}
+                write_gains(folder, arm, {seed: 0.01 * number + 0.01 * seed}, **long)
     write_gradient(folder, clear=[10 + s for s in SLOPES], unclear=[s - 2 for s in SLOPES])
     rules = {"hard, 224 px, stride 16": {"border": {"auc": 0.84, "inverted_percent": 14.06}}}
     (folder / "orientation.json").write_text(json.dumps({"rules": rules}))
@@ -115,7 +120,8 @@ def test_every_arm_has_a_valid_recipe_with_its_changes() -> None:
 
 def test_every_arm_is_in_a_table_and_no_table_has_another() -> None:
     ablated = [arm for arms in tables.ABLATIONS.values() for arm in arms]
-    shown = {*tables.MAIN, *tables.SOURCES, *tables.CLIPPED, *tables.REDNESS, *tables.GROUPS, *ablated, "untrained"}
+    shown = {*tables.MAIN, *tables.SOURCES, *tables.CLIPPED, *tables.REDNESS, *tables.GROUPS, *ablated}
+    shown |= {"untrained", "groups-untrained"}
     assert shown == set(ARMS)
 
 
@@ -293,6 +299,15 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "sample-clip-1e-4": 0.2,
     }
     long = ("sample", "vipo", "source-deviation-perceptual")
+    grouped = {
+        "sample-1e-3": 0.2,
+        "consensus-1e-3": 0.4,
+        "flaw-map-1e-3": 0.1,
+        "quickstart-clean": 0.3,
+        "sample-clean": 0.3,
+    }
+    for arm, gain in grouped.items():
+        write_gains(tmp_path, f"groups-{arm}", dict.fromkeys(range(3), gain), iterations=48 if "clean" in arm else 16)
     for arm, gain in {**gains, "uniform-clip-1e-4": 0.1, "sample-clip-1e-2": 0.2, "uniform-clip-1e-2": 0.1}.items():
         write_gains(tmp_path, arm, dict.fromkeys(range(3), gain), iterations=24 if arm in long else 12)
     for seed in range(3):
@@ -308,6 +323,11 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "e": "does not hold",
         "f": "holds",
         "g": "holds",
+        "h": "holds",
+        "i": "not measured yet",  # its arms end after 16 iterations
+        "j": "not measured yet",
+        "k": "holds",
+        "l": "cannot be told apart",
     }
     assert [part.verdict for part in found["b"].parts] == ["holds", "holds", "does not hold", "does not hold"]
     assert found["a"].parts[0].effect is not None and found["e"].parts[0].effect is not None

@@ -61,6 +61,11 @@ def effect_cell(found: Spread | None) -> Cell:
     return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]", remark
 
 
+def bounded_cell(found: Spread | None) -> Cell:
+    """A mean with its interval."""
+    return (NONE, "") if found is None else (f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]", "")
+
+
 def optional_cell(value: float | None) -> Cell:
     return (NONE if value is None else fixed(value)), ""
 

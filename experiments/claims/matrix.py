@@ -33,6 +33,8 @@ RATE = "2e-3"
 COMMON = ("prompts.group_size=8", "evaluation.samples_per_prompt=3", "structuring.sources=[perceptual]")
 COMMON += (f"optimizer.learning_rate={RATE}",)
 """48 pictures an iteration instead of the quickstart's 96, so more arms for the same time; and the paper's map."""
+SCORED = {"quickstart.yaml": ("rewards={emoji_match: 1.0}", "judges=[emoji_judge, emoji_layout]")}
+"""What arms of a recipe are trained on and judged by, unless they say otherwise: one reward, and two others watch."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Arm:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        return COMMON + self.changes
+        return COMMON + SCORED.get(self.recipe, ()) + self.changes
 
 
 def structuring(short: bool = True, **changes: object) -> Arm:

@@ -194,9 +194,9 @@ def paired(results: Results, arm: str, other: str, score: str, iteration: int) -
 
 @dataclass(frozen=True)
 class Reach:
-    """How many times fewer iterations an arm needs to the gain at which another one ended, with its 95 % interval.
+    """How many times fewer iterations an arm needs to a gain of another one, with its 95 % interval.
 
-    Below 1 it does not get there in as many; 0 is not at all. Every iteration has as many pictures as any other.
+    Below 1 it takes more; 0 is not at all. Every iteration has as many pictures as any other.
     """
 
     times: float
@@ -205,26 +205,26 @@ class Reach:
     seeds: int
 
 
-def reach(results: Results, arm: str, other: str, score: str) -> Reach | None:
-    """From mean gains over seeds and prompts, linear between evaluations; None if the two share no seed.
+def reach(results: Results, arm: str, other: str, score: str, after: int | None = None) -> Reach | None:
+    """To what ``other`` had gained ``after`` so many iterations, at its end if that is None.
 
-    The bootstrap draws seeds and prompts, and each drawn ``arm`` is measured by the ``other`` of the same draw.
+    From mean gains over seeds and prompts, linear between evaluations; None if the two share no seed, or ``other`` was
+    not evaluated then. The bootstrap draws seeds and prompts; each drawn ``arm`` is held against its draw's ``other``.
     """
     at, theirs = results.iterations(arm), results.iterations(other)
-    if not at or not theirs:
+    shared = sorted(set(results.arms.get(arm, {})) & set(results.arms.get(other, {})))
+    if not at or not shared or (after or theirs[-1]) not in theirs:
         return None
-    shared = sorted(set(results.arms[arm]) & set(results.arms[other]))
-    if not shared:
-        return None
+    after = after or theirs[-1]
     mine = [[_gained(results, arm, seed, score, k) for k in at] for seed in shared]
-    goal = [_gained(results, other, seed, score, theirs[-1]) for seed in shared]
+    goal = [_gained(results, other, seed, score, after) for seed in shared]
     curves, level = torch.stack([torch.stack(rows) for rows in mine]), torch.stack(goal)  # (S, K, P), (S, P)
     seeds, prompts = draws(len(shared), "seeds"), draws(level.shape[1], "prompts")
     total = seeds.sum(1) * prompts.sum(1)
     drawn = torch.einsum("rs,skp,rp->rk", seeds, curves, prompts) / total[:, None]
     levels = torch.einsum("rs,sp,rp->r", seeds, level, prompts) / total
-    all_of = _times(curves.mean((0, 2))[None], level.mean()[None], at, theirs[-1])
-    low, high = _times(drawn, levels, at, theirs[-1]).quantile(SIDES).tolist()
+    all_of = _times(curves.mean((0, 2))[None], level.mean()[None], at, after)
+    low, high = _times(drawn, levels, at, after).quantile(SIDES).tolist()
     return Reach(float(all_of), low, high, len(shared))
 
 

@@ -16,6 +16,7 @@ from cells import (
     Cell,
     Table,
     arm_cell,
+    bounded_cell,
     effect_cell,
     gain_cell,
     interval_cell,
@@ -23,7 +24,7 @@ from cells import (
     optional_cell,
     seeds_cell,
 )
-from matrix import ARMS
+from matrix import ARMS, WATCHED
 from results import (
     SCALAR,
     Level,
@@ -46,7 +47,10 @@ MAIN = tuple(arm for arm in ARMS if arm in ("sample", "vipo") or re.search(r"^st
 CLIPPED = tuple(arm for arm in ARMS if "-clip-" in arm)
 SOURCES = tuple(arm for arm in ARMS if arm.startswith("source-"))
 REDNESS = tuple(arm for arm in ARMS if arm.startswith("redness-"))
-GROUPS = tuple(arm for arm in ARMS if arm.startswith("groups-"))
+GROUPS = tuple(arm for arm in ARMS if arm.startswith("groups-") and ARMS[arm].trained)
+CONTROLS = ("groups-noise", "groups-shuffled")
+LEVELS_AFTER = (16, 32, 48)
+JUDGES = tuple(WATCHED.split(", "))
 SCALAR_GROUPS = "groups-sample-1e-3"
 SCALAR_REDNESS = "redness-sample"
 ABLATIONS: Mapping[str, tuple[str, ...]] = {
@@ -63,7 +67,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 
 def tables(results: Results) -> list[Table]:
     builders: tuple[Callable[[Results], Table], ...] = (main, ablations, clipping, collapse, agreement, orientation)
-    return [*(build(results) for build in builders), sources(results), full_groups(results)]
+    return [*(build(results) for build in builders), sources(results), full_groups(results), watched(results)]
 
 
 PAIRED = (
@@ -82,29 +86,49 @@ def main(results: Results) -> Table:
 
 
 def full_groups(results: Results) -> Table:
-    note = "The quickstart's 96 pictures an iteration in groups of 16, 36 iterations, at the rate in the arm's name. "
-    note += "Times: how many times fewer pictures an arm needs to the gain at which scalar GRPO ends at 1e-3, linear "
-    note += "between evaluations, with a bootstrap over seeds and prompts; 0 is not at all. Noise and shuffled are "
-    note += "controls: rewards that teach nothing. " + PAIRED
-    columns = (*HEAD, "minus scalar GRPO at 1e-3", "Times fewer pictures")
-    lines = [line for arm in GROUPS for line in _grouped(results, arm, len(columns))]
+    note = "Gains over the untrained model. Times: how many times fewer pictures an arm needs to what scalar GRPO had "
+    note += (
+        "gained at 1e-3 after so many iterations; linear between evaluations, bootstrap over seeds and prompts; 0 is "
+    )
+    note += "not at all in 48. " + PAIRED
+    reward = [f"{SCORES[0]} after {after}" for after in LEVELS_AFTER]
+    against = [f"minus scalar GRPO at 1e-3, after {after}" for after in LEVELS_AFTER]
+    times = [f"Times, to scalar's {after}" for after in LEVELS_AFTER]
+    columns = ("Arm", "Seeds", *reward, *against, *times)
+    lines = [_by_pictures(results, arm, len(columns)) for arm in GROUPS if "clean" not in arm and arm not in CONTROLS]
     return Table("groups", "Full groups, and pictures to scalar GRPO's level", note, columns, tuple(lines))
 
 
-def _grouped(results: Results, arm: str, columns: int) -> list[tuple[Cell, ...]]:
-    iteration = last(results, arm)
-    if iteration is None:
-        return [_not_trained(arm, columns)]
+def _by_pictures(results: Results, arm: str, columns: int) -> tuple[Cell, ...]:
+    """What an arm gained after so many iterations, beside scalar GRPO, and how much sooner it got there."""
+    if last(results, arm) is None:
+        return _not_trained(arm, columns)
+    head = (arm_cell(arm), seeds_cell(results, arm, max(LEVELS_AFTER)))
+    gains = [gain_cell(gain(results, arm, SCORES[0], after)) for after in LEVELS_AFTER]
+    if arm == SCALAR_GROUPS:
+        return (*head, *gains, *[(NONE, "")] * (columns - 2 - len(gains)))
+    against = [effect_cell(paired(results, arm, SCALAR_GROUPS, SCORES[0], after)) for after in LEVELS_AFTER]
+    found = [reach(results, arm, SCALAR_GROUPS, SCORES[0], after) for after in LEVELS_AFTER]
+    times = [(NONE, "") if each is None else interval_cell(each.times, each.low, each.high) for each in found]
+    return (*head, *gains, *against, *times)
+
+
+def watched(results: Results) -> Table:
+    note = "Gains over the untrained model at the end, with their 95 % intervals, a bootstrap over seeds and prompts; "
+    note += (
+        "“clean” arms are trained on emoji_clean, too, noise and shuffled on rewards that teach nothing. No judge is "
+    )
+    note += "trained on."
+    columns = ("Arm", "Seeds", SCORES[0], *JUDGES)
     lines = []
-    for score in SCORES:
-        head = (arm_cell(arm), seeds_cell(results, arm, iteration)) if score == SCORES[0] else (("", ""), ("", ""))
-        against, times = (NONE, ""), (NONE, "")
-        if arm != SCALAR_GROUPS:
-            against = effect_cell(paired(results, arm, SCALAR_GROUPS, score, iteration))
-            found = reach(results, arm, SCALAR_GROUPS, score)
-            times = times if found is None else interval_cell(found.times, found.low, found.high)
-        lines.append((*head, (score, ""), gain_cell(gain(results, arm, score, iteration)), against, times))
-    return lines
+    for arm in GROUPS:
+        end = last(results, arm)
+        if end is None:
+            lines.append(_not_trained(arm, len(columns)))
+            continue
+        found = [gain(results, arm, score, end) for score in columns[2:]]
+        lines.append((arm_cell(arm), seeds_cell(results, arm, end), *map(bounded_cell, found)))
+    return Table("judges", "What judges see", note, columns, tuple(lines))
 
 
 def sources(results: Results) -> Table:
