@@ -56,17 +56,17 @@ def stages(parts: Sequence[str], cases: Sequence[str], size: str, out: Path) -> 
     if "full" in parts:
         found.append([_plan(case, size) for case in cases])
         found += [[_case(case, size, share)] for case in cases]
+        if compiled:
+            found.append([_case(COMPILED, size, share, "--compiled")])
     beside, limit = list[Job](), 150.0 * PATIENCE[size]
     if "quickstart" in parts:
         run = ("--size", size, "--run", str(out / "runs" / "quickstart"))
         beside.append(Job("quickstart", "quickstart_gain.py", run, limit))
     if "kill" in parts:
         beside.append(Job("kill", "kill_resume.py", ("--runs", str(out / "runs" / "kill")), limit))
-    found += [beside] if beside else []
     if "tests" in parts:
-        found.append([Job("tests", "device_tests.py", ("--limit", "150"), 165.0)])
-    if compiled:
-        found.append([_case(COMPILED, size, share, "--compiled")])
+        beside.append(Job("tests", "device_tests.py", ("--limit", "150"), 165.0))
+    found += [beside] if beside else []
     return found
 
 

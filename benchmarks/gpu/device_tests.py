@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/device_tests.py --out tests.json --limit 150
 
-Tests that compare with what a CPU computes, bit for bit, are marked ``on_cpu`` and see none but it.
+Tests that compare with what a CPU computes, bit for bit, are marked ``on_cpu`` and see none but it. Files whose tests
+compute nothing on a device, or in processes that hide it, say nothing of it and are left to ``make test``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_WORKERS = 16
 GRACE = 10.0  # seconds that an interrupted pytest has for its report
 CHECKED_BY = ("pytest_timeout", "beartype")  # what the options in pyproject.toml need
+ELSEWHERE = ("claims", "code_from_others", "context_parallel", "docs*", "engine_files", "faults", "fetch", "files")
+ELSEWHERE += ("full_size", "gpu_check", "input_properties", "lock", "package", "plan", "prompts*", "recipe", "recipes")
+ELSEWHERE += ("registry", "report", "rewards_misbehave", "rewards_remote", "rewards_server*", "runs_folder", "sharded")
+ELSEWHERE += ("sweep", "together", "tracking", "workload")
 SUITES = {"device": "not on_cpu", "cpu": "on_cpu"}
 
 
@@ -39,6 +44,7 @@ def options(workers: int) -> list[str]:
     found = ["-q", "-p", "no:cacheprovider"]
     if not all(map(present, CHECKED_BY)):
         found += ["-o", "addopts=--strict-markers"]
+    found += [f"--ignore-glob=tests/test_{name}.py" for name in ELSEWHERE]
     return found + (["-n", str(workers)] if present("xdist") and workers > 1 else [])
 
 

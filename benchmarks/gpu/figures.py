@@ -49,6 +49,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, float]:
             case = name.removeprefix("case-")
             planned = parts.get(f"plan-{case.removesuffix('-compiled')}")
             found |= {f"{case}.{key}": value for key, value in of_case(record, planned)}
+            found |= against_uncompiled(case, record, parts)
         elif name == "quickstart":
             found |= {f"quickstart.gain.{score}": value for score, value in record["gains"].items()}
             found |= {f"quickstart.{key}": record[key] for key in ("skipped", "first_ratio", "seconds")}
@@ -80,6 +81,13 @@ def of_case(record: Mapping[str, Any], planned: Mapping[str, Any] | None) -> Ite
                 yield f"{credit}.allocated_over_planned", measured["peak_allocated"] / planned["peak_bytes"][credit]
     if {"sample", "advantage_map"} <= credits.keys():
         yield "vipo_over_scalar", credits["advantage_map"]["iteration"] / credits["sample"]["iteration"]
+
+
+def against_uncompiled(case: str, record: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, float]:
+    """Of a compiled case, its scalar iteration over the same one uncompiled."""
+    plain = parts.get(f"case-{case.removesuffix('-compiled')}") if case.endswith("-compiled") else None
+    sides = [each.get("credits", {}).get("sample") if each else None for each in (record, plain)]
+    return {f"{case}.over_uncompiled": sides[0]["iteration"] / sides[1]["iteration"]} if all(sides) else {}
 
 
 def of_tests(record: Mapping[str, Any]) -> dict[str, float]:
