@@ -528,6 +528,6 @@ def test_files_of_a_run_are_as_the_umask_says(tmp_path: Path, raw: dict[str, Any
     finally:
         os.umask(before)
     found = list((tmp_path / "run").rglob("*"))
-    assert sum(path.suffix == ".safetensors" for path in found) == 4
+    assert sum(path.suffix == ".safetensors" for path in found) == 5
     wrong = [path for path in found if path.stat().st_mode & 0o777 != (0o755 if path.is_dir() else 0o644)]
     assert not wrong
