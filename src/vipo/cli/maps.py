@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vipo.cli.consoles import console
+from vipo.errors import UserError
 
 
 def maps(
@@ -52,7 +53,7 @@ def maps(
         _explore(files or [], chosen, temporal_stride, output, port)
         return
     if not files:
-        raise typer.BadParameter("give pictures or clips, or --ui to choose them in the browser", param_hint="FILES")
+        raise UserError("vipo maps needs pictures or clips: name some, or add --ui to choose them in the browser")
     from vipo.cli.show_maps import show_maps
 
     for path in show_maps(

@@ -322,7 +322,7 @@ def _missing(run: OpenedRun, samples: Samples, name: str, place: int, frame: int
         why = "an evaluation keeps pictures and scores alone" if samples.recording is None else UNKEPT[name]
         return Shown(name, f"{_meaning(run, name, None)}. Not kept: {why}.", None, None)
     try:
-        maps = _made_again(run, samples, place)
+        maps = made_again(run, samples, place)
     except UserError as error:
         return Shown(name, f"Not kept, and it cannot be made again: {error}.", None, None)
     side = max(samples.media.shape[-2:])
@@ -330,7 +330,7 @@ def _missing(run: OpenedRun, samples: Samples, name: str, place: int, frame: int
     return _shown(run, name, maps, frame, still, None if samples.recording is None else "", how)
 
 
-def _made_again(run: OpenedRun, samples: Samples, place: int) -> Float[Tensor, "F H W"]:
+def made_again(run: OpenedRun, samples: Samples, place: int) -> Float[Tensor, "F H W"]:
     """The paper's map of a picture, on the grid of the maps that were kept, a frame each.
 
     Raises:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from nicegui import Element, events, run, ui
+from nicegui import events, run, ui
+from nicegui.element import Element
 from PIL import Image
 
 from vipo.errors import UserError
