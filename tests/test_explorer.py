@@ -151,7 +151,7 @@ def test_a_sample_is_shown_with_its_credit_and_every_map(explored: OpenedRun) ->
     assert told is not None and len(samples.groups) == 2 and list(samples.of(1)) == [4, 5, 6, 7]
     best = int(told.advantage[:4].argmax())
     shown = opened.detail(explored, samples, best)
-    assert "number 1 by score" in shown.rank and shown.advantage == float(told.advantage[best])
+    assert "number 1 by advantage" in shown.rank and shown.advantage == float(told.advantage[best])
     assert opened.caption(explored, samples, best) == f"A {shown.advantage:+.2f}"
     assert [one.source for one in shown.maps if one.taken] == [PRODUCT] == [shown.maps[0].source]
     there = {one.source for one in shown.maps if one.picture is not None}
@@ -161,6 +161,9 @@ def test_a_sample_is_shown_with_its_credit_and_every_map(explored: OpenedRun) ->
     assert shown.pushed is not None and "made more likely" in shown.pushed_words
     red, blue = np.asarray(shown.pushed, np.float32)[..., 0], np.asarray(shown.pushed, np.float32)[..., 2]
     assert (blue - red).max() > 50 and (red - blue).max() < 5  # praised: blue, nowhere orange
+    still = replace(explored.record.steps[0], metrics={"weight_change": 0.0})
+    idle = replace(explored, record=replace(explored.record, steps=(still,)))
+    assert opened.detail(idle, samples, best).pushed_words.startswith("Not applied")
     weighed = told.weight[:4].flatten(1).abs().sum(1)
     left_out = opened.detail(explored, samples, int(weighed.argmin()))
     assert left_out.pushed is None and "Nothing" in left_out.pushed_words

@@ -34,6 +34,7 @@ from vipo.schema import StructuringSection
 from vipo.user_file import is_user_file
 
 TILE, SMALL = 320, 112  # pixels of a picture's longer side: looked at, and to choose by
+WHITE = 0.6  # of a picture under colours, so that they show on a dark one
 _STEP = re.compile(r"step-(\d+)")
 
 UNKEPT: Mapping[str, str] = {
@@ -111,6 +112,13 @@ class OpenedRun:
         """The recipe's; it says how a map that was not kept is made again."""
         section = self.record.recipe.get("structuring") or {}
         return parse_section(StructuringSection, section, source=f"recipe of {self.record.folder}")
+
+    def number(self, moment: Moment, key: str) -> float:
+        """What the iteration logged under a key; NaN if nothing."""
+        return next(
+            (step.metrics.get(key, math.nan) for step in self.record.steps if step.iteration == moment.iteration),
+            math.nan,
+        )
 
     def events(self, moment: Moment) -> list[str]:
         """What was told of an iteration, such as an update that was left out."""
@@ -193,6 +201,8 @@ def detail(run: OpenedRun, samples: Samples, place: int, frame: int = 0) -> Deta
     told = samples.recording
     scores = tuple((name, float(values[place])) for name, values in samples.scores.items())
     pushed, words = _pushed(samples, place, frame, still)
+    if pushed is not None and run.number(samples.moment, "weight_change") == 0:
+        words = f"Not applied, no weight moved in this iteration. It asked for {words}"
     return Detail(
         prompt=samples.prompts[place],
         picture=still,
@@ -205,6 +215,18 @@ def detail(run: OpenedRun, samples: Samples, place: int, frame: int = 0) -> Deta
         pushed_words=words,
         maps=tuple(_maps(run, samples, place, frame, still)),
     )
+
+
+def facts(run: OpenedRun, moment: Moment, shown: Detail) -> list[tuple[str, str]]:
+    """A sample's numbers, and how far its iteration moved the weights."""
+    advantage = "none" if shown.advantage is None else f"{shown.advantage:+.3f}"
+    scores = [(name, f"{score:.4f}" if math.isfinite(score) else "no score") for name, score in shown.scores]
+    moved = run.number(moment, "weight_change") if moment.trained else math.nan
+    return [
+        ("advantage", advantage),
+        *scores,
+        *([("weights moved by", f"{moved:.2%}")] if math.isfinite(moved) else []),
+    ]
 
 
 def _before(run: OpenedRun, samples: Samples, place: int, frame: int) -> Image.Image | None:
@@ -236,13 +258,16 @@ def caption(run: OpenedRun, samples: Samples, place: int) -> str:
 
 
 def _rank(run: OpenedRun, samples: Samples, place: int) -> str:
-    """Its place in the group by what was trained on."""
-    group = samples.of(place // samples.group_size)
-    totals = {at: run.total(samples.scores, at) for at in group}
+    """Its place in the group by advantage, or by the score that is trained on."""
+    group, told = samples.of(place // samples.group_size), samples.recording
+    if told is None:
+        by, totals = "score", {at: run.total(samples.scores, at) for at in group}
+    else:
+        by, totals = "advantage", {at: float(told.advantage[at]) for at in group}
+    here = f"sample {group.index(place) + 1} of {len(group)} in its group"
     if not math.isfinite(totals[place]):
-        return f"no score; sample {group.index(place) + 1} of {len(group)} in its group"
-    better = sum(value > totals[place] for value in totals.values())
-    return f"sample {group.index(place) + 1} of {len(group)} in its group, number {better + 1} by score"
+        return f"{here}, without a score"
+    return f"{here}, number {sum(value > totals[place] for value in totals.values()) + 1} by {by}"
 
 
 def _pushed(samples: Samples, place: int, frame: int, still: Image.Image) -> tuple[Image.Image | None, str]:
@@ -256,16 +281,17 @@ def _pushed(samples: Samples, place: int, frame: int, still: Image.Image) -> tup
     most = float(told.weight[list(samples.of(place // samples.group_size))].abs().max())
     if weight.ndim == 0:
         way = "more" if weight > 0 else "less"
-        words = f"The whole picture was made {way} likely, with one weight: {weight:+.2f}."
+        words = f"one weight for the whole picture, which was made {way} likely: {weight:+.2f}"
         return _tinted(still, np.full((1, 1), float(weight)), most), words
-    words = f"weights {weight.min():+.2f} to {weight.max():+.2f}: blue was made more likely, orange less"
+    low, high = (round(float(end), 2) + 0.0 for end in (weight.min(), weight.max()))  # no -0.00
+    words = f"weights {low:+.2f} to {high:+.2f}: blue was made more likely, orange less"
     return _tinted(still, weight[frame].numpy(), most), f"{words}; full colour is the group's largest, {most:.2f}"
 
 
 def _tinted(still: Image.Image, plane: Float[np.ndarray, "H W"], most: float) -> Image.Image:
     """A grey picture under colours that are full at ``most``."""
     colours = Image.fromarray(signed_heat(plane / (most or 1.0))).resize(still.size, Image.Resampling.NEAREST)
-    grey = Image.blend(still.convert("L").convert("RGB"), Image.new("RGB", still.size, "white"), 0.35)
+    grey = Image.blend(still.convert("L").convert("RGB"), Image.new("RGB", still.size, "white"), WHITE)
     return Image.fromarray((np.asarray(grey, np.float32) * np.asarray(colours, np.float32) / 255).astype(np.uint8))
 
 

@@ -16,7 +16,7 @@ from vipo.errors import UserError
 from vipo.explorer import look, opened
 from vipo.explorer.look import Looked
 from vipo.explorer.opened import Moment, OpenedRun, Samples
-from vipo.explorer.settings import CHOICES, backbones, changed, chosen_of, meaning, recipe_lines, settings_of
+from vipo.explorer.settings import CHOICES, backbones, changed, chosen_of, meaning, option, recipe_lines, settings_of
 from vipo.explorer.start import Opening
 from vipo.media.reading import VIDEOS
 from vipo.report.embed import data_uri
@@ -75,7 +75,7 @@ async def _worked_out(task: Callable[..., Any], *given: Any) -> Any:
     """Off the page's own thread; what the user can mend comes back as its sentence."""
     try:
         return await run.io_bound(task, *given)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:  # of a map that cannot be made, such as of features not finite
         return str(error)
 
 
@@ -112,8 +112,8 @@ class PictureView:
             self._select("scope")
             self._select("normalization")
         with ui.expansion("Backbone's own options, clips").props("dense"):
-            self._option("resolution", "input side, in pixels", int)
-            self._option("pretrained", "weights: hub id or folder", str)
+            self._option("resolution", "input side, in pixels")
+            self._option("pretrained", "weights: hub id or folder")
             self._number("temporal_stride", "pixel frames per latent frame", 1, 16, 1)
 
     def _select(self, key: str, options: dict[str, str] | None = None) -> None:
@@ -125,9 +125,9 @@ class PictureView:
         made = ui.number(label, value=value, min=least, max=most, step=step, on_change=self._set(key))
         made.props(f"dense outlined debounce={int(1000 * SETTLED_SECONDS)} data-part={key}")
 
-    def _option(self, key: str, label: str, kind: type) -> None:
+    def _option(self, key: str, label: str) -> None:
         given = str(self.chosen["backbone_options"].get(key, ""))
-        made = ui.input(label, value=given, on_change=lambda event: self._set_option(key, event.value, kind))
+        made = ui.input(label, value=given, on_change=lambda event: self._set_option(key, event.value))
         made.props(f"dense outlined debounce=600 data-part={key}")
 
     def _set(self, key: str) -> Callable[[Any], Awaitable[None]]:
@@ -144,11 +144,9 @@ class PictureView:
 
         return set_it
 
-    async def _set_option(self, key: str, given: str, kind: type) -> None:
+    async def _set_option(self, key: str, given: str) -> None:
         kept = {name: value for name, value in self.chosen["backbone_options"].items() if name != key}
-        number = kind is int and given.strip().isdecimal()
-        value = {key: int(given) if number else given.strip()} if given.strip() else {}
-        self.chosen = {**self.chosen, "backbone_options": {**kept, **value}}
+        self.chosen = {**self.chosen, "backbone_options": {**kept, **option(key, given)}}
         await self._again()
 
     async def _dropped(self, event: events.UploadEventArguments) -> None:
@@ -195,7 +193,7 @@ class PictureView:
     def results(self) -> None:
         """What the settings come to."""
         if self.problem:
-            _notice(self.problem)
+            _notice(self.problem + ("" if self.now is None else ". What is below is of the last settings that worked."))
         if self.now is None:
             if not self.problem:
                 ui.label(
@@ -243,7 +241,7 @@ class PictureView:
         ui.label("Principal components").classes("heading")
         with ui.element("section").classes("tiles"):
             if now.settings.structuring.components > 1:
-                _figure(look.component_picture(now, at, None), "together", below="the first three as red, green, blue")
+                _figure(look.component_picture(now, at, None), "as colours", below="z1 to z3 as red, green, blue")
             for number, share in enumerate(look.shares(now, at)):
                 with ui.element("div"):
                     _figure(
@@ -272,7 +270,7 @@ class PictureView:
             return
         agree = "" if found.agreement != found.agreement else f", correlation {found.agreement:.3f}"
         ui.label(f"moved {found.moved:.1%} of its mean weight{agree}").classes("soft").props("data-part=moved")
-        with ui.element("div").classes("tiles"):
+        with ui.element("div").classes("trio"):
             at = min(self.latent, len(self.now.maps) - 1)
             _figure(look.map_picture(self.before, at), "before")
             _figure(look.map_picture(self.now, at), "now")
@@ -436,19 +434,19 @@ class RunView:
             self._facts(detail)
 
     def _facts(self, detail: opened.Detail) -> None:
+        assert self.opened is not None
         with ui.element("dl").props("data-part=facts"):
-            advantage = "none" if detail.advantage is None else f"{detail.advantage:+.3f}"
-            for name, value in (("advantage", advantage), *((name, f"{score:.4f}") for name, score in detail.scores)):
+            for name, value in opened.facts(self.opened, self.moment, detail):
                 with ui.element("dt"):
                     ui.label(name)
                 with ui.element("dd"):
-                    ui.label("no score" if value == "nan" else value)
+                    ui.label(value)
             if detail.pushed is None:
                 with ui.element("dt"):
                     ui.label("what the update pushed where")
                 with ui.element("dd").classes("words"):
                     ui.label(detail.pushed_words)
-            for told in self.opened.events(self.moment) if self.opened else ():
+            for told in self.opened.events(self.moment):
                 with ui.element("dd").classes("words"):
                     ui.label(told)
 

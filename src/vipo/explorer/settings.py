@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 
 from vipo.backbones import BACKBONES
+from vipo.errors import UserError
 from vipo.options import Aggregation, MapOptions, Normalization, Orientation, Scope
 from vipo.recipe import parse_section
 from vipo.schema import StructuringSection, keys_of
@@ -42,7 +43,15 @@ def settings_of(chosen: Chosen, temporal_stride: int = 1) -> Settings:
     Raises:
         UserError: one of them is not taken.
     """
+    if temporal_stride < 1:
+        raise UserError(f"maps: temporal_stride={temporal_stride} must be 1 or more")
     return Settings(parse_section(StructuringSection, dict(chosen), source="maps"), temporal_stride)
+
+
+def option(key: str, typed: str) -> dict[str, int | str]:
+    """One of a backbone's own options as it is typed, digits as a number; nothing where nothing is."""
+    typed = typed.strip()
+    return {} if not typed else {key: int(typed) if typed.isdecimal() else typed}
 
 
 def backbones(own: str) -> dict[str, str]:
