@@ -60,14 +60,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class Samples:
-    """What there is of a moment; ``credit`` is None of an evaluation."""
+    """What there is of a moment.
+
+    Args:
+        tiles: of an evaluation, as ``load_sheet`` gives them: clips as strips, which as numbers would take four times
+            the memory. recording: what was kept of an iteration; None of an evaluation.
+    """
 
     moment: Moment
     group_size: int
     prompts: tuple[str, ...]
-    media: Float[Tensor, "N 3 F Y X"]
     scores: Mapping[str, Float[Tensor, " N"]]
-    recording: Recording | None
+    frames: int
+    tiles: tuple[Image.Image, ...] = ()
+    recording: Recording | None = None
 
     @property
     def groups(self) -> list[str]:
@@ -77,6 +83,12 @@ class Samples:
     def of(self, group: int) -> range:
         """The places of a group's samples."""
         return range(group * self.group_size, min((group + 1) * self.group_size, len(self.prompts)))
+
+    def clip(self, place: int) -> Float[Tensor, "3 F Y X"]:
+        """The frames of one of them in [0, 1]."""
+        if self.recording is not None:
+            return self.recording.media[place]
+        return as_media(self.tiles[place], self.frames)
 
 
 @dataclass(frozen=True)
@@ -95,17 +107,23 @@ class OpenedRun:
 
     def _trained(self, moment: Moment) -> Samples:
         told = load_recording(self.record.folder / ROLLOUTS / f"step-{moment.iteration:06d}.png")
-        return Samples(moment, told.group_size, told.prompts, told.media, told.scores, told)
+        return Samples(moment, told.group_size, told.prompts, told.scores, told.media.shape[2], recording=told)
 
     def _evaluated(self, moment: Moment) -> Samples:
         """Of clips every frame is there; the scores are those on record."""
         tiles, info = load_sheet(self.record.sheets[moment.iteration])
         listed = {name: [math.nan if v is None else v for v in values] for name, values in info["scores"].items()}
         scores = {name: torch.tensor(values) for name, values in listed.items()}
-        media = torch.stack([as_media(tile, int(info["frames"])) for tile in tiles])
         found = [one for one in self.record.evaluations if one.iteration == moment.iteration]
         prompts = tuple(map(str, info["prompts"]))
-        return Samples(moment, found[0].samples_per_prompt if found else 1, prompts, media, scores, None)
+        each = found[0].samples_per_prompt if found else 1
+        return Samples(moment, each, prompts, scores, int(info["frames"]), tuple(tiles))
+
+    @cached_property
+    def untrained(self) -> Samples | None:
+        """Those of the evaluation before training, if there are any."""
+        first = Moment(0, False)
+        return self.samples(first) if first in self.moments else None
 
     @cached_property
     def structuring(self) -> StructuringSection:
@@ -142,7 +160,9 @@ def open_run(folder: Path) -> OpenedRun:
             f"{str(folder)!r} holds no pictures yet: {ROLLOUTS}/ and samples/ are empty; wait for its first evaluation"
         )
     notes = () if any(kept) else (f"There is no {ROLLOUTS}/ in this run: of its training nothing was kept but logs.",)
-    return OpenedRun(record, tuple(moments), notes)
+    opened = OpenedRun(record, tuple(moments), notes)
+    _ = opened.structuring  # one that cannot be read is told at once
+    return opened
 
 
 def summary(run: OpenedRun) -> str:
@@ -197,8 +217,8 @@ class Detail:
 
 def detail(run: OpenedRun, samples: Samples, place: int, frame: int = 0) -> Detail:
     """A sample with every map beside each other."""
-    still = fitted(samples.media[place, :, frame], TILE)
-    told = samples.recording
+    clip, told = samples.clip(place), samples.recording
+    still = fitted(clip[:, frame], TILE)
     scores = tuple((name, float(values[place])) for name, values in samples.scores.items())
     pushed, words = _pushed(samples, place, frame, still)
     if pushed is not None and run.number(samples.moment, "weight_change") == 0:
@@ -207,7 +227,7 @@ def detail(run: OpenedRun, samples: Samples, place: int, frame: int = 0) -> Deta
         prompt=samples.prompts[place],
         picture=still,
         before=_before(run, samples, place, frame),
-        frames=samples.media.shape[2],
+        frames=samples.frames,
         advantage=None if told is None else float(told.advantage[place]),
         rank=_rank(run, samples, place),
         scores=scores,
@@ -230,23 +250,22 @@ def facts(run: OpenedRun, moment: Moment, shown: Detail) -> list[tuple[str, str]
 
 
 def _before(run: OpenedRun, samples: Samples, place: int, frame: int) -> Image.Image | None:
-    """Of an evaluation: the first one's, where that asked for the same."""
-    first = Moment(0, False)
-    if samples.moment.trained or samples.moment == first or first not in run.moments:
+    """Of a later evaluation: what the untrained model made, where it was asked for the same."""
+    if samples.moment.trained or samples.moment.iteration == 0:
         return None
-    then = run.samples(first)
-    same = then.prompts == samples.prompts and then.media.shape == samples.media.shape
-    return fitted(then.media[place, :, frame], TILE) if same else None
+    then = run.untrained
+    same = then is not None and (then.prompts, then.frames) == (samples.prompts, samples.frames)
+    return fitted(then.clip(place)[:, frame], TILE) if then is not None and same else None
 
 
 def thumbnail(samples: Samples, place: int) -> Image.Image:
     """The middle frame, to choose by."""
-    return fitted(samples.media[place, :, samples.media.shape[2] // 2], SMALL)
+    return fitted(samples.clip(place)[:, samples.frames // 2], SMALL)
 
 
 def credit_thumbnail(samples: Samples, place: int) -> Image.Image | None:
     """The same under its credit."""
-    return _pushed(samples, place, samples.media.shape[2] // 2, thumbnail(samples, place))[0]
+    return _pushed(samples, place, samples.frames // 2, thumbnail(samples, place))[0]
 
 
 def caption(run: OpenedRun, samples: Samples, place: int) -> str:
@@ -351,7 +370,7 @@ def _missing(run: OpenedRun, samples: Samples, name: str, place: int, frame: int
         maps = made_again(run, samples, place)
     except UserError as error:
         return Shown(name, f"Not kept, and it cannot be made again: {error}.", None, None)
-    side = max(samples.media.shape[-2:])
+    side = max(samples.clip(place).shape[-2:])
     how = f"; made again from the kept picture ({side} px), by the recipe's structuring"
     return _shown(run, name, maps, frame, still, None if samples.recording is None else "", how)
 
@@ -367,7 +386,7 @@ def made_again(run: OpenedRun, samples: Samples, place: int) -> Float[Tensor, "F
         raise UserError(f"its backbone {section.backbone} is a file of code, and looking at a run does not run any")
     width = section.source_options.perceptual.smoothing_sigma
     how = replace(section, smoothing_sigma=section.smoothing_sigma if width is None else width)
-    clip, told = samples.media[place], samples.recording
+    clip, told = samples.clip(place), samples.recording
     kept = next(iter(told.maps.values()), None) if told is not None else None
     grid = map_grid(clip, 1) if kept is None else (clip.shape[1], kept.shape[2], kept.shape[3])
     return kept_source(Settings(how))(clip[None], grid)[0]

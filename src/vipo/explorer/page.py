@@ -52,9 +52,14 @@ def application(opening: Opening) -> FastAPI:
     return app
 
 
+def _image(address: str, words: str) -> None:
+    image = ui.element("img")
+    image.props["src"], image.props["alt"] = address, words
+
+
 def _figure(picture: Image.Image, caption: str, *, below: str = "") -> None:
     with _part(ui.element("figure"), caption):
-        ui.element("img").props["src"] = data_uri(picture, max(picture.size), lossless=look.TILE)
+        _image(data_uri(picture, max(picture.size), lossless=look.TILE), caption)
         with ui.element("figcaption"):
             ui.label(caption)
             if below:
@@ -381,7 +386,7 @@ class RunView:
         with button.props(f'aria-pressed={str(here).lower()} aria-label="sample {number}" data-part=sample-{number}'):
             for small in (opened.thumbnail(samples, place), opened.credit_thumbnail(samples, place)):
                 if small is not None:
-                    ui.element("img").props["src"] = data_uri(small)
+                    _image(data_uri(small), "")  # the button has its name
             ui.label(opened.caption(run_of, samples, place))
 
     async def _moment_chosen(self, event: events.ValueChangeEventArguments) -> None:
@@ -454,9 +459,9 @@ class RunView:
         with _part(ui.element("article").classes("taken" if one.taken else ""), f"source-{one.source}"):
             ui.label(one.source).classes("name")
             with ui.element("div").classes("both"):
-                for picture in (one.picture, one.lit):
+                for picture, what in ((one.picture, "map"), (one.lit, "what it lights")):
                     assert picture is not None
-                    ui.element("img").props["src"] = data_uri(picture, opened.TILE, lossless=opened.TILE)
+                    _image(data_uri(picture, opened.TILE, lossless=opened.TILE), f"{one.source}: {what}")
             ui.label(f"weights {one.weights}").classes("soft")
             ui.label(one.meaning).classes("soft")
 
