@@ -137,6 +137,7 @@ def test_a_run_keeps_its_first_groups_with_their_maps_and_what_the_update_weighe
     assert told.taken == PRODUCT and torch.allclose(told.maps[PRODUCT], product, rtol=0.03, atol=0.01)
     shared = told.maps["disagreement"].unflatten(0, (2, 4))
     assert torch.equal(shared[:, :1].expand_as(shared), shared)
+    assert (told.maps["consensus"].flatten(1).std(1) > 0).any()  # ones where nobody's advantage were known
     trained = told.weight.flatten(1).abs().sum(1) > 0
     assert trained.unflatten(0, (2, 4)).sum(1).tolist() == [2, 2]  # the best and the worst of four
     weight = (told.advantage[:, None, None, None] * told.maps[PRODUCT]).clamp(-5, 5)
