@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -323,8 +322,6 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
         assert listening.getsockname()[0] == "127.0.0.1"
         with pytest.raises(UserError, match=r"cannot be had: .*--port, 0 for any"):
             taken(listening.getsockname()[1])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
 
 
 def test_the_command_opens_a_file_and_a_run_and_names_its_extra(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -242,8 +241,3 @@ def save(looked: Looked, folder: Path) -> list[Path]:
     save_png(picture_file, sheet(looked))
     write_text(lines_file, recipe_lines(looked.settings.structuring))
     return [picture_file, lines_file]
-
-
-def component_names(looked: Looked, latent: int) -> Sequence[str]:
-    """Each component with its share of the variance."""
-    return [f"z{j} · {share:.1%} of the variance" for j, share in enumerate(shares(looked, latent), 1)]
