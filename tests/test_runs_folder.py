@@ -299,7 +299,7 @@ runpy.run_module("vipo", run_name="__main__", alter_sys=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("limit", "what"), [pytest.param(100, "recipe.yaml", marks=pytest.mark.long), (6000, "checkpoints/step-000001")]
+    ("limit", "what"), [pytest.param(100, "recipe.yaml", marks=pytest.mark.long), (12000, "checkpoints/step-000001")]
 )
 def test_a_full_disk_is_one_sentence_and_what_is_there_goes_on(
     tmp_path: Path, raw: dict[str, Any], limit: int, what: str

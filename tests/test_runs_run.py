@@ -404,7 +404,8 @@ def test_a_resumed_video_run_ends_like_an_undisturbed_one_and_rewinds_its_files(
 ) -> None:
     video["training"]["iterations"] = 1
     tiny.run_all(video, tmp_path / "run")
-    for stale in ("samples/step-000002.gif", "samples/step-000002.png", "maps/step-000001.png"):
+    kept = ("rollouts/step-000001.png", "rollouts/step-000001.safetensors")
+    for stale in ("samples/step-000002.gif", "samples/step-000002.png", "maps/step-000001.png", *kept):
         (tmp_path / "run" / stale).write_bytes(b"of a part that was lost")
     (tmp_path / "run" / "samples" / "step-000002").mkdir()
     longer = video | {
@@ -414,11 +415,12 @@ def test_a_resumed_video_run_ends_like_an_undisturbed_one_and_rewinds_its_files(
     run = Run(parse_recipe(longer), tmp_path / "run", resume=True)
     assert {path.stem for path in (tmp_path / "run" / "samples").iterdir()} == {"step-000000", "step-000001"}
     assert [path.name for path in (tmp_path / "run" / "maps").iterdir()] == ["step-000000.png"]
+    assert {path.stem for path in (tmp_path / "run" / "rollouts").iterdir()} == {"step-000000"}
     for _ in run:
         pass
     tiny.run_all(longer, tmp_path / "calm")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "calm")
-    for name in ("samples/step-000002.png", "samples/step-000002.gif", "maps/step-000001.png"):
+    for name in ("samples/step-000002.png", "samples/step-000002.gif", "maps/step-000001.png", *kept):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
 
 
@@ -528,6 +530,6 @@ def test_files_of_a_run_are_as_the_umask_says(tmp_path: Path, raw: dict[str, Any
     finally:
         os.umask(before)
     found = list((tmp_path / "run").rglob("*"))
-    assert sum(path.suffix == ".safetensors" for path in found) == 4
+    assert sum(path.suffix == ".safetensors" for path in found) == 5
     wrong = [path for path in found if path.stat().st_mode & 0o777 != (0o755 if path.is_dir() else 0o644)]
     assert not wrong

@@ -168,6 +168,7 @@ class TrainStep:
     scores: Scores
     advantage: Float[Tensor, " N"]  # over all rewards, 0 for a sample without a score
     maps: Float[Tensor, "N T H W"] | None  # None for credits that use no map
+    weight: Float[Tensor, "N *position"]  # of its ratio, before a solver step's factor; 0 of a sample not trained on
     failure: str | None = None  # why the run must end here, in words: nothing was learned
 
 

@@ -8,10 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from vipo.cli.consoles import console
+from vipo.errors import UserError
 
 
 def maps(
-    files: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP, GIF, TIFF; mp4 with vipo[video].")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="PNG, JPEG, WebP, GIF, TIFF; mp4 with vipo[video]. With --ui also a run's folder."),
+    ] = None,
     backbone: Annotated[str, typer.Option(help="See `vipo list backbones`.")] = "efficientnet_lite",
     output: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("maps"),
     components: Annotated[int, typer.Option(min=1)] = 3,
@@ -22,6 +26,10 @@ def maps(
     resolution: Annotated[int | None, typer.Option(help="Input side for the backbone, in pixels.")] = None,
     temporal_stride: Annotated[int, typer.Option(min=1, help="Pixel frames per latent frame, for clips.")] = 1,
     scope: Annotated[str, typer.Option(help="frame or clip: one basis per frame, or for all frames.")] = "frame",
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Explore in the browser, pictures and runs (needs vipo[ui]).")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --ui; 0 takes a free one.")] = 0,
 ) -> None:
     """Show what the allocation map sees in pictures or clips of yours.
 
@@ -29,9 +37,9 @@ def maps(
     most 67108864 pixels (8192 x 8192, over all frames) of a file are read.
 
     Example: `vipo maps photo.jpg clip.gif --output maps`
-    """
-    from vipo.cli.show_maps import show_maps
 
+    Example: `vipo maps --ui photo.jpg runs/quickstart`
+    """
     how: dict[str, Any] = {
         "components": components,
         "aggregation": aggregation,
@@ -39,16 +47,28 @@ def maps(
         "smoothing_sigma": smoothing_sigma,
         "scope": scope,
     }
-    seen_by = {"pretrained": pretrained, "resolution": resolution}
+    seen_by = _given({"pretrained": pretrained, "resolution": resolution})
+    if ui:
+        chosen = {"backbone": backbone, "backbone_options": seen_by, **_given(how)}
+        _explore(files or [], chosen, temporal_stride, output, port)
+        return
+    if not files:
+        raise UserError("vipo maps needs pictures or clips: name some, or add --ui to choose them in the browser")
+    from vipo.cli.show_maps import show_maps
+
     for path in show_maps(
-        files,
-        output,
-        backbone=backbone,
-        backbone_options=_given(seen_by),
-        temporal_stride=temporal_stride,
-        **_given(how),
+        files, output, backbone=backbone, backbone_options=seen_by, temporal_stride=temporal_stride, **_given(how)
     ):
         console.print(str(path), soft_wrap=True)
+
+
+def _explore(named: list[Path], chosen: dict[str, Any], temporal_stride: int, output: Path, port: int) -> None:
+    from vipo.explorer.serve import serve
+    from vipo.explorer.settings import settings_of
+    from vipo.explorer.start import opening_of
+
+    opening = opening_of(named, settings_of(chosen, temporal_stride), output)
+    serve(opening, port, lambda at: console.print(f"{at} Ctrl-C ends it", highlight=False, soft_wrap=True))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,17 +12,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vipo.backbones.perceptual import perceptual
 from vipo.errors import UserError
+from vipo.explorer.look import check_media, map_grid, source_of
 from vipo.media.map_sheets import clip_map_sheet, map_sheet
 from vipo.media.pictures import save_png
 from vipo.media.reading import read_media
 from vipo.recipe import parse_section
 from vipo.schema import StructuringSection
 from vipo.structuring import PerceptualStructuring, oriented_components
-
-MAP_SIDE = 64  # map cells along the longer side: fine enough to look at
-SHORTEST = 8  # pixels of a side; fewer have no structure to speak of
 
 
 def show_maps(
@@ -48,12 +45,10 @@ def show_maps(
     """
     targets = sheet_paths(files, output)
     for path in files:
-        _check(path, read_media(path), temporal_stride)
+        check_media(str(path), read_media(path), temporal_stride)
     options = {"backbone": backbone, "backbone_options": backbone_options, **structuring}
     section = parse_section(StructuringSection, options, source="maps")
-    source = perceptual(
-        section.backbone, section.backbone_options, section, temporal_stride=temporal_stride, device="cpu"
-    )
+    source = source_of(section, temporal_stride)
     for path, target in zip(files, targets, strict=True):
         save_png(target, _sheet(path.name, read_media(path)[None], source))
     return targets
@@ -91,30 +86,9 @@ def _names(name: str) -> Iterator[str]:
     yield from (f"{name}-{number}" for number in count(2))
 
 
-def _check(path: Path, clip: Float[Tensor, "3 F Y X"], stride: int) -> None:
-    frames, height, width = clip.shape[1:]
-    if min(height, width) < SHORTEST:
-        raise UserError(
-            f"{str(path)!r} is {width} x {height} pixels, but a map needs at least {SHORTEST} a side; give a larger one"
-        )
-    _check_stride(path, frames, stride)
-
-
-def _check_stride(path: Path, frames: int, stride: int) -> None:
-    if (frames - 1) % stride:
-        fits = (frames - 1) // stride * stride + 1
-        raise UserError(
-            f"{str(path)!r} has {frames} frames, but with a temporal stride of {stride} a clip has one more than a"
-            f" multiple of {stride}; cut it to {fits} frames, or use a temporal stride of 1"
-        )
-
-
 def _sheet(name: str, clip: Float[Tensor, "1 3 F Y X"], source: PerceptualStructuring) -> Image.Image:
-    frames, height, width = clip.shape[2:]
-    scale = MAP_SIDE / max(height, width)
     stride = source.temporal_stride
-    grid = ((frames - 1) // stride + 1, max(1, round(height * scale)), max(1, round(width * scale)))
-    maps = source(clip, grid)
-    if frames > 1:
+    maps = source(clip, map_grid(clip[0], stride))
+    if clip.shape[2] > 1:
         return clip_map_sheet(clip, maps, [name], temporal_stride=stride)
     return map_sheet(clip[:, :, 0], oriented_components(source, clip[:, :, 0]), maps[:, 0], [name])

@@ -99,14 +99,14 @@ def _plane(values: Tensor) -> Float[np.ndarray, "*shape"]:
     return values.detach().float().cpu().numpy()
 
 
-def _coloured(plane: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+def coloured(plane: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
     """By a scale of its own; a map that blames positions as well is shown as credit is."""
     if np.nanmin(plane, initial=0.0) < 0:
-        return signed_heat(plane / _largest(abs(plane)))
-    return heat(plane / _largest(plane))
+        return signed_heat(plane / largest(abs(plane)))
+    return heat(plane / largest(plane))
 
 
-def _largest(plane: Float[np.ndarray, "*shape"]) -> float:
+def largest(plane: Float[np.ndarray, "*shape"]) -> float:
     """The largest finite weight; 1 if there is none above 0."""
     return float(plane[np.isfinite(plane)].max(initial=0.0)) or 1.0
 
@@ -138,14 +138,15 @@ def _row(
     tile: int,
 ) -> list[Image.Image]:
     """``share`` is the sample's advantage as a share of the largest on the sheet."""
-    image = _fitted(picture, tile)
-    cells = [] if components is None else [_components(components)]
-    cells += [Image.fromarray(_coloured(values)) for values in (*factors, plane)]
-    cells += [] if share is None else [Image.fromarray(signed_heat(share * plane / _largest(abs(plane))))]
+    image = fitted(picture, tile)
+    cells = [] if components is None else [as_colours(components)]
+    cells += [Image.fromarray(coloured(values)) for values in (*factors, plane)]
+    cells += [] if share is None else [Image.fromarray(signed_heat(share * plane / largest(abs(plane))))]
     return [image, *(cell.resize(image.size, Image.Resampling.NEAREST) for cell in cells), lit(image, abs(plane))]
 
 
-def _fitted(picture: Float[Tensor, "3 Y X"], tile: int) -> Image.Image:
+def fitted(picture: Float[Tensor, "3 Y X"], tile: int) -> Image.Image:
+    """A picture whose longest side is ``tile`` pixels."""
     image = Image.fromarray(paper.to_uint8(picture[None, :, None])[0, 0])
     factor = tile / max(image.size)
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
@@ -198,9 +199,9 @@ def _clip_rows(
     """Frames, maps and lit frames of the (latent frame, pixel frame) ``pairs``."""
     smallest, row = CLIP_TILES
     tile = max(smallest, min(TILE, row // len(pairs)))
-    images = [_fitted(clip[:, frame], tile) for _, frame in pairs]
-    most, coloured = _largest(abs(planes)), _coloured(planes)
-    maps = [Image.fromarray(coloured[latent]) for latent, _ in pairs]
+    images = [fitted(clip[:, frame], tile) for _, frame in pairs]
+    most, colours = largest(abs(planes)), coloured(planes)
+    maps = [Image.fromarray(colours[latent]) for latent, _ in pairs]
     return [
         images,
         [plane.resize(image.size, Image.Resampling.NEAREST) for plane, image in zip(maps, images, strict=True)],
@@ -208,7 +209,7 @@ def _clip_rows(
     ]
 
 
-def _components(components: Float[Tensor, "K h w"]) -> Image.Image:
+def as_colours(components: Float[Tensor, "K h w"]) -> Image.Image:
     """The first three components, each from its minimum to its maximum; a missing or flat one is black."""
     flat = components[:3].detach().float().nan_to_num(0.0).cpu().flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)

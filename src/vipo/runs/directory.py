@@ -1,8 +1,9 @@
 """The run directory: what a run leaves on disk, written so that a killed run leaves nothing broken.
 
 ``recipe.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (one object per iteration, reproducible bit for
-bit), ``timing.jsonl`` (wall seconds by phase), ``evaluations.jsonl``, ``samples/``, ``maps/``, ``checkpoints/``,
-``tensorboard/``, ``tracking.json`` (the run's id with other trackers), ``export/``, ``report.html``.
+bit), ``timing.jsonl`` (wall seconds by phase), ``evaluations.jsonl``, ``samples/``, ``maps/``, ``rollouts/`` (what
+``vipo.media.recordings`` keeps), ``checkpoints/``, ``tensorboard/``, ``tracking.json`` (the run's id with other
+trackers), ``export/``, ``report.html``.
 """
 
 from __future__ import annotations

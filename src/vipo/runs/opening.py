@@ -9,10 +9,12 @@ from pathlib import Path
 
 from vipo.environment import environment
 from vipo.files import complete_lines, remove, write_text, written_whole
+from vipo.media.recordings import ROLLOUTS
 from vipo.runs.directory import CHECKPOINTS, EVALUATIONS, LOGS, RECIPE
 from vipo.runs.resume import Start
 from vipo.training.saved import discard, name_of
 
+PICTURED = ("samples", "maps", ROLLOUTS)  # folders of files by iteration
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -38,7 +40,8 @@ def _stays(line: str, last: int) -> bool:
 
 def _left_behind(root: Path) -> list[Path]:
     """What a killed process had begun to write or to remove."""
-    return [path for folder in (".", CHECKPOINTS, "samples", "maps") for path in (root / folder).glob(".*.partial")]
+    folders = (".", CHECKPOINTS, *PICTURED)
+    return [path for folder in folders for path in (root / folder).glob(".*.partial")]
 
 
 def _rewind(root: Path, start: Start) -> None:
@@ -61,7 +64,7 @@ def _rewind(root: Path, start: Start) -> None:
         last = start.evaluations_end if name == EVALUATIONS else start.iteration
         kept = [line for line in complete_lines(root / name, errors="replace") if _stays(line, last)]
         write_text(root / name, "".join(f"{line}\n" for line in kept))
-    for path in [*root.glob("samples/step-*"), *root.glob("maps/step-*")]:
+    for path in [path for folder in PICTURED for path in root.glob(f"{folder}/step-*")]:
         last = start.evaluations_end if path.parent.name == "samples" else start.iteration
         number = _STEP.fullmatch(path.stem)
         if number and int(number[1]) >= last:

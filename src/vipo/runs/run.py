@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from vipo.assemble import Session, build, engine_of, keep_text, notices
@@ -14,6 +15,7 @@ from vipo.errors import RunFailed, UserError
 from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
+from vipo.media.recordings import ROLLOUTS, save_recording
 from vipo.rewards import go_by_rate
 from vipo.runs.agreement import check_agreed
 from vipo.runs.best import best_so_far, best_told, fallen, spared
@@ -25,6 +27,7 @@ from vipo.runs.lock import FolderLock
 from vipo.runs.opening import settle
 from vipo.runs.over_optimization import JudgeWatch
 from vipo.runs.resume import Start, beginning, resumption
+from vipo.runs.step_records import factors_of, recorded_step
 from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
 from vipo.runs.trackers import check_trackers
@@ -344,11 +347,18 @@ class Run:
     def _keep(self, step: TrainStep) -> None:
         assert self.tracking is not None
         self.directory.log_step(step)
-        sheet = None
-        if step.maps is not None and step.iteration % self.recipe.training.maps_every == 0:
-            sheet = step_sheet(step, step.maps, self.session)
-            save_png(self.directory.root / "maps" / f"step-{step.iteration:06d}.png", sheet)
-        self.tracking.step(step, sheet)
+        due = step.iteration % self.recipe.training.maps_every == 0
+        self.tracking.step(step, self._keep_maps(step) if due else None)
+
+    def _keep_maps(self, step: TrainStep) -> Image.Image | None:
+        """Write the sheet of its maps, if it has any, and what is kept for looking closer; the sheet."""
+        name, factors = f"step-{step.iteration:06d}.png", factors_of(step, self.session)
+        save_recording(self.directory.root / ROLLOUTS / name, recorded_step(step, self.session, factors))
+        if step.maps is None:
+            return None
+        sheet = step_sheet(step, step.maps, self.session, factors)
+        save_png(self.directory.root / "maps" / name, sheet)
+        return sheet
 
 
 def _with_notices(step: TrainStep, told: Sequence[str]) -> TrainStep:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -21,8 +21,17 @@ PICTURES, CLIPS = 6, 3  # at most so many rows
 CAPTION = 120  # characters of a clip's prompt
 
 
-def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session) -> Image.Image:
-    """Picture, components (if the map has any), map and credit; of clips, their latent frames side by side."""
+def step_sheet(
+    step: TrainStep,
+    maps: Float[Tensor, "N T H W"],
+    session: Session,
+    factors: Mapping[str, Float[Tensor, "N T H W"]],
+) -> Image.Image:
+    """Picture, components (if the map has any), map and credit; of clips, their latent frames side by side.
+
+    Args:
+        factors: the maps of a product, by the recipe's names.
+    """
     firsts = list(range(0, len(maps), step.rollout.group_size))
     texts = [step.rollout.prompts[i].text for i in firsts]
     rewards = [f"reward {float(step.scores.total[i]):.3f}" for i in firsts]
@@ -37,19 +46,9 @@ def step_sheet(step: TrainStep, maps: Float[Tensor, "N T H W"], session: Session
     rows, captions = firsts[:PICTURES], _captions(texts, rewards)[:PICTURES]
     pictures, structuring = step.rollout.media[rows, :, 0], _structuring(session.trainer.map_source)
     parts = None if structuring is None else oriented_components(structuring, pictures)
-    factors = {name: factor[rows, 0] for name, factor in _factors(step, session).items()}
+    shown = {name: factor[rows, 0] for name, factor in factors.items()}
     advantages = step.advantage[rows].tolist() if by_sample else None
-    return map_sheet(pictures, parts, maps[rows, 0], captions, factors=factors, advantages=advantages)
-
-
-def _factors(step: TrainStep, session: Session) -> dict[str, Float[Tensor, "N T H W"]]:
-    """The maps of a product, by the recipe's names; made once more, since training keeps only their product."""
-    source = session.trainer.map_source
-    if not isinstance(source, Product):
-        return {}
-    known = step.advantage.where(step.scores.total.isfinite(), torch.nan)
-    names = session.recipe.structuring.sources
-    return {name: part(step.rollout, known, step.scores) for name, part in zip(names, source.sources, strict=True)}
+    return map_sheet(pictures, parts, maps[rows, 0], captions, factors=shown, advantages=advantages)
 
 
 def _captions(texts: list[str], rewards: list[str]) -> list[str]:

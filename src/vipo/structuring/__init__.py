@@ -33,7 +33,7 @@ from vipo.structuring.maps import (
     smooth,
 )
 from vipo.structuring.orientation import ORIENTATIONS, oriented
-from vipo.structuring.perceptual import PerceptualStructuring, oriented_components
+from vipo.structuring.perceptual import PerceptualStructuring, Seen, oriented_components
 
 __all__ = [
     "ORIENTATIONS",
@@ -43,6 +43,7 @@ __all__ = [
     "Orientation",
     "PerceptualStructuring",
     "Scope",
+    "Seen",
     "align_frames",
     "allocation_map",
     "consensus_map",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,13 @@ from vipo.structuring.frames import align_frames
 from vipo.structuring.maps import normalise, resample, structure
 from vipo.structuring.orientation import oriented
 from vipo.types import Backbone, Grid, LatentGrid
+
+
+class Seen(NamedTuple):
+    """The oriented components z'_j of each frame, in [0, 1], and their shares lambda_j of its variance."""
+
+    components: Float[Tensor, "F K h w"]
+    explained: Float[Tensor, "F K"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,17 @@ class PerceptualStructuring(MapOptions):
         aligned = align_frames(maps, latent_frames, temporal_stride=self.temporal_stride, causal=self.causal)
         return aligned if self.scope == "frame" else normalise(aligned, self.normalization)
 
+    @torch.no_grad()
+    def seen(self, frames: Float[Tensor, "F 3 Y X"]) -> Seen:
+        """What the maps of these frames of one clip are made of, by its ``scope``: one basis for each, or for all."""
+        features = self._see_all(frames)
+        if self.scope == "frame":
+            found = principal_components(features, self.components)
+            return Seen(oriented(found, self.orientation), found.explained)
+        found = principal_components(features.transpose(0, 1)[None], self.components)
+        components = oriented(found, self.orientation)[0].transpose(0, 1)
+        return Seen(components, found.explained.expand(len(frames), -1))
+
     def _by_frame(self, media: Tensor, grid: Grid) -> Float[Tensor, "N F H W"]:
         frames = media.transpose(1, 2).flatten(0, 1)
         maps = [
@@ -62,13 +80,16 @@ class PerceptualStructuring(MapOptions):
     def _by_clip(self, media: Tensor, grid: Grid) -> Float[Tensor, "N F H W"]:
         clips = []
         for clip in media.transpose(1, 2):
-            features = torch.cat([self._see(part) for part in clip.split(self.batch_size)])
+            features = self._see_all(clip)
             clips.append(self._map(features.transpose(0, 1)[None], grid))
         return torch.cat(clips)
 
     def _map(self, features: Tensor, grid: Grid) -> Tensor:
         smoothed = structure(features, self.components, self.aggregation, self.smoothing_sigma, self.orientation)
         return resample(smoothed, grid)
+
+    def _see_all(self, clip: Float[Tensor, "F 3 Y X"]) -> Float[Tensor, "F D h w"]:
+        return torch.cat([self._see(part) for part in clip.split(self.batch_size)])
 
     def _see(self, frames: Float[Tensor, "b 3 Y X"]) -> Float[Tensor, "b D h w"]:
         """Features of frames; one colour everywhere gives constant features, whatever the padding made."""

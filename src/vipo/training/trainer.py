@@ -38,7 +38,7 @@ from vipo.training.health import Health, Record
 from vipo.training.learner import Learner
 from vipo.training.metrics import MOVED, SIZE, as_floats, change_of, evidence_metrics, map_metrics, reward_numbers
 from vipo.training.pictures import PICTURES, picture_numbers, picture_rows
-from vipo.types import Generator, KnowsPatches, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep
+from vipo.types import Generator, KnowsPatches, MapSource, Prompt, Rollout, Scorer, Scores, TrainStep, sent
 from vipo.workload import check_updates, parts, share_of
 
 
@@ -165,7 +165,8 @@ class Trainer:
             if self.health.watch.skips_samples:
                 self.health.watch.samples(as_floats(seen))
             before = self.policy.probe()
-            learned, events = self.learner.learn(rollout, credit, self._kept(advantage), iteration)
+            kept = self._kept(advantage)
+            learned, events = self.learner.learn(rollout, credit, kept, iteration)
             numbers = as_floats({**seen, **change_of(before, self.policy.probe())})
         self.iteration += 1
         passes, moved, size = self.engine.sums([float(rollout.model_passes), numbers.pop(MOVED), numbers.pop(SIZE)])
@@ -177,7 +178,8 @@ class Trainer:
         failure = self.health.failure(self.iteration, last=last)
         events += [failure] if failure and not self.health.in_streak else []
         told = tuple(map(redacted, events))  # they quote what servers and libraries said
-        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, advantage[self._here], maps, failure)
+        ours = advantage[self._here], maps, self._trained_on(credit.local, kept)
+        return TrainStep(iteration, metrics, clock.seconds, told, rollout, scores, *ours, failure)
 
     def _sample_and_score(self, iteration: int, clock: Stopwatch) -> tuple[Rollout, Scores]:
         """The iteration's samples and their scores; in parts, each scored while the next one is sampled."""
@@ -272,6 +274,12 @@ class Trainer:
         if self.keep_per_group is None:
             return torch.arange(len(advantage))
         return extremes(advantage, self.group_size, self.keep_per_group).cpu().nonzero().squeeze(1)
+
+    def _trained_on(self, weight: Float[Tensor, "N *position"], kept: Tensor) -> Float[Tensor, "N *position"]:
+        """The weights of this process's samples, 0 where one is not among ``kept``."""
+        here = torch.zeros(self.prompts.per_iteration * self.group_size, device=weight.device)
+        here[sent(kept, weight.device)] = 1.0
+        return weight * here[self._here].reshape(-1, *[1] * (weight.ndim - 1))
 
     def _of_positions(self, maps: Tensor | None, scores: Scores) -> dict[str, float]:
         return {**map_metrics(maps, signed=is_signed(self.credit)), **evidence_metrics(scores)}
