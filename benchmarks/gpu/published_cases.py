@@ -40,7 +40,9 @@ class Case:
 
     def load(self, credit: str, backbones: Path, changes: Sequence[str] = ()) -> Recipe:
         """The recipe with ``credit``; its backbone is in the folder ``backbones``."""
-        seen = f"structuring.backbone_options={{pretrained: '{backbones / BACKBONE}', resolution: null}}"
+        seen = (
+            f"structuring.backbone_options={{pretrained: '{backbones / BACKBONE}', resolution: null, dtype: bfloat16}}"
+        )
         own = [*COMMON, *self.changes, *([seen] if self.backbone else []), *changes]
         return load_recipe(self.recipe, [f"credit={credit}", *own])
 

@@ -45,6 +45,7 @@ class Arm:
     measures: more numbers per prompt, from the untrained and the present evaluation. seeds: if not the setting's.
     short: trained up to the first evaluation only, to be compared with the others there.
     iterations: if not the setting's. untrained: the arm that has the untrained model's scores.
+    shared: keys of all arms of its table.
     """
 
     changes: tuple[str, ...] = ()
@@ -56,10 +57,11 @@ class Arm:
     iterations: int | None = None
     trained: bool = True
     untrained: str = "untrained"
+    shared: tuple[str, ...] = ()
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        return COMMON + SCORED.get(self.recipe, ()) + self.changes
+        return COMMON + SCORED.get(self.recipe, ()) + self.shared + self.changes
 
 
 def structuring(short: bool = True, **changes: object) -> Arm:
@@ -105,10 +107,15 @@ CREDITS: dict[str, tuple[str, ...]] = {
 """Scalar GRPO, the paper's map, three of our own, the three families of dense rewards, and the quickstart's product."""
 
 
+SLOW = ("sample", "consensus", "perceptual", "quickstart")
+"""What is tried at half the rate, too."""
+
+
 def full_groups(credit: str, learning_rate: str, *changes: str, judges: str = WATCHED, seeds: int | None = None) -> Arm:
     """The quickstart's own 96 pictures an iteration in groups of 16, evaluated every eight of 48 iterations."""
-    shared = ("prompts.group_size=16", f"judges=[{judges}]", f"optimizer.learning_rate={learning_rate}")
-    return Arm((*shared, *CREDITS[credit], *changes), seeds=seeds, untrained="groups-untrained", **LEVELS)
+    shared = ("prompts.group_size=16", f"judges=[{judges}]")
+    own = (*CREDITS[credit], f"optimizer.learning_rate={learning_rate}", *changes)
+    return Arm(own, shared=shared, seeds=seeds, untrained="groups-untrained", **LEVELS)
 
 
 def control(reward: str) -> Arm:
@@ -171,7 +178,7 @@ ARMS: dict[str, Arm] = {
     "groups-untrained": replace(full_groups("sample", "1e-3", seeds=1), trained=False),
     **{f"groups-{credit}-1e-3": full_groups(credit, "1e-3", seeds=5) for credit in CREDITS},
     **{f"groups-{credit}-2e-3": full_groups(credit, "2e-3", seeds=5) for credit in CREDITS},
-    **{f"groups-{credit}-5e-4": full_groups(credit, "5e-4") for credit in CREDITS},
+    **{f"groups-{credit}-5e-4": full_groups(credit, "5e-4") for credit in SLOW},
     "groups-sample-clean": clean("sample", "1e-3"),
     "groups-consensus-clean": clean("consensus", "1e-3"),
     "groups-quickstart-clean": clean("quickstart", "1e-3"),
@@ -181,5 +188,5 @@ ARMS: dict[str, Arm] = {
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 25, 28, len(ARMS) - 34, len(ARMS) - 15, len(ARMS))
+BLOCKS = (13, 22, 25, 28, len(ARMS) - 29, len(ARMS) - 10, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""
