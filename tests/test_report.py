@@ -27,7 +27,7 @@ from vipo.report import figures, gallery, svg
 from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
 from vipo.report.embed import clip_uri
 from vipo.report.outcome import change_of, changes, headline, verdict_of
-from vipo.report.page import fixed, signed, write_report
+from vipo.report.page import write_report
 from vipo.report.run import read_run
 
 PROMPTS, PER_PROMPT, ITERATIONS = 18, 2, 6
@@ -350,7 +350,12 @@ def test_runs_on_different_prompts_are_not_compared(run: Path, finished: Path) -
 
 def test_numbers_read_well() -> None:
     assert [svg.number(v) for v in (0, 0.12345, -1234.5, 2e-7, 1.5e6)] == ["0", "0.123", "−1234", "2e−7", "1.5e6"]  # noqa: RUF001
-    assert (fixed(-0.001, 2), signed(0.001, 2), signed(0.5, 2), fixed(float("nan"))) == ("0.00", "0.00", "+0.50", "n/a")
+    assert (svg.fixed(-0.001, 2), svg.signed(0.001, 2), svg.signed(0.5, 2), svg.fixed(float("nan"))) == (
+        "0.00",
+        "0.00",
+        "+0.50",
+        "n/a",
+    )
     assert svg.ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert svg.tick_labels([0.0, 0.25, 0.5]) == ["0", "0.25", "0.50"]
 
