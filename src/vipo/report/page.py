@@ -59,7 +59,7 @@ def render(run: RunRecord) -> str:
         problem=problem,
         gain_panels=[] if problem else figures.gain_panels(run),
         reward_panels=figures.reward_panels(run),
-        gallery=None if problem else gallery.gallery(run, found),
+        gallery=None if problem else gallery.gallery(run),
         strip=gallery.strip(run),
         maps=(maps := gallery.map_figures(run)).shown,
         unreadable_maps=maps.unreadable,
@@ -148,7 +148,7 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _row(change: Change) -> dict[str, Any]:
     """A line of the before/after table; all numbers share the precision that the interval allows."""
     gain = change.gain
-    places = _places(gain)
+    places = decimals(gain)
     mean, low, high = (svg.signed(value, places) for value in (gain.mean, gain.low, gain.high))
     return {
         "name": change.name,
@@ -169,7 +169,7 @@ def _row(change: Change) -> dict[str, Any]:
     }
 
 
-def _places(gain: Estimate) -> int:
+def decimals(gain: Estimate) -> int:
     """Decimals so that half the interval shows two significant digits, between 2 and 6."""
     half = (gain.high - gain.low) / 2 or abs(gain.mean)
     return min(6, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 2
