@@ -16,10 +16,11 @@ import yaml
 
 from terminal import Vipo, assert_refused
 from test_report import PER_PROMPT, TEXTS, pixels, unpacked, write_run
+from vipo.evaluation.estimate import Estimate
 from vipo.media.sheets import load_sheet, save_sheet
-from vipo.report import arms, beside
+from vipo.report import arms, beside, together
 from vipo.report.compare import comparable
-from vipo.report.svg import Band, y_span
+from vipo.report.svg import Band, interval, y_span
 from vipo.report.together import render
 
 EACH = 6  # pictures an iteration trains on
@@ -207,7 +208,7 @@ def test_what_is_missing_is_told_by_the_command_and_on_the_page(eight: list[Path
     assert all(sentence in page for sentence in both)
     assert f"{eight[6]}: its pictures are not shown: the pictures of iteration 6 are not in samples/" in page
     assert "no point in the curves at iteration 6, where not every seed was evaluated" in page
-    assert "seed 1</small>" in page and "seed 0</small>" not in page  # the seed that all groups have pictures of
+    assert "seed 1, iteration" in page and "seed 0, iteration" not in page  # the seed that all groups have pictures of
 
 
 def test_nothing_but_evaluations_is_a_page_too(eight: list[Path]) -> None:
@@ -243,3 +244,13 @@ def test_a_report_is_of_one_run_and_a_page_is_no_folder(written: list[Path], vip
 def test_a_recipe_of_another_kind_is_a_sentence(keys: dict[str, Any], eight: list[Path], vipo: Vipo) -> None:
     change_recipe(eight[1], **keys)
     assert_refused(vipo("compare", *eight[:2]), "is damaged")
+
+
+def test_an_interval_that_would_make_all_others_dots_is_an_arrow() -> None:
+    def ends(*far: float) -> list[Estimate]:
+        return [Estimate(value, 0.1, value - 0.1, value + 0.1) for value in far]
+
+    assert together._widest(ends(0.1, -0.2, -9)) == pytest.approx(0.3) and together._widest([]) == 0
+    assert together._widest(ends(0.1, -9)) == pytest.approx(9.1)  # of two neither is the rule
+    drawn = interval(-9.1, -9, -8.9, label="far", widest=0.3)
+    assert 'class="off" d="M0.0 8l9.0' in drawn and "<circle" not in drawn

@@ -32,11 +32,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """What one group makes of the prompts; ``seed`` is of its run that made them."""
+    """What one group makes of the prompts; ``seed`` and ``iteration`` are of its run that made them."""
 
     words: str
     style: str
     seed: int | None
+    iteration: int
     tiles: tuple[Tile, ...]
 
 
@@ -111,8 +112,8 @@ def beside(found: Sequence[Arm], sheets: Sheets) -> tuple[list[str], list[Row]]:
     rows = [*_untrained(found, shown, places, sheets)]
     for arm in found:
         if run := shown.get(arm.group.label):
-            tiles = _tiles(run, run.evaluations[-1], places, sheets)
-            rows.append(Row(arm.words, arm.style, run.seed, tiles))
+            end = run.evaluations[-1]
+            rows.append(Row(arm.words, arm.style, run.seed, end.iteration, _tiles(run, end, places, sheets)))
     return [last.prompts[place] for place in places], rows
 
 
@@ -125,7 +126,7 @@ def _untrained(found: Sequence[Arm], shown: Mapping[str, RunRecord], places: ran
         return []
     if first.prompts != run.evaluations[-1].prompts or sheets.of(run, first) is None:
         return []
-    return [Row("untrained", "", None, _tiles(run, first, places, sheets))]
+    return [Row("untrained", "", None, 0, _tiles(run, first, places, sheets))]
 
 
 def _tiles(run: RunRecord, record: EvaluationRecord, places: Sequence[int], sheets: Sheets) -> tuple[Tile, ...]:

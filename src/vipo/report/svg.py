@@ -277,13 +277,16 @@ def _ring(frame: Frame, x: float, y: float) -> str:
     return f'<circle class="ring" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="7.5"/>'
 
 
-def interval(low: float, middle: float, high: float, *, label: str, widest: float = 0.0) -> Markup:
+def interval(low: float, middle: float, high: float, *, label: str, widest: float | None = None) -> Markup:
     """A forest-plot mark: the interval as a bar, the estimate as a dot, an axis with zero and a tick.
 
     Args:
-        widest: distance from zero that the axis has to hold, where several marks share their scale.
+        widest: distance from zero that the axis holds, where several marks share their scale; None takes this one's.
+            An estimate beyond it is an arrow at that end.
     """
-    width, height, reach = 148.0, 32.0, max(abs(low), abs(high), widest, 1e-12) * 1.15
+    own = max(abs(low), abs(high)) if widest is None else widest
+    width, height, reach = 148.0, 32.0, max(own, 1e-12) * 1.15
+    low, high = max(low, -reach), min(high, reach)
     mark = max(value for value in ticks(0.0, reach, about=2) if value <= reach)
     x = {value: width / 2 + value / reach * width / 2 for value in (-mark, 0.0, mark, low, middle, high)}
     parts = [
@@ -295,6 +298,9 @@ def interval(low: float, middle: float, high: float, *, label: str, widest: floa
         at = min(max(x[value], GLYPH * len(name) / 2), width - GLYPH * len(name) / 2)
         parts.append(f'<line class="axis" x1="{x[value]:.1f}" x2="{x[value]:.1f}" y1="17" y2="20"/>')
         parts.append(f'<text x="{at:.1f}" y="30" text-anchor="middle">{name}</text>')
+    if abs(middle) > reach:
+        end, inward = (0.0, 9.0) if middle < 0 else (width, -9.0)
+        return Markup("".join([*parts, f'<path class="off" d="M{end} 8l{inward} -6v12Z"/></svg>']))
     parts += [
         f'<line class="bar" x1="{x[low]:.1f}" x2="{x[high]:.1f}" y1="8" y2="8"/>',
         f'<circle cx="{x[middle]:.1f}" cy="8" r="4"/></svg>',

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
 from vipo.options import CREDIT_MEANINGS
 from vipo.report import svg
@@ -25,6 +26,7 @@ ENDED: Mapping[Verdict, str] = {
     "within noise": "within noise of it",
     "too few prompts to tell": "where too few prompts tell",
 }
+FAR_INTERVALS = 4.0  # times what the others reach: such an interval is an arrow
 OF_ONE_RUN = ("Recipe", "Best evaluation")  # facts that say nothing of all runs
 
 
@@ -108,10 +110,18 @@ def _score(name: str, having: Sequence[Arm]) -> dict[str, Any]:
     own = [arm.group.scores[name] for arm in having]
     gains = [score.difference for score in own if score.difference]
     digits = max((min(4, decimals(gain)) for gain in gains), default=3)
-    widest = max((abs(end) for gain in gains for end in (gain.low, gain.high)), default=0.0)
-    rows = [_line(arm, score, digits, widest) for arm, score in zip(having, own, strict=True)]
+    rows = [_line(arm, score, digits, _widest(gains)) for arm, score in zip(having, own, strict=True)]
     level = next((score.reach.level for score in own if score.reach), None)
     return {"name": name, "role": own[0].role, "rows": rows, "level": level}
+
+
+def _widest(gains: Sequence[Estimate]) -> float:
+    """How far from zero the intervals reach, but for the few that would make all others dots."""
+    far = sorted(max(abs(gain.low), abs(gain.high)) for gain in gains)
+    for count in range(len(far) // 3, 0, -1):
+        if far[-count] > FAR_INTERVALS * far[-count - 1]:
+            return far[-count - 1]
+    return far[-1] if far else 0.0
 
 
 def _line(arm: Arm, score: GroupScore, digits: int, widest: float) -> dict[str, Any]:
