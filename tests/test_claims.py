@@ -407,7 +407,9 @@ def test_arms_share_the_pool_of_sweeps(
     assert made.environment["OMP_NUM_THREADS"] == "3" and made.command[2:4] == ["vipo", "0"]
 
     def task(job: run.Job, *_: object) -> run.Task:
-        return run.Task(job.name, ["sh", "-c", f"echo told; exit {job.seed % 2}"], job.result.with_suffix(".log"))
+        return run.Task(
+            job.name, ["sh", "-c", f"echo $TOLD; exit {job.seed % 2}"], job.result.with_suffix(".log"), {"TOLD": "told"}
+        )
 
     monkeypatch.setattr(run, "task", task)
     assert run.work(waiting, SETTING, 3, 1, tmp_path) == 1

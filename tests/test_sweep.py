@@ -231,8 +231,10 @@ def test_one_that_fails_keeps_no_other_from_running(
 def test_a_sweep_that_is_stopped_stops_its_runs_and_begins_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = "trap 'exit 130' TERM; echo on; while true; do sleep 0.05; done"
-    monkeypatch.setattr(Sweep, "_command", lambda *_: ["sh", "-c", script])
+    def command(_sweep: Sweep, one: Combination, _state: str) -> list[str]:  # one ends while the other still saves
+        return ["sh", "-c", f"trap 'sleep 0.{4 * one.recipe.seed}; exit 130' TERM; while true; do sleep 0.05; done"]
+
+    monkeypatch.setattr(Sweep, "_command", command)
     runs = Sweep("quickstart", combinations("quickstart", ["seed=0..2"]), tmp_path, jobs=2)
     begun: list[str] = []
 

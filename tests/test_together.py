@@ -97,6 +97,15 @@ def test_the_page_stands_alone_and_prompts_are_inert(page: str) -> None:
     assert "Missing or left out" not in page
 
 
+def test_values_and_scores_are_inert_too(eight: list[Path]) -> None:
+    for folder in eight[:4]:
+        log = folder / "evaluations.jsonl"
+        log.write_text(log.read_text().replace('"judge"', '"<script>judge"'))
+        change_recipe(folder, credit=f"<script>{folder.name}")
+    page = render(comparable(eight[:4]))
+    assert "<script" not in page and "credit &lt;script&gt;" in page and "&lt;script&gt;judge" in page
+
+
 def test_the_page_has_the_figures_that_the_command_prints(
     page: str, written: list[Path], vipo: Vipo, tmp_path: Path
 ) -> None:
