@@ -97,7 +97,8 @@ def _headline(found: Sequence[Arm]) -> Iterator[str]:
 
 def _listed(words: Sequence[str]) -> str:
     """Names that may hold commas."""
-    return " and ".join(f"\N{LEFT DOUBLE QUOTATION MARK}{one}\N{RIGHT DOUBLE QUOTATION MARK}" for one in words)
+    *others, last = [f"\N{LEFT DOUBLE QUOTATION MARK}{one}\N{RIGHT DOUBLE QUOTATION MARK}" for one in words]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _scores(found: Sequence[Arm]) -> list[dict[str, Any]]:
