@@ -94,16 +94,18 @@ def test_the_page_stands_alone_and_prompts_are_inert(page: str) -> None:
     assert all("aria-label=" in tag for tag in re.findall(r"<svg[^>]+class[^>]+>", page))
     assert re.findall(r'<section id="(\w+)"', page) == ["groups", "outcome", "curves", "pictures", "prompts"]
     assert page.count('tabindex="0"') == page.count('class="scroll"')  # what scrolls can be scrolled by keyboard
-    assert "Missing or left out" not in page
+    assert "Missing or left out" not in page and "one starting noise" in page and ">untrained<" in page
 
 
 def test_values_and_scores_are_inert_too(eight: list[Path]) -> None:
+    change_recipe(eight[3], generator={"name": "flux", "path": "another", "frames": 1})
     for folder in eight[:4]:
         log = folder / "evaluations.jsonl"
         log.write_text(log.read_text().replace('"judge"', '"<script>judge"'))
         change_recipe(folder, credit=f"<script>{folder.name}")
     page = render(comparable(eight[:4]))
     assert "<script" not in page and "credit &lt;script&gt;" in page and "&lt;script&gt;judge" in page
+    assert "one starting noise" not in page and ">untrained<" not in page  # of another model
 
 
 def test_the_page_has_the_figures_that_the_command_prints(

@@ -57,6 +57,11 @@ def arms(runs: Sequence[RunRecord]) -> list[Arm]:
     ]
 
 
+def one_model(found: Sequence[Arm]) -> bool:
+    """Whether all began with the same model: then its noise and untrained pictures are the same too."""
+    return not any(key.startswith("generator") for arm in found for key in arm.group.settings)
+
+
 def _line(group: Group, apart: bool) -> str:
     kept: dict[str, Any] = {key: value for key, value in group.settings.items() if not apart or key != RATE}
     return in_words(kept) or group.label

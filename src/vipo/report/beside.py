@@ -12,7 +12,7 @@ import torch
 from vipo.errors import UserError
 from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut
-from vipo.report.arms import Arm
+from vipo.report.arms import Arm, one_model
 from vipo.report.embed import clip_uri, data_uri
 from vipo.report.gallery import CLIP_ROOM, ScoreChange, Tiles, moved_most, score_changes, tiles_of
 from vipo.report.outcome import before_and_after, check_pairs, total_change
@@ -120,9 +120,8 @@ def beside(found: Sequence[Arm], sheets: Sheets) -> tuple[list[str], list[Row]]:
 def _untrained(found: Sequence[Arm], shown: Mapping[str, RunRecord], places: range, sheets: Sheets) -> list[Row]:
     """Nothing where the groups did not begin with one model, or it was not evaluated on these pictures."""
     run = shown.get(found[0].group.label)
-    others = any(key.startswith("generator") for key in found[0].group.settings)
     first = run.evaluations[0] if run else None
-    if run is None or others or first is None or first.iteration or len(run.evaluations) == 1:
+    if run is None or first is None or not one_model(found) or first.iteration or len(run.evaluations) == 1:
         return []
     if first.prompts != run.evaluations[-1].prompts or sheets.of(run, first) is None:
         return []

@@ -10,7 +10,7 @@ from vipo.evaluation.estimate import Estimate
 from vipo.files import write_text
 from vipo.options import CREDIT_MEANINGS
 from vipo.report import svg
-from vipo.report.arms import Arm, arms, curves, gaps
+from vipo.report.arms import Arm, arms, curves, gaps, one_model
 from vipo.report.beside import PROMPTS, Sheets, beside, movements
 from vipo.report.compare import HEADINGS, VERDICTS, compared, group_note, missing, reached, run_lines
 from vipo.report.groups import GroupScore, short_names
@@ -47,6 +47,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         title=_title(found, len(runs)),
         arms=found,
         runs=runs,
+        one_model=one_model(found),
         one_seed=all(len(arm.runs) == 1 for arm in found),
         noun="clip" if any(run.makes_clips for run in runs) else "picture",
         missing=[*missing(runs), *gaps(found), *dict.fromkeys(sheets.problems)],
