@@ -229,6 +229,7 @@ def test_nothing_but_evaluations_is_a_page_too(eight: list[Path]) -> None:
             (folder / name).unlink()
         change_recipe(folder, prompts={})
     page = render(comparable(eight))
+    assert f"{eight[7]}: its last evaluation is of iteration 6, its metrics.jsonl has 0" in page
     assert "No pictures can be shown" in page and "so the curves are against iterations" in page
     assert "without scores before and after" not in page and "Gained most" in page
     one = eight[0] / "evaluations.jsonl"

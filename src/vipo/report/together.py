@@ -50,7 +50,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         one_model=one_model(found),
         one_seed=all(len(arm.runs) == 1 for arm in found),
         noun="clip" if any(run.makes_clips for run in runs) else "picture",
-        missing=[*missing(runs), *gaps(found), *dict.fromkeys(sheets.problems)],
+        missing=[*missing(runs), *_unlogged(runs), *gaps(found), *dict.fromkeys(sheets.problems)],
         meanings=CREDIT_MEANINGS,
         shared=_shared(runs),
         headline=list(_headline(found)),
@@ -63,6 +63,14 @@ def render(runs: Sequence[RunRecord]) -> str:
         pictures=pictures,
         movements=moved,
     )
+
+
+def _unlogged(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """The page tells how far each run got from another log than its scores."""
+    for run in runs:
+        last, done = run.evaluations[-1].iteration, run.iterations_done
+        if done < last:
+            yield f"{run.folder}: its last evaluation is of iteration {last}, its metrics.jsonl has {done}"
 
 
 def _title(found: Sequence[Arm], runs: int) -> str:
