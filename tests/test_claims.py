@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "cl
 import page
 import plots
 import results
+import run
 import tables
 import verdicts
 from arm import recipe_of
@@ -396,6 +397,25 @@ def test_nothing_trained_yet_is_a_page_too(tmp_path: Path) -> None:
     text = page.render(results.read(tmp_path), None)
     assert "6 not measured yet" in text and "0 of " in text
     assert all(not panels(results.read(tmp_path)) for panels in PANELS)
+
+
+def test_arms_share_the_pool_of_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = [run.Job("vipo", seed, tmp_path / "results" / f"vipo-{seed}.json") for seed in range(3)]
+    made = run.task(waiting[0], SETTING, 3, tmp_path)
+    assert made.environment["OMP_NUM_THREADS"] == "3" and made.command[2:4] == ["vipo", "0"]
+
+    def task(job: run.Job, *_: object) -> run.Task:
+        return run.Task(
+            job.name, ["sh", "-c", f"echo $TOLD; exit {job.seed % 2}"], job.result.with_suffix(".log"), {"TOLD": "told"}
+        )
+
+    monkeypatch.setattr(run, "task", task)
+    assert run.work(waiting, SETTING, 3, 1, tmp_path) == 1
+    said = capsys.readouterr().out
+    assert said.count(": done, ") == 2 and "vipo seed 1: FAILED, see" in said and "[3/3]" in said
+    assert (tmp_path / "results" / "vipo-1.log").read_text() == "told\n"
 
 
 def test_bands_reach_from_the_smallest_to_the_largest_seed(tmp_path: Path) -> None:

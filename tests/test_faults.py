@@ -301,7 +301,7 @@ DAMAGED = [
     *("samples/step-000003.png", "samples/step-000003.json", "maps/step-000002.png"),
     "export/pytorch_lora_weights.safetensors",
 ]
-COMMANDS = ("resume", "report", "compare", "export", "sample")
+COMMANDS = ("resume", "report", "compare", "page", "export", "sample")
 FLIPS = 3  # bits flipped in each file; every other damage is done once
 
 
@@ -337,6 +337,7 @@ class Damaged:
             "resume": ["train", self.recipe, "training.iterations=4", "--output", self.run, "--resume"],
             "report": ["report", self.run],
             "compare": ["compare", self.other, self.run],
+            "page": ["compare", self.other, self.run, "--html", self.root / "got" / "page.html"],
             "export": ["export", self.run, "--output", self.root / "got"],
             "sample": ["sample", self.run, "--output", self.root / "got"],
         }[command]
@@ -382,12 +383,15 @@ TOLD = (
     "cannot be shown",
     "No iteration is on record",
     "There is no verdict yet",
+    "last evaluation is of",
+    "are not shown",
 )
 
 
 def tellings(command: str, said: str, made: dict[str, bytes]) -> int:
     """How often something wrong is told, by the command, in the log or on the page."""
-    pages = [made.get("metrics.jsonl", b""), made.get("report.html", b"")] if command in ("resume", "report") else []
+    shown = {"resume": "metrics.jsonl", "report": "report.html", "page": "page.html"}
+    pages = [made.get(shown[command], b"")] if command in shown else []
     return sum(text.count(word) for text in (said, *(page.decode(errors="replace") for page in pages)) for word in TOLD)
 
 
@@ -410,5 +414,5 @@ def test_no_damage_shows_a_trace_and_no_resume_goes_on_to_something_else_in_sile
                         wrong.append(f"{command}, {name}, {damage}: {came_to}")
     table = [f"{command}: {what}: {count}" for (command, what), count in sorted(counted.items())]
     show([*table, *(line.partition("\n")[0][:200] for line in wrong)], capsys)
-    shown = ("report", "compare")  # what is left of a log; a digit of metrics.jsonl has no checksum of its own
+    shown = ("report", "compare", "page")  # what is left of a log; a digit of metrics.jsonl has no checksum of its own
     assert not [line for line in wrong if "trace" in line or not line.startswith(shown)], "\n".join(wrong)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from vipo.media.map_sheets import BLAME, PRAISE, clip_map_sheet, heat, lit, map_
 from vipo.media.pictures import labelled_grid, to_uint8
 from vipo.media.sheets import BETWEEN, contact_sheet, load_sheet, save_sheet
 from vipo.report import figures, gallery, svg
-from vipo.report.compare import compare_runs, html_table, markdown_table, text_table
+from vipo.report.beside import PROMPTS as PROMPTS_BESIDE
+from vipo.report.compare import compare_runs, markdown_table, text_table
 from vipo.report.embed import clip_uri
 from vipo.report.outcome import change_of, changes, headline, verdict_of
-from vipo.report.page import fixed, signed, write_report
+from vipo.report.page import write_report
 from vipo.report.run import read_run
+from vipo.report.together import render
 
 PROMPTS, PER_PROMPT, ITERATIONS = 18, 2, 6
 TEXTS = [f"a <b>thing</b> number {i // PER_PROMPT}" for i in range(PROMPTS * PER_PROMPT)]
@@ -294,7 +297,7 @@ def test_the_extremes_are_the_extremes(run: Path) -> None:
     ]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = read_run(run)
-    found = gallery.gallery(record, changes(record))
+    found = gallery.gallery(record)
     assert found is not None and len(found.first) == 16 and found.one_per_prompt
     prompts = {title: [group.prompt for group in groups] for title, groups in found.groups.items()}
     assert prompts == {
@@ -309,7 +312,7 @@ def test_the_extremes_are_the_extremes(run: Path) -> None:
 
 def test_the_pictures_of_every_evaluation_can_be_slid_through(finished: Path) -> None:
     page = write_report(finished).read_text()
-    found = gallery.gallery(read_run(finished), [])
+    found = gallery.gallery(read_run(finished))
     assert found is not None and found.iterations == (3, 6)
     assert page.count('type="radio"') == 2 and '<input type="radio" name="at" id="at-1" checked>' in page
     first = found.first[0]
@@ -325,7 +328,7 @@ def test_a_comparison_is_the_mean_of_paired_differences(tmp_path: Path) -> None:
     cell = second.cells["match"]
     assert cell.difference is not None and cell.difference.mean == pytest.approx(by_hand)
     assert (cell.role, cell.verdict, first.cells["match"].difference) == ("trained on", "rose in this run", None)
-    for table in (text_table, markdown_table, html_table):
+    for table in (text_table, markdown_table):
         assert "+0.3000" in table([first, second]) and "held-out judge" in table([first, second])
 
 
@@ -350,7 +353,12 @@ def test_runs_on_different_prompts_are_not_compared(run: Path, finished: Path) -
 
 def test_numbers_read_well() -> None:
     assert [svg.number(v) for v in (0, 0.12345, -1234.5, 2e-7, 1.5e6)] == ["0", "0.123", "−1234", "2e−7", "1.5e6"]  # noqa: RUF001
-    assert (fixed(-0.001, 2), signed(0.001, 2), signed(0.5, 2), fixed(float("nan"))) == ("0.00", "0.00", "+0.50", "n/a")
+    assert (svg.fixed(-0.001, 2), svg.signed(0.001, 2), svg.signed(0.5, 2), svg.fixed(float("nan"))) == (
+        "0.00",
+        "0.00",
+        "+0.50",
+        "n/a",
+    )
     assert svg.ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert svg.tick_labels([0.0, 0.25, 0.5]) == ["0", "0.25", "0.50"]
 
@@ -435,6 +443,15 @@ def test_the_page_of_a_video_run_plays_the_clips_and_can_hold_them_still(filmed:
     assert "<script" not in page and len(page) < 6_000_000
 
 
+def test_beside_others_clips_play_and_stand_still_for_who_asked_for_it(filmed: Path) -> None:
+    recipe = yaml.safe_load((filmed / "recipe.yaml").read_text())
+    structuring = {"sources": ["consensus"], "normalization": "mean"}
+    page = render([replace(read_run(filmed), recipe={**recipe, "structuring": structuring})])
+    tiles = re.findall(r'<source media="\(prefers-reduced-motion: reduce\)" srcset="([^"]+)"><img src="([^"]+)"', page)
+    assert len(tiles) == page.count("<img") > 2 * PROMPTS_BESIDE and "The first clip of each" in page
+    assert (len(unpacked(tiles[0][0])), len(unpacked(tiles[0][1]))) == (1, 5)
+
+
 def test_the_strip_of_a_video_run_shows_middle_frames(filmed: Path) -> None:
     found = gallery.strip(read_run(filmed))
     assert found is not None and found.iterations == (0, 3, 6)
@@ -445,7 +462,7 @@ def test_the_strip_of_a_video_run_shows_middle_frames(filmed: Path) -> None:
 def test_all_clips_of_a_page_share_one_room(filmed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "CLIP_ROOM", 16_000)
     record = read_run(filmed)
-    found = gallery.gallery(record, changes(record))
+    found = gallery.gallery(record)
     assert found is not None and len(found.first) == 8
     pairs = [*found.first, *(pair for groups in found.groups.values() for group in groups for pair in group.pairs)]
     assert sum(len(pair.before) + len(pair.later[-1]) for pair in pairs) * 3 / 4 < 16_000 + 40 * 2 * len(pairs)

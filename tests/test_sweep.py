@@ -31,6 +31,7 @@ from vipo.report.groups import groups, labels
 from vipo.report.run import read_run
 from vipo.report.watch import watching
 from vipo.runs.combinations import Combination, combinations
+from vipo.runs.pool import Pool
 from vipo.runs.sweep import Sweep, state_of
 
 
@@ -206,13 +207,13 @@ def test_what_is_finished_is_known(tmp_path: Path, finished: Path) -> None:
     assert state_of(one, folder) == "broken off" and parse_recipe(raw) == parse_recipe(raw)
 
 
-def test_runs_side_by_side_share_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_runs_side_by_side_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    two = Sweep("quickstart", [], tmp_path, jobs=2)
-    assert [two._share(place).get("CUDA_VISIBLE_DEVICES") for place in range(2)] == ["3", "5"]
-    assert int(two._share(0)["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 2)
-    assert Sweep("quickstart", [], tmp_path)._share(0) == {}
+    two = Pool(jobs=2)
+    assert [two.share(place).get("CUDA_VISIBLE_DEVICES") for place in range(2)] == ["3", "5"]
+    assert int(two.share(0)["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 2)
+    assert Pool().share(0) == {}
 
 
 def test_one_that_fails_keeps_no_other_from_running(
@@ -230,8 +231,10 @@ def test_one_that_fails_keeps_no_other_from_running(
 def test_a_sweep_that_is_stopped_stops_its_runs_and_begins_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = "trap 'exit 130' TERM; echo on; while true; do sleep 0.05; done"
-    monkeypatch.setattr(Sweep, "_command", lambda *_: ["sh", "-c", script])
+    def command(_sweep: Sweep, one: Combination, _state: str) -> list[str]:  # one ends while the other still saves
+        return ["sh", "-c", f"trap 'sleep 0.{4 * one.recipe.seed}; exit 130' TERM; while true; do sleep 0.05; done"]
+
+    monkeypatch.setattr(Sweep, "_command", command)
     runs = Sweep("quickstart", combinations("quickstart", ["seed=0..2"]), tmp_path, jobs=2)
     begun: list[str] = []
 

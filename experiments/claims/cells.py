@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from matrix import ARMS
 from results import Results, Spread, planned_seeds
-from vipo.report.page import fixed, signed
+from vipo.report.svg import fixed, signed
 
 NONE = "\N{EN DASH}"
 

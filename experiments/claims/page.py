@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 import plots
@@ -28,12 +26,11 @@ from matrix import ARMS
 from results import Results, planned_seeds, read
 from tables import ABLATIONS, REDNESS, SOURCES, tables
 from verdicts import FROM_PAPER, Claim, Verdict, claims, claims_table
-from vipo import report
 from vipo.errors import UserError
 from vipo.files import write_text
 from vipo.media.sheets import load_sheet
-from vipo.report.page import PAPER, fixed, signed
-from vipo.report.svg import interval
+from vipo.report.svg import fixed, interval, signed
+from vipo.report.template import rendered
 
 SIGNS: Mapping[Verdict, tuple[str, str]] = {
     "holds": ("✓", "up"),
@@ -203,15 +200,10 @@ def _iterations(results: Results) -> str:
 
 def render(results: Results, pictures: Path | None) -> str:
     """The page as text."""
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
     found = claims(results)
-    return environment.get_template("page.html.j2").render(
-        style=Markup(style),
-        paper=PAPER,
+    return rendered(
+        Path(__file__).with_name("page.html.j2"),
+        ["bands.css"],
         summary=summary(found),
         claims=[shown(claim) for claim in found],
         facts=facts(results),

@@ -11,86 +11,26 @@ from markupsafe import Markup, escape
 from results import SCALAR, Results, Signal, Spread, gain, levels, paired, signals, spread
 from tables import CLIPPED, REDNESS, SCORES, SOURCES, STRUCTURE, clipped_share, last, rival
 from vipo.report.figures import Panel
-from vipo.report.page import fixed, signed
-from vipo.report.svg import Frame, Line, chart, number, tick_labels, ticks
+from vipo.report.svg import Band, Line, chart, fixed, number, signed
 
-WIDTH, HEIGHT, BOTTOM = 340, 220, 36
+WIDTH, HEIGHT = 340, 220
 BEST_SOURCES = 2
 STYLES = {"sample": "s1", "vipo": "s0", "uniform": "s2", "deviation": "s3"}
 CURVE_SHARES = tuple(k / 10 for k in range(11))
 
 
-@dataclass(frozen=True)
-class Curve:
+def curve(name: str, style: str, points: Sequence[tuple[float, Spread]]) -> Band:
     """A mean over seeds at each x, and the smallest and largest seed as a band. ``style`` is a CSS class."""
-
-    name: str
-    style: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-
-
-def curve(name: str, style: str, points: Sequence[tuple[float, Spread]]) -> Curve:
     x, found = [at for at, _ in points], [spread for _, spread in points]
     low, high = [s.range[0] for s in found], [s.range[1] for s in found]
-    return Curve(name, style, x, [s.mean for s in found], low, high)
+    return Band(name, style, x, [s.mean for s in found], low, high)
 
 
-def plot(curves: Sequence[Curve], *, across: str, label: str) -> Markup:
-    """``across`` names the horizontal axis; ``label`` describes the plot to who cannot see it."""
-    x_range = _padded([v for c in curves for v in c.x], 0.0)
-    y_range = _padded([v for c in curves for v in (*c.low, *c.high)], 0.07)
-    names = tick_labels(ticks(*y_range))
-    frame = Frame(x_range, y_range, 14 + 6.6 * max(map(len, names)), WIDTH - 10.0, 10.0, HEIGHT - BOTTOM)
-    body = [*_axes(frame, names, across), *(_band(frame, c) for c in curves), *(_line(frame, c) for c in curves)]
-    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" class="chart">'
-    return Markup(f"{head}{''.join(body)}</svg>")
+def plot(curves: Sequence[Band], *, across: str, label: str) -> Markup:
+    return chart(curves, label=label, width=WIDTH, height=HEIGHT, across=across)
 
 
-def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    pad = share * (high - low) or (0.0 if high > low else 0.5)
-    return low - pad, high + pad
-
-
-def _axes(frame: Frame, names: Sequence[str], across: str) -> list[str]:
-    parts = []
-    for value, name in zip(ticks(*frame.y_range), names, strict=True):
-        y, style = frame.y(value), "rule zero" if abs(value) < 1e-12 else "rule"
-        parts.append(f'<line class="{style}" x1="{frame.left:.1f}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{frame.left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-    along = ticks(*frame.x_range)
-    parts += [_under(frame.x(v), frame.bottom + 17, n) for v, n in zip(along, tick_labels(along), strict=True)]
-    return [*parts, _under((frame.left + frame.right) / 2, frame.bottom + 33, across)]
-
-
-def _under(x: float, y: float, text: str) -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
-
-
-def _points(frame: Frame, x: Sequence[float], y: Sequence[float]) -> list[str]:
-    return [f"{frame.x(a):.1f} {frame.y(b):.1f}" for a, b in zip(x, y, strict=True)]
-
-
-def _band(frame: Frame, c: Curve) -> str:
-    edge = _points(frame, c.x, c.high) + _points(frame, c.x, c.low)[::-1]
-    return f'<path class="band {c.style}" d="M{"L".join(edge)}Z"/>'
-
-
-def _line(frame: Frame, c: Curve) -> str:
-    points = _points(frame, c.x, c.y)
-    rows = zip(points, c.x, c.y, c.low, c.high, strict=True)
-    dots = [
-        f'<circle class="{c.style}" cx="{p.split()[0]}" cy="{p.split()[1]}" r="3"><title>{escape(c.name)} at '
-        f"{number(x)}: {number(y)}, seeds {number(low)} to {number(high)}</title></circle>"
-        for p, x, y, low, high in rows
-    ]
-    return f'<path class="line {c.style}" d="M{"L".join(points)}"/>{"".join(dots)}'
-
-
-def described(curves: Sequence[Curve], what: str) -> str:
+def described(curves: Sequence[Band], what: str) -> str:
     ends = "; ".join(f"{c.name} ends at {number(c.y[-1])}" for c in curves)
     return f"{what}: {ends}."
 
@@ -115,7 +55,7 @@ def best_sources(results: Results) -> list[str]:
     return sorted(means, key=lambda arm: -means[arm])[:BEST_SOURCES]
 
 
-def _gain_curve(results: Results, arm: str, style: str, score: str) -> Curve | None:
+def _gain_curve(results: Results, arm: str, style: str, score: str) -> Band | None:
     found = [(k, gain(results, arm, score, k)) for k in results.iterations(arm)]
     points = [(float(k), spread) for k, spread in found if spread]
     if not points:

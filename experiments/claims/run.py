@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matrix import ARMS, BLOCKS, QUICK, SETTING, Setting
+from vipo.runs.pool import Pool, Task
 
 HERE = Path(__file__).resolve().parent
 MINUTES_PER_ITERATION = 0.1  # one thread; only for the first estimate, then this run's own times count
@@ -58,48 +57,31 @@ def iterations(job: Job, setting: Setting) -> int:
     return setting.every if arm.short else own or setting.iterations
 
 
-def start(job: Job, setting: Setting, threads: int, pictures: Path) -> subprocess.Popen[bytes]:
-    job.result.parent.mkdir(parents=True, exist_ok=True)
+def task(job: Job, setting: Setting, threads: int, pictures: Path) -> Task:
     command = [sys.executable, str(HERE / "arm.py"), job.arm, str(job.seed), str(job.result)]
     command += ["--iterations", str(iterations(job, setting)), "--every", str(setting.every)]
     command += ["--prompts", str(setting.prompts), "--pictures", str(pictures), "--threads", str(threads)]
     tuning = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592", "OMP_NUM_THREADS": str(threads)}
-    with job.result.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **tuning})
+    return Task(job.name, command, job.result.with_suffix(".log"), tuning)
 
 
-def finished(running: dict[Job, tuple[subprocess.Popen[bytes], float]]) -> Iterator[tuple[Job, int, float]]:
-    """Jobs that ended: which, its exit status, its minutes."""
-    for job, (process, begin) in list(running.items()):
-        if process.poll() is not None:
-            del running[job]
-            yield job, process.returncode, (time.monotonic() - begin) / 60
-
-
-def work(waiting: list[Job], setting: Setting, workers: int, threads: int, pictures: Path) -> int:
-    """Run them all; how many failed."""
-    total, failed, minutes = len(waiting), 0, []
-    running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
+def work(waiting: Sequence[Job], setting: Setting, workers: int, threads: int, pictures: Path) -> int:
+    """Run them all; how many failed, or were to run yet when a stop was asked for."""
+    total, minutes, done = len(waiting), list[float](), 0
     guess = sum(iterations(job, setting) for job in waiting) * MINUTES_PER_ITERATION / workers
     print(f"{total} arms to train, {workers} at a time; about {guess:.0f} minutes on two cores", flush=True)
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop(0)
-                running[job] = start(job, setting, threads, pictures), time.monotonic()
-            time.sleep(1)
-            for job, status, took in finished(running):
-                minutes.append(took)
-                failed += status != 0
-                left = (len(waiting) + len(running)) * sum(minutes) / len(minutes) / workers
-                verdict = "done" if status == 0 else f"FAILED, see {job.result.with_suffix('.log')}"
-                print(
-                    f"[{len(minutes)}/{total}] {job.name}: {verdict}, {took:.1f} min; {left:.0f} min left", flush=True
-                )
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-    return failed
+    for job in waiting:
+        job.result.parent.mkdir(parents=True, exist_ok=True)
+    pool = Pool(workers)
+    for ended in pool.run([task(job, setting, threads, pictures) for job in waiting]):
+        minutes.append(ended.seconds / 60)
+        done += ended.code == 0
+        left = (total - len(minutes)) * sum(minutes) / len(minutes) / workers
+        verdict = "done" if ended.code == 0 else "stopped" if pool.stop.asked else f"FAILED, see {ended.log}"
+        print(
+            f"[{len(minutes)}/{total}] {ended.name}: {verdict}, {minutes[-1]:.1f} min; {left:.0f} min left", flush=True
+        )
+    return total - done
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from results import (
     signals,
     spread,
 )
-from vipo.report.page import fixed, signed
+from vipo.report.svg import fixed, signed
 
 SCORES = ("emoji_match", "emoji_judge", "emoji_layout")
 """The first is trained on, the others only watch."""

@@ -8,7 +8,7 @@ from typing import Literal
 from cells import Cell, Table, effect_cell
 from results import Results, Spread, gain, levels, paired
 from tables import SCALAR_GROUPS, SCALAR_REDNESS, SCORES, kept_more
-from vipo.report.page import signed
+from vipo.report.svg import signed
 
 Verdict = Literal["holds", "does not hold", "cannot be told apart", "not measured yet"]
 FEWEST_SEEDS = 2

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vipo.cli import completing
 from vipo.cli.arguments import Json, RunFolder
 from vipo.cli.consoles import console, show, warn
 from vipo.errors import UserError
 
 
-def report(run: RunFolder) -> None:
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="A run directory.", autocompletion=completing.runs)],
+) -> None:
     """Write a run's report.html: curves, before and after, maps, health. Works while the run is going.
 
     Example: `vipo report runs/quickstart`
     """
+    if len(runs) > 1:
+        words = " ".join(shlex.quote(str(run)) for run in runs)
+        raise UserError(
+            f"a report is of one run, not of {len(runs)}; several runs on one page: vipo compare {words} --html PATH"
+        )
+
     from vipo.report.page import write_report
 
-    console.print(str(write_report(run)), soft_wrap=True)
+    console.print(str(write_report(runs[0])), soft_wrap=True)
 
 
 def watch(run: RunFolder, port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0) -> None:
@@ -53,7 +64,7 @@ def metrics(
     """
     from vipo.report.table import course, csv_text, metrics_rows, write_parquet
 
-    _one_format(as_csv, as_json, parquet is not None)
+    _one_format({"--csv": as_csv, "--json": as_json, "--parquet": parquet is not None})
     rows = metrics_rows(runs)
     if parquet is not None:
         write_parquet(rows, parquet)
@@ -68,23 +79,36 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; the first is the yardstick.")],
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print a line per score and group of seeds.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write this page instead: the tables, curves and pictures side by side.")
+    ] = None,
 ) -> None:
     """Compare the last evaluations of several runs, paired prompt by prompt; runs that differ in seed only are a group.
 
     Example: `vipo compare runs/quickstart-grpo runs/quickstart`
 
     Example: `vipo compare runs/credits/*/ --csv > credits.csv`
+
+    Example: `vipo compare runs/credits/*/ --html credits.html`
     """
+    _one_format({"--csv": as_csv, "--json": as_json, "--html": html is not None})
+    if html is not None and html.is_dir():  # such as a run, where the path was forgotten
+        raise UserError(f"--html names the page to write, and {str(html)!r} is a folder; add a file name to it")
+
     from dataclasses import asdict
 
-    from vipo.report.compare import comparable, compared, group_rows, group_table, text_table
+    from vipo.report.compare import comparable, compared, group_rows, group_table, missing, text_table
     from vipo.report.groups import groups, plain
     from vipo.report.table import csv_text
+    from vipo.report.together import write_together
 
-    _one_format(as_csv, as_json)
     read = comparable(runs)
+    warn(missing(read))
+    if html is not None:
+        write_together(read, html)
+        console.print(str(html), soft_wrap=True)
+        return
     rows, gathered = compared(read), groups(read)
-    warn(f"{run.folder}: left out {', '.join(run.left_out)}" for run in read if run.left_out)
     if as_csv:
         sys.stdout.write(csv_text(group_rows(gathered)))
         return
@@ -96,6 +120,8 @@ def compare(
         console.print(view, highlight=False, soft_wrap=True)
 
 
-def _one_format(*asked: bool) -> None:
-    if sum(asked) > 1:
-        raise UserError("a table has one format at a time: give one of --csv, --json and --parquet")
+def _one_format(asked: Mapping[str, bool]) -> None:
+    """By the option that asks for it."""
+    *others, last = asked
+    if sum(asked.values()) > 1:
+        raise UserError(f"a table has one format at a time: give one of {', '.join(others)} and {last}")

@@ -13,7 +13,7 @@ from vipo.cli.train import STOPPED
 from vipo.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from vipo.runs.sweep import Ended
+    from vipo.runs.pool import Ended
 
 LAST_LINES = 3  # of a failed run's log that are shown
 

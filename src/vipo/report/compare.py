@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +10,11 @@ from typing import Any, TypeVar
 from vipo.errors import UserError
 from vipo.evaluation.estimate import Estimate, estimate, paired, paired_prompts
 from vipo.evaluation.records import EvaluationRecord
-from vipo.report.groups import SEED, Group, GroupScore, labels
+from vipo.report.groups import Group, GroupScore, gathered, is_scored, labels
 from vipo.report.outcome import Role, Verdict, check_pairs, role_of, verdict_of
 from vipo.report.run import RunRecord, read_run
 
-_VERDICTS: Mapping[Verdict | None, str] = {
+VERDICTS: Mapping[Verdict | None, str] = {
     "rose in this run": "better in these runs",
     "fell in this run": "worse in these runs",
     "within noise": "within noise",
@@ -76,6 +75,41 @@ def comparable(run_dirs: Sequence[Path]) -> list[RunRecord]:
     return runs
 
 
+def missing(runs: Sequence[RunRecord]) -> list[str]:
+    """What a comparison does without, a sentence each: lines, evaluations, seeds and scores."""
+    found = [f"{run.folder}: left out {', '.join(run.left_out)}" for run in runs if run.left_out]
+    found += [f"{run.folder}: {told}" for run in runs if (told := _unfinished(run))]
+    for label, of_group in gathered(runs).items():
+        found += _named_twice(label, [run for run, own in zip(runs, labels(runs), strict=True) if own == label])
+        found += _unscored(label, of_group.values())
+    return found
+
+
+def _unfinished(run: RunRecord) -> str:
+    last, planned = _last(run).iteration, run.iterations_planned
+    if planned is None or last >= (run.iterations_done if run.stopped else planned):
+        return ""
+    why = f"it failed, {run.failure}; " if run.failure else ""
+    return f"{why}its last evaluation is of iteration {last}, of {planned} planned"
+
+
+def _named_twice(label: str, runs: Sequence[RunRecord]) -> list[str]:
+    """Of runs of one group: only the last of a seed counts."""
+    counted = {run.seed: run for run in runs}
+    hidden = [run for run in runs if run.folder.resolve() != counted[run.seed].folder.resolve()]
+    return [
+        f"{run.folder}: seed {run.seed} of {label} is also {counted[run.seed].folder}, which counts in its group"
+        for run in hidden
+    ]
+
+
+def _unscored(label: str, runs: Iterable[RunRecord]) -> list[str]:
+    last = [_last(run) for run in runs]
+    names = dict.fromkeys(name for record in last for name in record.values)
+    lacking = [name for name in names if not all(is_scored(record, name) for record in last)]
+    return [f"{label}: no row for {name}, of which not every seed has a score at its end" for name in lacking]
+
+
 def _last(run: RunRecord) -> EvaluationRecord:
     if not run.evaluations:
         raise UserError(f"{str(run.folder)!r} has no evaluation yet; let it run on, or use `vipo evaluate`")
@@ -86,7 +120,7 @@ def _compared(run: RunRecord, first: EvaluationRecord, label: str) -> ComparedRu
     record = run.evaluations[-1]
     cells = {name: _cell(run, name, record, first) for name in record.values}
     kept = {name: cell for name, cell in cells.items() if cell is not None}
-    return ComparedRun(str(run.folder), run.name, label, int(run.recipe.get(SEED) or 0), record.iteration, kept)
+    return ComparedRun(str(run.folder), run.name, label, run.seed, record.iteration, kept)
 
 
 def _cell(run: RunRecord, name: str, record: EvaluationRecord, first: EvaluationRecord) -> Cell | None:
@@ -109,7 +143,7 @@ HEADINGS = ("score", "run", "differs in", "seed", "iteration", "mean", "differen
 
 def text_table(rows: Sequence[ComparedRun]) -> str:
     """The comparison for a terminal, one line per score and run."""
-    return _padded(HEADINGS, _lines(rows), _note(rows))
+    return _padded(HEADINGS, run_lines(rows), _note(rows))
 
 
 def _padded(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
@@ -122,15 +156,8 @@ def _padded(headings: Sequence[str], rows: Sequence[Sequence[str]], note: str) -
 
 def markdown_table(rows: Sequence[ComparedRun]) -> str:
     """The comparison as a Markdown table."""
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *_lines(rows)]
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *run_lines(rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def html_table(rows: Sequence[ComparedRun]) -> str:
-    """The comparison as an HTML table."""
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in HEADINGS)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in _lines(rows))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 Row = TypeVar("Row")
@@ -146,7 +173,8 @@ def _by_score(rows: Sequence[Row], of: Callable[[Row], Mapping[str, Found]]) -> 
             yield f"{name} ({found.role})" if row is having[0] else "", row, found
 
 
-def _lines(rows: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
+def run_lines(rows: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
+    """The table's cells below ``HEADINGS``; a score is named on its first line only."""
     return [
         (title, row.run, row.label, str(row.seed), str(row.iteration), f"{cell.mean.mean:.4f}", *_gain(cell))
         for title, row, cell in _by_score(rows, lambda row: row.cells)
@@ -157,7 +185,7 @@ def _gain(cell: Cell | GroupScore) -> tuple[str, str, str]:
     if cell.difference is None:
         return "", "", ""
     gain = cell.difference
-    return f"{gain.mean:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}", _VERDICTS[cell.verdict]
+    return f"{gain.mean:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}", VERDICTS[cell.verdict]
 
 
 def _note(rows: Sequence[ComparedRun]) -> str:
@@ -179,11 +207,15 @@ GROUP_HEADINGS = (
 
 def group_table(found: Sequence[Group]) -> str:
     """The groups for a terminal, one line per score and group."""
-    note = (
-        f"Differences are from {found[0].label}, paired by picture and by seed; intervals are a bootstrap over prompts,"
+    return _padded(GROUP_HEADINGS, _group_lines(found), group_note(found[0].label))
+
+
+def group_note(yardstick: str) -> str:
+    """What the numbers of groups are, in words."""
+    return (
+        f"Differences are from {yardstick}, paired by picture and by seed; intervals are a bootstrap over prompts,"
         " of pictures over seeds. The level is that group's final mean."
     )
-    return _padded(GROUP_HEADINGS, _group_lines(found), note)
 
 
 def group_rows(found: Sequence[Group]) -> list[dict[str, Any]]:
@@ -196,11 +228,11 @@ def _group_lines(found: Sequence[Group]) -> list[tuple[str, ...]]:
     for title, group, score in _by_score(found, lambda group: group.scores):
         spread = f"{score.low:.4f} to {score.high:.4f}" if len(group.seeds) > 1 else ""
         seeds = ",".join(map(str, group.seeds))
-        lines.append((title, group.label, seeds, f"{score.mean:.4f}", spread, *_gain(score), _reached(score)))
+        lines.append((title, group.label, seeds, f"{score.mean:.4f}", spread, *_gain(score), reached(score)))
     return lines
 
 
-def _reached(score: GroupScore) -> str:
+def reached(score: GroupScore) -> str:
     """Pictures with their interval; how many seeds got there where not all did."""
     if score.reach is None:
         return ""
@@ -223,7 +255,7 @@ def _flat_row(name: str, group: Group, score: GroupScore) -> dict[str, Any]:
         "difference": gain.mean if gain else None,
         "difference_low": gain.low if gain else None,
         "difference_high": gain.high if gain else None,
-        "verdict": _VERDICTS[score.verdict] or None,
+        "verdict": VERDICTS[score.verdict] or None,
         "level": score.reach.level if score.reach else None,
         "pictures_to_level": over.mean if over else None,
         "pictures_low": over.low if over else None,

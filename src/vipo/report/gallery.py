@@ -5,7 +5,7 @@ Of clips there are fewer pairs, and all of them together take at most ``CLIP_ROO
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from vipo.evaluation.records import EvaluationRecord
 from vipo.media.clips import cut, resized, spaced, table
 from vipo.media.sheets import load_sheet, open_sheet
 from vipo.report.embed import clip_uri, data_uri
-from vipo.report.outcome import Change, before_and_after, total_change
+from vipo.report.outcome import before_and_after, total_change
 from vipo.report.run import RunRecord
 
 FIRST, EXTREMES = 16, 3  # pictures, and prompts
@@ -107,7 +107,7 @@ class _Shown:
 
     def pair(self, row: int) -> Pair:
         base, last = self.records[0], self.records[-1]
-        return Pair(base.prompts[row], *self._pictures(row), _scores(base, last, row))
+        return Pair(base.prompts[row], *self._pictures(row), score_changes(base, last, row))
 
     def _pictures(self, row: int) -> tuple[str, tuple[str, ...], str]:
         """Before, later and, for clips, both laid out, as data URIs; each clip of at most ``room`` bytes."""
@@ -124,24 +124,24 @@ class _Shown:
         base, last = self.records[0], self.records[-1]
         every = base.samples_per_prompt
         rows = range(prompt * every, (prompt + 1) * every)
-        return PromptGroup(base.prompts[rows[0]], tuple(map(self.pair, rows[:count])), _scores(base, last, rows))
+        return PromptGroup(base.prompts[rows[0]], tuple(map(self.pair, rows[:count])), score_changes(base, last, rows))
 
 
-def gallery(run: RunRecord, found: Sequence[Change]) -> Gallery | None:
+def gallery(run: RunRecord) -> Gallery | None:
     """Pairs of the first and the last evaluation; None while there is no second one."""
     pair = before_and_after(run)
     if pair is None:
         return None
     base, last = pair
     try:
-        ends = _tiles(run, base), _tiles(run, last)
+        ends = tiles_of(run, base), tiles_of(run, last)
     except UserError as error:
         return Gallery((), {}, False, (), 0, str(error))
     clips = ends[0].frames > 1
     count, samples = (FIRST_CLIPS, SAMPLES_CLIPS) if clips else (FIRST, SAMPLES)
     one_per_prompt = len(base.prompts) // base.samples_per_prompt >= count
     first = range(0, len(base.prompts), base.samples_per_prompt if one_per_prompt else 1)[:count]
-    chosen = _chosen(run, list(found), last)
+    chosen = _chosen(run, base, last)
     room = CLIP_ROOM // (2 * (len(first) + samples * sum(map(len, chosen.values()))))
     between = [] if clips else _between(run, base, last)
     records = (base, *(record for record, _ in between), last)
@@ -157,7 +157,7 @@ def _between(run: RunRecord, base: EvaluationRecord, last: EvaluationRecord) -> 
     found = []
     for record in spaced(run.evaluations[1:-1], SLIDER - 1):
         try:
-            tiles = _tiles(run, record)
+            tiles = tiles_of(run, record)
         except UserError:
             continue  # one place less on the slider; the gallery says so where it concerns the first or last
         if record.prompts == base.prompts == last.prompts:
@@ -165,7 +165,12 @@ def _between(run: RunRecord, base: EvaluationRecord, last: EvaluationRecord) -> 
     return found
 
 
-def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
+def tiles_of(run: RunRecord, record: EvaluationRecord) -> Tiles:
+    """What an evaluation made.
+
+    Raises:
+        UserError: its sheet is gone, damaged, or of another evaluation.
+    """
     path = run.sheets.get(record.iteration)
     if path is None:
         raise UserError(f"the pictures of iteration {record.iteration} are not in samples/")
@@ -175,28 +180,35 @@ def _tiles(run: RunRecord, record: EvaluationRecord) -> Tiles:
     return Tiles(tiles, info["frames"])
 
 
-def _scores(base: EvaluationRecord, last: EvaluationRecord, rows: int | range) -> tuple[ScoreChange, ...]:
+def score_changes(base: EvaluationRecord, last: EvaluationRecord, rows: int | range) -> tuple[ScoreChange, ...]:
     """Of one picture, or the means of several."""
     at = list(rows) if isinstance(rows, range) else [rows]
     names = [name for name in base.values if name in last.values]
     return tuple(ScoreChange(n, *(float(record.values[n][at].nanmean()) for record in (base, last))) for n in names)
 
 
-def _chosen(run: RunRecord, found: list[Change], last: EvaluationRecord) -> dict[str, list[int]]:
+def _chosen(run: RunRecord, base: EvaluationRecord, last: EvaluationRecord) -> dict[str, list[int]]:
     """Numbers of the prompts whose trained score rose, fell, is highest and is lowest, as means over their pictures."""
-    change, every = total_change(found, run.rewards), last.samples_per_prompt
-    if change is None:
+    gains = total_change(base, last, run.rewards)
+    if gains is None:
         return {}
-    gains = change.unflatten(0, (-1, every)).nanmean(1)
     level = torch.stack([weight * last.values[name] for name, weight in run.rewards.items()]).sum(0)
-    levels = level.unflatten(0, (-1, every)).nanmean(1)
-    rising, by_level = _ordered(gains), _ordered(levels)
+    levels = level.unflatten(0, (-1, last.samples_per_prompt)).nanmean(1)
+    gained, lost = moved_most(gains)
+    by_level = _ordered(levels)
     return {
-        "Prompts that gained most": [i for i in reversed(rising) if gains[i] > 0][:EXTREMES],
-        "Prompts that lost most": [i for i in rising if gains[i] < 0][:EXTREMES],
+        "Prompts that gained most": gained,
+        "Prompts that lost most": lost,
         "Best prompt after training": by_level[-1:],
         "Worst prompt after training": by_level[:1],
     }
+
+
+def moved_most(gains: Tensor) -> tuple[list[int], list[int]]:
+    """Places of the few prompts that gained most, and of those that lost most; neither has one that did the other."""
+    rising = _ordered(gains)
+    gained = [i for i in reversed(rising) if gains[i] > 0][:EXTREMES]
+    return gained, [i for i in rising if gains[i] < 0][:EXTREMES]
 
 
 def _ordered(values: Tensor) -> list[int]:
@@ -210,7 +222,7 @@ def strip(run: RunRecord) -> Strip | None:
     for iteration in spaced([r.iteration for r in run.evaluations if r.iteration in run.sheets], STRIP_COLUMNS):
         record = next(r for r in run.evaluations if r.iteration == iteration)
         try:
-            readable[iteration] = _tiles(run, record)
+            readable[iteration] = tiles_of(run, record)
         except UserError:
             continue  # a column less; the gallery says so where it concerns the first or last
     if len(readable) < 3:

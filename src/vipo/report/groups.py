@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from vipo.evaluation.estimate import Estimate, estimate, first_at, paired_prompt
 from vipo.evaluation.records import EvaluationRecord
 from vipo.report.outcome import Role, Verdict, role_of, verdict_of
 from vipo.report.run import RunRecord, flat
-from vipo.report.table import pictures_of
 
 NAMELESS = ("name", "tracking")  # keys that change nothing of what is trained
 SEED = "seed"
@@ -51,34 +50,73 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed."""
+    """Runs that differ only in their seed. ``settings`` are the keys in which the groups differ, with its values."""
 
     label: str
+    settings: Mapping[str, Any]
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
     scores: Mapping[str, GroupScore]
 
 
+def differing(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Of each run the keys in which the recipes differ, but for the seed; None where it has no such key."""
+    found = [_settings(run) for run in runs]
+    keys = [
+        key
+        for key in dict.fromkeys(key for one in found for key in one)
+        if len({str(one.get(key)) for one in found}) > 1
+    ]
+    return [{key: one.get(key) for key in keys} for one in found]
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last word of each dotted key, where it tells them apart."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
+
+
 def labels(runs: Sequence[RunRecord]) -> list[str]:
     """Each run by the keys in which the recipes differ, but for the seed; by its folder where there are none."""
-    flat = [_settings(run) for run in runs]
-    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({one.get(key) for one in flat}) > 1]
-    short = {key: key.rpartition(".")[2] for key in keys}
-    once = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
-    named = [", ".join(f"{once[key]}={one.get(key, 'null')}" for key in keys) for one in flat]
-    return [label or (run.folder.name if len(runs) == 1 else run.name) for label, run in zip(named, runs, strict=True)]
+    return [_label(run, settings, len(runs) == 1) for run, settings in zip(runs, differing(runs), strict=True)]
+
+
+def _label(run: RunRecord, settings: Mapping[str, Any], alone: bool) -> str:
+    names = short_names(settings)
+    told = ", ".join(f"{names[key]}={'null' if value is None else value}" for key, value in settings.items())
+    return told or (run.folder.name if alone else run.name)
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """``credit sample, learning rate 0.001``: keys and their values for people."""
+    names = short_names(settings)
+    return ", ".join(f"{names[key].replace('_', ' ')} {_worded(value)}" for key, value in settings.items())
+
+
+def _worded(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return " and ".join(map(_worded, value)) or "none"
+    return str(value).replace("_", " ")
+
+
+def gathered(runs: Sequence[RunRecord]) -> dict[str, dict[int, RunRecord]]:
+    """Runs by label and seed, in the order of their first ones. A seed that is there twice is the run named last."""
+    named: dict[str, dict[int, RunRecord]] = {}
+    for label, run in zip(labels(runs), runs, strict=True):
+        named.setdefault(label, {})[run.seed] = run
+    return named
 
 
 def groups(runs: Sequence[RunRecord]) -> list[Group]:
     """Runs gathered over their seeds, in the order of their first ones; the first group is the yardstick.
 
-    A seed that is there twice counts once, by the run named last. All must have been evaluated on the same pictures.
+    All must have been evaluated on the same pictures.
     """
-    named: dict[str, dict[int, RunRecord]] = {}
-    for label, run in zip(labels(runs), runs, strict=True):
-        named.setdefault(label, {})[int(run.recipe.get(SEED) or 0)] = run
+    named, settings = gathered(runs), dict(zip(labels(runs), differing(runs), strict=True))
     first = next(iter(named.values()))
-    return [_group(label, found, first) for label, found in named.items()]
+    return [_group(label, settings[label], found, first) for label, found in named.items()]
 
 
 def plain(value: Any) -> Any:
@@ -87,28 +125,32 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def _settings(run: RunRecord) -> dict[str, str]:
+def _settings(run: RunRecord) -> dict[str, Any]:
     """The recipe flat, without what names the run and its seed."""
-    kept = {key: value for key, value in run.recipe.items() if key not in (*NAMELESS, SEED)}
-    return {key: str(value) for key, value in flat(kept)}
+    return dict(flat({key: value for key, value in run.recipe.items() if key not in (*NAMELESS, SEED)}))
 
 
-def _group(label: str, found: Mapping[int, RunRecord], first: Mapping[int, RunRecord]) -> Group:
+def _group(
+    label: str, settings: Mapping[str, Any], found: Mapping[int, RunRecord], first: Mapping[int, RunRecord]
+) -> Group:
     last = {seed: run.evaluations[-1] for seed, run in found.items()}
-    names = [name for name in next(iter(last.values())).values if all(_scored(one, name) for one in last.values())]
+    names = [name for name in next(iter(last.values())).values if all(is_scored(one, name) for one in last.values())]
     scores = {name: _score(name, found, first) for name in names}
-    return Group(label, tuple(str(run.folder) for run in found.values()), tuple(found), scores)
+    return Group(label, settings, tuple(str(run.folder) for run in found.values()), tuple(found), scores)
 
 
-def _scored(record: EvaluationRecord, name: str) -> bool:
+def is_scored(record: EvaluationRecord, name: str) -> bool:
+    """Whether any picture of an evaluation has the score."""
     return name in record.values and bool(record.values[name].isfinite().any())
 
 
 def _score(name: str, found: Mapping[int, RunRecord], first: Mapping[int, RunRecord]) -> GroupScore:
-    finals = [_mean(run.evaluations[-1], name) for run in found.values()]
+    finals = [mean_of(run.evaluations[-1], name) for run in found.values()]
     role = role_of(next(iter(found.values())), name)
     difference, by_seed, verdict = _difference(name, found, first)
     reach = _reach(name, found, first) if role == "trained on" else None
@@ -120,7 +162,7 @@ def _difference(
     name: str, found: Mapping[int, RunRecord], first: Mapping[int, RunRecord]
 ) -> tuple[Estimate | None, dict[int, float], Verdict | None]:
     """Paired over the shared seeds and all pictures; nothing of the yardstick itself, or without a shared seed."""
-    shared = [seed for seed in found if seed in first and _scored(first[seed].evaluations[-1], name)]
+    shared = [seed for seed in found if seed in first and is_scored(first[seed].evaluations[-1], name)]
     if found is first or not shared:
         return None, {}, None
     ends = {seed: (found[seed].evaluations[-1], first[seed].evaluations[-1]) for seed in shared}
@@ -136,9 +178,9 @@ def _difference(
 
 def _reach(name: str, found: Mapping[int, RunRecord], first: Mapping[int, RunRecord]) -> Reach | None:
     """None where the yardstick did not rise, so that every run would be there before it began."""
-    there = [run for run in first.values() if _scored(run.evaluations[-1], name)]
-    level = sum(_mean(run.evaluations[-1], name) for run in there) / len(there) if there else math.nan
-    begun = [_mean(run.evaluations[0], name) for run in there if _scored(run.evaluations[0], name)]
+    there = [run for run in first.values() if is_scored(run.evaluations[-1], name)]
+    level = sum(mean_of(run.evaluations[-1], name) for run in there) / len(there) if there else math.nan
+    begun = [mean_of(run.evaluations[0], name) for run in there if is_scored(run.evaluations[0], name)]
     if not begun or not level > sum(begun) / len(begun):
         return None
     by_seed = {seed: _pictures_to(level, run, name) for seed, run in found.items()}
@@ -149,8 +191,8 @@ def _reach(name: str, found: Mapping[int, RunRecord], first: Mapping[int, RunRec
 
 def _pictures_to(level: float, run: RunRecord, name: str) -> float | None:
     """Pictures until the mean was first at ``level``, on straight lines between the evaluations."""
-    each = pictures_of(run)
-    points = [(record.iteration, _mean(record, name)) for record in run.evaluations if _scored(record, name)]
+    each = run.pictures_per_iteration
+    points = [(record.iteration, mean_of(record, name)) for record in run.evaluations if is_scored(record, name)]
     if each is None or not points:
         return None
     at, means = torch.tensor(points, dtype=torch.float64).unbind(1)
@@ -158,5 +200,6 @@ def _pictures_to(level: float, run: RunRecord, name: str) -> float | None:
     return each * found if math.isfinite(found) else None
 
 
-def _mean(record: EvaluationRecord, name: str) -> float:
+def mean_of(record: EvaluationRecord, name: str) -> float:
+    """Over the pictures that have the score."""
     return float(record.values[name].nanmean())

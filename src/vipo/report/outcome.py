@@ -99,10 +99,12 @@ def change_of(name: str, role: Role, base: EvaluationRecord, last: EvaluationRec
     return Change(name, role, base_mean, trained_mean, gain, differences, scored, verdict)
 
 
-def total_change(found: list[Change], weights: Mapping[str, float]) -> Tensor | None:
-    """Per picture, the change of the weighted sum that was trained on; None if it was not evaluated."""
-    parts = [weights[change.name] * change.differences for change in found if change.name in weights]
-    return torch.stack(parts).sum(0) if parts and len(parts) == len(weights) else None
+def total_change(base: EvaluationRecord, last: EvaluationRecord, weights: Mapping[str, float]) -> Tensor | None:
+    """Per prompt, the mean change of the weighted sum that was trained on; None if it was not evaluated."""
+    if not weights or not all(name in base.values and name in last.values for name in weights):
+        return None
+    parts = [weight * (last.values[name] - base.values[name]) for name, weight in weights.items()]
+    return torch.stack(parts).sum(0).unflatten(0, (-1, last.samples_per_prompt)).nanmean(1)
 
 
 def headline(found: list[Change], noun: str = "picture") -> str:

@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from vipo.errors import UserError
 from vipo.evaluation.best import place
 from vipo.evaluation.estimate import Estimate
@@ -20,8 +17,8 @@ from vipo.options import CREDIT_MEANINGS, NEEDS_MAPS, needs_sources
 from vipo.report import figures, gallery, svg
 from vipo.report.outcome import Change, Verdict, before_and_after, changes, headline
 from vipo.report.run import RunRecord, flat, read_run
+from vipo.report.template import rendered
 
-PAPER = "https://arxiv.org/abs/2511.18719"
 MOST_EVENTS = 200
 MARKS: Mapping[Verdict, tuple[str, str]] = {
     "rose in this run": ("▲", "up"),
@@ -45,20 +42,14 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunRecord) -> str:
     """The page as text."""
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=svg.number, signed=signed, fixed=fixed)
     found, problem = _changes(run)
-    sheets = ["page.css", *(["clips.css"] if run.makes_clips else [])]
-    style = Markup("".join((here / sheet).read_text(encoding="utf-8") for sheet in sheets))
+    sheets = ["clips.css"] if run.makes_clips else []
     noun = "clip" if run.makes_clips else "picture"
-    return environment.get_template("page.html.j2").render(
+    return rendered(
+        Path(__file__).with_name("page.html.j2"),
+        sheets,
         run=run,
-        style=style,
-        paper=PAPER,
-        facts=_facts(run),
+        facts=facts(run),
         status=_status(run),
         environment=_flat(run.environment),
         changes=[_row(change) for change in found],
@@ -68,7 +59,7 @@ def render(run: RunRecord) -> str:
         problem=problem,
         gain_panels=[] if problem else figures.gain_panels(run),
         reward_panels=figures.reward_panels(run),
-        gallery=None if problem else gallery.gallery(run, found),
+        gallery=None if problem else gallery.gallery(run),
         strip=gallery.strip(run),
         maps=(maps := gallery.map_figures(run)).shown,
         unreadable_maps=maps.unreadable,
@@ -90,7 +81,7 @@ def _changes(run: RunRecord) -> tuple[list[Change], str]:
         return [], str(error)
 
 
-def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
+def facts(run: RunRecord) -> list[tuple[str, str, str]]:
     """(name, value, remark) of what was run."""
     generator = run.recipe.get("generator") or {}
     credit = str(run.recipe.get("credit", "not recorded"))
@@ -157,13 +148,13 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _row(change: Change) -> dict[str, Any]:
     """A line of the before/after table; all numbers share the precision that the interval allows."""
     gain = change.gain
-    places = _places(gain)
-    mean, low, high = (signed(value, places) for value in (gain.mean, gain.low, gain.high))
+    places = decimals(gain)
+    mean, low, high = (svg.signed(value, places) for value in (gain.mean, gain.low, gain.high))
     return {
         "name": change.name,
         "role": change.role,
-        "base": fixed(change.base.mean, places),
-        "trained": fixed(change.trained.mean, places),
+        "base": svg.fixed(change.base.mean, places),
+        "trained": svg.fixed(change.trained.mean, places),
         "gain": mean,
         "low": low,
         "high": high,
@@ -178,21 +169,7 @@ def _row(change: Change) -> dict[str, Any]:
     }
 
 
-def _places(gain: Estimate) -> int:
+def decimals(gain: Estimate) -> int:
     """Decimals so that half the interval shows two significant digits, between 2 and 6."""
     half = (gain.high - gain.low) / 2 or abs(gain.mean)
     return min(6, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 2
-
-
-def fixed(value: float, places: int = 3) -> str:
-    """A number with that many decimals and a true minus sign."""
-    if not math.isfinite(value):
-        return "n/a"
-    text = f"{value:.{places}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
-
-
-def signed(value: float, places: int = 3) -> str:
-    """As ``fixed``, with a plus sign."""
-    text = fixed(value, places)
-    return f"+{text}" if value > 0 and float(f"{value:.{places}f}") else text

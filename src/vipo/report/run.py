@@ -73,6 +73,17 @@ class RunRecord:
         return {name: float(v.get("weight", 1.0) if isinstance(v, Mapping) else v) for name, v in listed.items()}
 
     @property
+    def seed(self) -> int:
+        return int(self.recipe.get("seed") or 0)
+
+    @property
+    def pictures_per_iteration(self) -> int | None:
+        """Samples that an iteration trains on; None if the recipe does not say."""
+        prompts = self.recipe.get("prompts") or {}
+        each = prompts.get("per_iteration"), prompts.get("group_size")
+        return int(each[0]) * int(each[1]) if each[0] and each[1] else None
+
+    @property
     def makes_clips(self) -> bool:
         """Whether a sample has more than one frame."""
         return int((self.recipe.get("generator") or {}).get("frames") or 1) > 1
@@ -197,7 +208,7 @@ def _parse_recipe(folder: Path, text: str) -> Mapping[str, Any]:
 def _check_recipe(run: RunRecord) -> None:
     """What is read of it without asking must be of the kind that every run writes down."""
     try:
-        _ = run.rewards, run.makes_clips and run.fps, run.iterations_planned
+        _ = run.rewards, run.makes_clips and run.fps, run.iterations_planned, run.seed, run.pictures_per_iteration
         odd = [key for key in ("generator", "structuring") if not isinstance(run.recipe.get(key) or {}, Mapping)]
         odd += [] if isinstance(run.recipe.get("judges") or [], list | Mapping) else ["judges"]
         if odd:

@@ -85,16 +85,9 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
         parquet.write_table(Table.from_pylist(list(rows)), aside)
 
 
-def pictures_of(run: RunRecord) -> int | None:
-    """Samples that an iteration trains on; None if the recipe does not say."""
-    prompts = run.recipe.get("prompts") or {}
-    each = prompts.get("per_iteration"), prompts.get("group_size")
-    return int(each[0]) * int(each[1]) if each[0] and each[1] else None
-
-
 def _rows(run: RunRecord) -> list[Row]:
     rows: dict[int, Row] = {}
-    each = pictures_of(run)
+    each = run.pictures_per_iteration
 
     def row(iteration: int) -> Row:
         head = {"run": str(run.folder), "iteration": iteration, "pictures": each * iteration if each else None}
