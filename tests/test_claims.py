@@ -90,7 +90,8 @@ def write_everything(folder: Path, pictures: Path) -> None:
     write_gradient(folder, clear=[10 + s for s in SLOPES], unclear=[s - 2 for s in SLOPES])
     rules = {"hard, 224 px, stride 16": {"border": {"auc": 0.84, "inverted_percent": 14.06}}}
     (folder / "orientation.json").write_text(json.dumps({"rules": rules}))
-    for name in ("untrained-0-000", "sample-0-024", "vipo-0-024", "redness-sample-0-000", "redness-sample-0-004"):
+    grouped = [f"{arm}-0-048" for arm in page.COMPARED_ARMS.values()]
+    for name in ("groups-untrained-0-000", *grouped, "redness-sample-0-000", "redness-sample-0-004"):
         write_sheet(pictures / f"{name}.png")
 
 
@@ -455,18 +456,19 @@ def test_sources_beside_the_methods_are_those_that_rose_most(tmp_path: Path) -> 
 
 
 def test_pictures_are_those_of_the_last_shared_iteration_of_the_first_seed(tmp_path: Path) -> None:
-    for name in ("untrained-0-000", "sample-0-012", "sample-0-024", "vipo-0-012", "vipo-1-024"):
+    first, *others = page.COMPARED_ARMS.values()
+    for name in ("groups-untrained-0-000", f"{first}-0-024", f"{first}-0-048", f"{others[0]}-1-048"):
         write_sheet(tmp_path / f"{name}.png")
-    found = page.compared(tmp_path, ["source-text"])
-    assert found is not None and found.title == "After 12 iterations" and len(found.rows) == 6
-    assert found.columns == ("untrained", "scalar GRPO", "ViPO")
-    write_sheet(tmp_path / "source-text-0-012.png")
-    more = page.compared(tmp_path, ["source-text", "source-gradient"])
-    assert more is not None and more.columns[3:] == ("source-text",)
-    assert sorted(page.sheets_of(tmp_path, "sample")) == [12, 24]
-    write_sheet(tmp_path / "vipo-0-012.png", "another")
+    assert page.compared(tmp_path) is None
+    for arm in others:
+        write_sheet(tmp_path / f"{arm}-0-024.png")
+    found = page.compared(tmp_path)
+    assert found is not None and found.title == "After 24 iterations" and len(found.rows) == 6
+    assert found.columns == ("untrained", *page.COMPARED_ARMS)
+    assert sorted(page.sheets_of(tmp_path, first)) == [24, 48]
+    write_sheet(tmp_path / f"{first}-0-024.png", "another")
     with pytest.raises(UserError, match="are of different prompts"):
-        page.compared(tmp_path, [])
+        page.compared(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ PLURALS: Mapping[Verdict, str] = {
 }
 SIDE, QUALITY = 128, 80  # pixels and WebP quality of an embedded picture
 COMPARED, STRIP_ROWS = 16, 5
+COMPARED_ARMS = {
+    "scalar GRPO on emoji_match": "groups-sample-1e-3",
+    "the quickstart's map on emoji_match": "groups-quickstart-1e-3",
+    "scalar GRPO, emoji_clean too": "groups-sample-clean",
+    "the quickstart: its map, emoji_clean too": "groups-quickstart-clean",
+}
 HOW = "write it, with the lines `<!-- table claims -->` and `<!-- end -->` where a table belongs"
 MARKER = re.compile(r"(<!-- table ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -134,16 +140,19 @@ def sheet(title: str, columns: Mapping[str, Path], rows: int) -> Sheet:
     return Sheet(title, tuple(columns), tuple(made))
 
 
-def compared(folder: Path | None, others: Sequence[str]) -> Sheet | None:
-    """Untrained, scalar GRPO and ViPO at the last iteration that both have a sheet of, and others that have one too."""
-    untrained, scalar, ours = (sheets_of(folder, arm) for arm in ("untrained", "sample", "vipo"))
-    shared = sorted(set(scalar) & set(ours))
-    if 0 not in untrained or not shared:
+def compared(folder: Path | None) -> Sheet | None:
+    """Untrained, and ``COMPARED_ARMS`` at the last iteration that all have a sheet of; None if there is none."""
+    start = sheets_of(folder, "groups-untrained")
+    found = {words: sheets_of(folder, arm) for words, arm in COMPARED_ARMS.items()}
+    shared = set.intersection(*(set(each) for each in found.values()))
+    if 0 not in start or not shared:
         return None
-    end = shared[-1]
-    columns = {"untrained": untrained[0], "scalar GRPO": scalar[end], "ViPO": ours[end]}
-    columns |= {arm: found[end] for arm in others if end in (found := sheets_of(folder, arm))}
-    return sheet(f"After {end} iterations", columns, COMPARED)
+    end = max(shared)
+    return sheet(
+        f"After {end} iterations",
+        {"untrained": start[0], **{words: each[end] for words, each in found.items()}},
+        COMPARED,
+    )
 
 
 def redness_strips(folder: Path | None) -> list[Sheet]:
@@ -209,12 +218,13 @@ def render(results: Results, pictures: Path | None) -> str:
         facts=facts(results),
         tables={table.name: table for table in tables(results)},
         gain_panels=plots.gain_panels(results),
+        group_panels=plots.group_panels(results),
         structure_panels=plots.structure_panels(results),
         clipping_panels=plots.clipping_panels(results),
         forest=plots.forest(results),
         source_marks=plots.differences(results, SOURCES, "sample"),
         ablation_marks=plots.differences(results, [arm for arms in ABLATIONS.values() for arm in arms], "vipo"),
-        compared=compared(pictures, plots.best_sources(results)[:1]),
+        compared=compared(pictures),
         strips=redness_strips(pictures),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from markupsafe import Markup, escape
@@ -47,6 +47,35 @@ def gain_panels(results: Results) -> list[Panel]:
     return panels
 
 
+WORDS = {"sample": "scalar GRPO", "perceptual": "the paper's map", "quickstart": "deviation x the paper's map"}
+GROUP_STYLES = {"sample": "s1", "perceptual": "s0", "quickstart": "s2", "consensus": "s3"}
+GROUP_PANELS = (  # heading, score, arms' ending
+    ("emoji_match, trained on, 1e-3", "emoji_match", "1e-3"),
+    ("emoji_match, trained on, 2e-3", "emoji_match", "2e-3"),
+    ("emoji_flaws, nobody's, 1e-3", "emoji_flaws", "1e-3"),
+    ("emoji_match, + emoji_clean", "emoji_match", "clean"),
+    ("emoji_flaws, + emoji_clean", "emoji_flaws", "clean"),
+    ("emoji_quality, + emoji_clean", "emoji_quality", "clean"),
+)
+PICTURES = 96  # an iteration
+
+
+def group_panels(results: Results) -> list[Panel]:
+    """Gains against the pictures seen, full groups; one rate and one reward a panel."""
+    panels = []
+    for title, score, ending in GROUP_PANELS:
+        curves = []
+        for credit, style in GROUP_STYLES.items():
+            found = _gain_curve(results, f"groups-{credit}-{ending}", style, score, across=PICTURES)
+            if found:
+                seeds = found.name.rpartition("(")[2]
+                curves.append(replace(found, name=f"{WORDS.get(credit, credit)} ({seeds}"))
+        if curves:
+            svg = plot(curves, across="pictures seen", label=described(curves, f"Gain in {title}"))
+            panels.append(Panel(title, "", svg, tuple((c.style, c.name) for c in curves)))
+    return panels
+
+
 def best_sources(results: Results) -> list[str]:
     """The sources trained as long as ViPO whose reward rose most."""
     end = last(results, "vipo")
@@ -55,9 +84,10 @@ def best_sources(results: Results) -> list[str]:
     return sorted(means, key=lambda arm: -means[arm])[:BEST_SOURCES]
 
 
-def _gain_curve(results: Results, arm: str, style: str, score: str) -> Band | None:
+def _gain_curve(results: Results, arm: str, style: str, score: str, across: int = 1) -> Band | None:
+    """From the start on; the axis counts ``across`` for each iteration."""
     found = [(k, gain(results, arm, score, k)) for k in results.iterations(arm)]
-    points = [(float(k), spread) for k, spread in found if spread]
+    points = [(float(k * across), spread) for k, spread in found if spread]
     if not points:
         return None
     nothing = Spread(0.0, dict.fromkeys(points[0][1].per_seed, 0.0), 0.0, 0.0)

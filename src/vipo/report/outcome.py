@@ -113,7 +113,7 @@ def headline(found: list[Change], noun: str = "picture") -> str:
     judges = [change for change in found if change.role == "held-out judge"]
     if not trained:
         return "No score that was trained on was evaluated before and after, so there is no verdict."
-    sentences = [f"{_listed(trained)}, which was trained on, {_said(trained)}."]
+    sentences = [f"{_listed(trained)}, which {'were' if len(trained) > 1 else 'was'} trained on, {_said(trained)}."]
     if not judges:
         return f"{sentences[0]} No held-out judge watched, so a gain may be the reward's weakness, not better {noun}s."
     sentences.append(f"The held-out {'judge' if len(judges) == 1 else 'judges'} {_listed(judges)} {_said(judges)}.")
