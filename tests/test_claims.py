@@ -371,7 +371,7 @@ def test_a_finished_experiment_becomes_a_page_that_stands_alone(tmp_path: Path) 
     text = html.read_text()
     assert len(text) < 1_500_000 and "<script" not in text
     assert not re.search(r'(src|href)="(?!data:|#|https://arxiv\.org)', text)
-    assert text.count("data:image/webp;base64,") == 6 * 3 + page.STRIP_ROWS * 2
+    assert text.count("data:image/webp;base64,") == 6 * 5 + page.STRIP_ROWS * 2
     assert "a &lt;b&gt;fox&lt;/b&gt; 0" in text and "<b>fox" not in text
     assert "not trained yet" not in text and "not measured yet" not in text.lower()
     assert prose.read_text().startswith("mine\n") and "edges_kept" in prose.read_text()
