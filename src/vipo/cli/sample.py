@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vipo.cli.arguments import (
+    AllowCode,
     Base,
     Batch,
     Checkpoint,
@@ -54,6 +55,7 @@ def sample(
     video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
     fps: Annotated[float | None, typer.Option(min=1, help="Of video files; default the model's.")] = None,
     batch_size: Batch = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Sample pictures or videos from a run's policy or from any model folder.
 
@@ -69,7 +71,7 @@ def sample(
     given = read_texts(prompts) if prompts else None
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames}
     which: dict[str, Any] = {"checkpoint": checkpoint, "lora": lora, "base": base, "guidance_scale": guidance_scale}
-    model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0)
+    model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0, allow_code=allow_code)
     texts = given or model.evaluation_prompts() or read_texts(["embedded:prompts_eval"])
     warn(model.notices(texts))
     files = iter(sample_names([prompt.text for prompt in texts], samples_per_prompt, names))
