@@ -54,6 +54,10 @@ def sample(
     ] = "number",
     video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
     fps: Annotated[float | None, typer.Option(min=1, help="Of video files; default the model's.")] = None,
+    sheet: Annotated[
+        bool | None,
+        typer.Option(help="All on one page with their prompts, sheet.png; default for several named by number."),
+    ] = None,
     batch_size: Batch = None,
     allow_code: AllowCode = False,
 ) -> None:
@@ -66,6 +70,7 @@ def sample(
     Example: `vipo sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat" --height 480 --width 832 --frames 33`
     """
     from vipo.media.samples import sample_names, save_samples
+    from vipo.media.sheets import FirstSamples
     from vipo.runs.target import open_target
 
     given = read_texts(prompts) if prompts else None
@@ -76,6 +81,12 @@ def sample(
     warn(model.notices(texts))
     files = iter(sample_names([prompt.text for prompt in texts], samples_per_prompt, names))
     how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size, "base_tail": base_tail}
+    count, shown = len(texts) * samples_per_prompt, FirstSamples()
     for part in model.sample(texts, samples_per_prompt=samples_per_prompt, **how):
         save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps or model.fps)
-    console.print(f"{len(texts) * samples_per_prompt} samples in {output}", soft_wrap=True)
+        shown.add(part.media, [prompt.text for prompt in part.prompts])
+    said = f"{count} samples in {output}"
+    if sheet or (sheet is None and count > 1 and names == "number"):  # a folder named for a program has nothing else
+        on_it = shown.save(output / "sheet.png")
+        said += f", {'all' if on_it == count else f'the first {on_it}'} on sheet.png"
+    console.print(said, soft_wrap=True)
