@@ -85,7 +85,7 @@ def sample(
     for part in model.sample(texts, samples_per_prompt=samples_per_prompt, **how):
         save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps or model.fps)
         shown.add(part.media, [prompt.text for prompt in part.prompts])
-    said = f"{count} samples in {output}"
+    said = f"{count} sample{'' if count == 1 else 's'} in {output}"
     if sheet or (sheet is None and count > 1 and names == "number"):  # a folder named for a program has nothing else
         on_it = shown.save(output / "sheet.png")
         said += f", {'all' if on_it == count else f'the first {on_it}'} on sheet.png"
