@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from terminal import Vipo
+from terminal import Vipo, assert_refused
 from vipo.media import sheets
 from vipo.media.sheets import FirstSamples, load_sheet
 
@@ -56,6 +56,25 @@ def test_export_writes_what_training_wrote(vipo: Vipo, finished: Path, tmp_path:
     assert vipo("export", finished, "--output", tmp_path / "out").code == 0
     name = "pytorch_lora_weights.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (finished / "export" / name).read_bytes()
+
+
+def test_sampling_goes_on_where_it_was_and_only_with_the_same_arguments(
+    vipo: Vipo, model_folder: Path, tmp_path: Path
+) -> None:
+    plain = ["sample", model_folder, "--steps", 1, "--size", 32, "--count", 2, "--batch", 2, "--output", tmp_path / "s"]
+    plain += ["--prompts", "a cat", "--prompts", "a dog", "--prompts", "a car"]
+    assert_refused(vipo(*plain, "--resume"), "nothing in", "leave out --resume")
+    assert vipo(*plain).code == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    for name in ("00001-1-a-dog.png", "sheet.png"):
+        (tmp_path / "s" / name).unlink()
+    kept = tmp_path / "s" / "00000-0-a-cat.png"
+    before = kept.stat().st_mtime_ns
+    assert_refused(vipo(*plain, "--resume", "--seed", 1), "its seed differ")
+    assert_refused(vipo(*plain, "--resume", "--prompts", "a hat"), "its prompts differ")
+    assert vipo(*plain, "--resume").code == 0
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == files
+    assert kept.stat().st_mtime_ns == before  # it was not drawn again
 
 
 def test_a_sheet_of_samples_shows_the_first_that_fit_and_some_frames_of_a_clip(

@@ -177,8 +177,9 @@ def test_every_list_of_parts_says_how_one_of_your_own_begins(vipo: Vipo) -> None
     kinds = [kind for kind in CATALOGUES if kind not in ("prompts", "recipes", "keys")]
     assert kinds == list(OWN)
     for kind in kinds:
-        assert "file.py:thing" in vipo("list", kind).out and OWN[kind].example in vipo("list", kind).out
-        assert "file.py:thing" not in vipo("list", kind, "--json").out
+        said = vipo("list", kind).out
+        assert "file.py:thing" in said and OWN[kind].example in said
+    assert "file.py:thing" not in vipo("list", "losses", "--json").out
 
 
 @pytest.mark.parametrize("name", ["generator", "source", "backbone", "credit", "loss"])
@@ -355,7 +356,8 @@ def test_a_run_with_a_generator_by_file_is_resumed_sampled_and_exported(
     tmp_path: Path, written: Path, parts: str, vipo: Vipo
 ) -> None:
     run, named = tmp_path / "run", f"generator.name={parts}:Flux"
-    assert vipo("train", written, named, "--no-report", "--output", run).code == 0
+    few = ["evaluation.limit=1", "prompts.per_iteration=1", "prompts.group_size=2"]
+    assert vipo("train", written, named, *few, "--no-report", "--output", run).code == 0
     (tmp_path / "ran").unlink()
     for command in (["sample", run, "--output", tmp_path / "s"], ["export", run], ["evaluate", run]):
         assert_refused(vipo(*command), "--allow-code", "parts.py:Flux")
@@ -365,7 +367,7 @@ def test_a_run_with_a_generator_by_file_is_resumed_sampled_and_exported(
         assert said.code == 0, said
     assert (run / "export" / "README.md").is_file() and list((tmp_path / "s").glob("*.png"))
     Path(parts).write_text(PARTS + "\n")
-    again = ["train", written, named, "training.iterations=2", "--no-report", "--output", run, "--resume"]
+    again = ["train", written, named, *few, "training.iterations=2", "--no-report", "--output", run, "--resume"]
     assert_refused(vipo(*again), "inputs.generator.name", "--allow-changes")
     assert_refused(vipo(*again, "generator.name=flux"), "generator.name", "can never change")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +58,9 @@ def sample(
         typer.Option(help="All on one page with their prompts, sheet.png; default for several named by number."),
     ] = None,
     batch_size: Batch = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Draw only what --output lacks, with the same arguments as before.")
+    ] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Sample pictures or videos from a run's policy or from any model folder.
@@ -69,8 +71,8 @@ def sample(
 
     Example: `vipo sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat" --height 480 --width 832 --frames 33`
     """
-    from vipo.media.samples import sample_names, save_samples
-    from vipo.media.sheets import FirstSamples
+    from vipo.media.samples import sample_names
+    from vipo.runs.sampled import sample_into
     from vipo.runs.target import open_target
 
     given = read_texts(prompts) if prompts else None
@@ -79,12 +81,11 @@ def sample(
     model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0, allow_code=allow_code)
     texts = given or model.evaluation_prompts() or read_texts(["embedded:prompts_eval"])
     warn(model.notices(texts))
-    files = iter(sample_names([prompt.text for prompt in texts], samples_per_prompt, names))
-    how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size, "base_tail": base_tail}
-    count, shown = len(texts) * samples_per_prompt, FirstSamples()
-    for part in model.sample(texts, samples_per_prompt=samples_per_prompt, **how):
-        save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps or model.fps)
-        shown.add(part.media, [prompt.text for prompt in part.prompts])
+    named = sample_names([prompt.text for prompt in texts], samples_per_prompt, names)
+    how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "seed": seed}
+    how |= {"batch_size": batch_size, "base_tail": base_tail, "resume": resume, "video": video, "fps": fps}
+    shown = sample_into(output, model, texts, named, **how)
+    count = len(named)
     said = f"{count} sample{'' if count == 1 else 's'} in {output}"
     if sheet or (sheet is None and count > 1 and names == "number"):  # a folder named for a program has nothing else
         on_it = shown.save(output / "sheet.png")

@@ -106,6 +106,11 @@ class FirstSamples:
         self._texts: list[str] = []
         self._room: int | None = None  # of samples; known with the first
 
+    @property
+    def is_full(self) -> bool:
+        """Whether what is added now is shown no more."""
+        return self._room is not None and len(self._texts) >= self._room
+
     def add(self, media: Float[Tensor, "N 3 F Y X"], texts: Sequence[str]) -> None:
         """Further ones, of the same size; of a clip, frames from its first to its last."""
         frames = torch.linspace(0, media.shape[2] - 1, min(MOST_FRAMES, media.shape[2])).round().long()

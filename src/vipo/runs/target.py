@@ -106,8 +106,9 @@ class Target:
         seed: int,
         batch_size: int | None = None,
         base_tail: float = 0.0,
+        is_there: Callable[[range], bool] = lambda _rows: False,
     ) -> Iterator[Rollout]:
-        """Samples of each prompt, about ``batch_size`` at a time, in order.
+        """Samples of each prompt, about ``batch_size`` at a time, in order, but for those parts that are there already.
 
         The last share ``base_tail`` of the steps is the base model's: MixGRPO's hybrid inference (arXiv 2507.21802),
         which keeps what the policy composed and takes back what a hacked reward did to its surface.
@@ -120,6 +121,9 @@ class Target:
         sampler = Sampler(self.generator, self.solver, samples_per_prompt, steps, batch_size, seed, around)
         at_once = max(1, batch_size // samples_per_prompt)
         for first in range(0, len(prompts), at_once):
+            until = min(first + at_once, len(prompts))
+            if is_there(range(first * samples_per_prompt, until * samples_per_prompt)):
+                continue
             with attention.scope(self.attention):
                 rollout = sampler(prompts[first : first + at_once], first)
             yield rollout
