@@ -85,9 +85,12 @@ def sample(
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "seed": seed}
     how |= {"batch_size": batch_size, "base_tail": base_tail, "resume": resume, "video": video, "fps": fps}
     shown = sample_into(output, model, texts, named, **how)
-    count = len(named)
+    wanted = (len(named) > 1 and names == "number") if sheet is None else sheet  # programs read a folder whole
+    console.print(_said(output, len(named), shown.save(output / "sheet.png") if wanted else None), soft_wrap=True)
+
+
+def _said(output: Path, count: int, on_sheet: int | None) -> str:
     said = f"{count} sample{'' if count == 1 else 's'} in {output}"
-    if sheet or (sheet is None and count > 1 and names == "number"):  # a folder named for a program has nothing else
-        on_it = shown.save(output / "sheet.png")
-        said += f", {'all' if on_it == count else f'the first {on_it}'} on sheet.png"
-    console.print(said, soft_wrap=True)
+    if on_sheet is None:
+        return said
+    return f"{said}, {'all' if on_sheet == count else f'the first {on_sheet}'} on sheet.png"
