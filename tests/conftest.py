@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 
 import tiny
 from terminal import Said, Vipo
+from vipo import offline
 from vipo.cli import main
 from vipo.recipe import parse_recipe
 from vipo.runs.run import Run
@@ -78,6 +79,18 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a hub that does not answer; what is found out about it is forgotten afterwards."""
+    for flag in offline.OFFLINE:
+        monkeypatch.delenv(flag, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    offline._asked_once.cache_clear()
+    yield "http://127.0.0.1:9"
+    offline._asked_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

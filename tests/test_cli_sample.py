@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from terminal import Vipo
+import pytest
+import torch
+from PIL import Image
+
+from terminal import Vipo, assert_refused
+from vipo.media import sheets
+from vipo.media.sheets import FirstSamples, load_sheet
 
 
 def test_pictures_are_sampled_from_a_run_and_from_a_plain_model(
     vipo: Vipo, finished: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     ours = vipo("sample", finished, "--prompts", "a cat", "--count", 2, "--output", tmp_path / "ours")
-    assert ours.code == 0 and len(list((tmp_path / "ours").glob("*.png"))) == 2, ours
+    assert ours.code == 0 and "all on sheet.png" in " ".join(ours.out.split()), ours
+    tiles, info = load_sheet(tmp_path / "ours" / "sheet.png")
+    for tile, file in zip(tiles, sorted((tmp_path / "ours").glob("0*.png")), strict=True):
+        with Image.open(file) as opened:
+            assert opened.tobytes() == tile.tobytes()
+    assert info["prompts"] == ["a cat", "a cat"]
     plain = ["sample", model_folder, "--prompts", "a cat", "--steps", 2, "--size", 32, "--output", tmp_path / "plain"]
     assert vipo(*plain).code == 0 and len(list((tmp_path / "plain").glob("*.png"))) == 1
 
@@ -33,7 +44,7 @@ def test_samples_are_named_by_number_or_by_prompt(vipo: Vipo, model_folder: Path
     ]
     assert vipo(*plain, "--output", tmp_path / "n", "--batch", 2).code == 0
     assert sorted(path.name for path in (tmp_path / "n").iterdir()) == [
-        "00000-0-a-cat.png", "00000-1-a-cat.png", "00001-0-a-dog.png", "00001-1-a-dog.png"
+        "00000-0-a-cat.png", "00000-1-a-cat.png", "00001-0-a-dog.png", "00001-1-a-dog.png", "sheet.json", "sheet.png"
     ]  # fmt: skip
     assert vipo(*plain, "--output", tmp_path / "p", "--names", "prompt").code == 0
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [
@@ -45,3 +56,37 @@ def test_export_writes_what_training_wrote(vipo: Vipo, finished: Path, tmp_path:
     assert vipo("export", finished, "--output", tmp_path / "out").code == 0
     name = "pytorch_lora_weights.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (finished / "export" / name).read_bytes()
+
+
+def test_sampling_goes_on_where_it_was_and_only_with_the_same_arguments(
+    vipo: Vipo, model_folder: Path, tmp_path: Path
+) -> None:
+    plain = ["sample", model_folder, "--steps", 1, "--size", 32, "--count", 2, "--batch", 2, "--output", tmp_path / "s"]
+    plain += ["--prompts", "a cat", "--prompts", "a dog", "--prompts", "a car"]
+    assert_refused(vipo(*plain, "--resume"), "nothing in", "leave out --resume")
+    assert vipo(*plain).code == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    for name in ("00001-1-a-dog.png", "sheet.png"):
+        (tmp_path / "s" / name).unlink()
+    kept = tmp_path / "s" / "00000-0-a-cat.png"
+    before = kept.stat().st_mtime_ns
+    assert_refused(vipo(*plain, "--resume", "--seed", 1), "its seed differ")
+    assert_refused(vipo(*plain, "--resume", "--prompts", "a hat"), "its prompts differ")
+    assert vipo(*plain, "--resume").code == 0
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == files
+    assert kept.stat().st_mtime_ns == before  # it was not drawn again
+
+
+def test_a_sheet_of_samples_shows_the_first_that_fit_and_some_frames_of_a_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sheets, "MOST_PIXELS", 3 * 8 * 4 * 6)
+    shown = FirstSamples()
+    level = torch.arange(17).view(1, 1, 17, 1, 1) / 17
+    for prompt in ("a cat", "a dog"):
+        shown.add(level.expand(2, 3, 17, 4, 6), [prompt, prompt])
+    assert shown.save(tmp_path / "sheet.png") == 3
+    tiles, info = load_sheet(tmp_path / "sheet.png")
+    assert info["prompts"] == ["a cat", "a cat", "a dog"] and info["frames"] == 8
+    frames = [tiles[0].getpixel((6 * k, 0))[0] for k in range(8)]
+    assert frames[0] == 0 and frames[-1] == round(16 / 17 * 255) and frames == sorted(set(frames))

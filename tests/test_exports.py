@@ -140,6 +140,10 @@ def test_the_card_has_recipe_scores_and_pictures_and_no_secret(
         )
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_what_a_card_must_do_without_is_said(vipo: Vipo, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     log = run / "evaluations.jsonl"
@@ -153,6 +157,7 @@ def test_what_a_card_must_do_without_is_said(vipo: Vipo, finished: Path, tmp_pat
         return " ".join(said.err.split())
 
     assert "the card" not in told()
+    assert files(finished / "export") == files(tmp_path / "out") and "README.md" in files(finished / "export")
     (run / last).unlink()
     assert "the card has no pictures: those of an evaluation are not in samples/" in told()
     log.write_text("".join([lines[0].replace(":", ";", 1), *lines[1:]]))

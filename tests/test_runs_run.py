@@ -34,6 +34,7 @@ from vipo.media.pictures import to_uint8
 from vipo.media.sheets import load_sheet
 from vipo.recipe import parse_recipe
 from vipo.report.page import write_report
+from vipo.report.run import read_run
 from vipo.runs.directory import RunDirectory
 from vipo.runs.run import Evaluated, Run, train
 from vipo.runs.trained import open_run
@@ -257,10 +258,21 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, raw: dict[str, Any])
         open_run(tmp_path)
 
 
-def test_train_yields_its_steps(tmp_path: Path, raw: dict[str, Any]) -> None:
-    raw["training"]["iterations"] = 2
-    steps = list(train(parse_recipe(raw), tmp_path / "run"))
-    assert [step.iteration for step in steps] == [0, 1]
+def test_train_yields_its_steps_with_their_evaluations_and_writes_the_report(
+    tmp_path: Path, raw: dict[str, Any]
+) -> None:
+    raw["training"]["iterations"], root, seen = 3, tmp_path / "run", []
+    for step in train(parse_recipe(raw), root):
+        assert (
+            isinstance(step, TrainStep) and len(tiny.lines(root / "metrics.jsonl")) == step.iteration + 1
+        )  # not ahead
+        seen.append(step.evaluations)
+    assert [[found.iteration for found in of_step] for of_step in seen] == [[0], [2], [3]]
+    last = read_run(root).evaluations[-1]
+    (name,) = raw["rewards"]
+    assert last.values[name].tolist() == seen[-1][0].scores[name].tolist()
+    assert "</html>" in (root / "report.html").read_text()
+    assert [step.evaluations for step in train(parse_recipe(raw))] == [(), (), ()]
 
 
 def test_one_process_trains_in_one_precision_after_the_other(raw: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tiny
 import tiny_wan
-from vipo import randomness, sde
+from vipo import backbones, randomness, sde
 from vipo.cli import app
 from vipo.errors import UserError
 from vipo.evaluation.estimate import summary
@@ -252,13 +252,28 @@ def test_every_family_has_the_steps_of_its_diffusers_pipeline() -> None:
 
 def test_what_is_no_pipeline_is_not_taken_for_one(video_folder: Path, tmp_path: Path) -> None:
     """A hub id is looked up, not guessed at: the tests are offline, so there is nothing to be seen."""
-    for nothing in (str(tmp_path), "some-lab/a-model"):
-        with pytest.raises(UserError, match=f"'{nothing}' is neither a run directory nor a diffusers pipeline"):
+    for nothing, why in (
+        (str(tmp_path), "Cause"),
+        ("some-lab/a-model", "HF_HUB_OFFLINE is set, so the hub is not asked"),
+    ):
+        with pytest.raises(UserError, match=f"'{nothing}' is neither a run directory nor a diffusers pipeline.*{why}"):
             open_target(nothing)
     index = json.loads((video_folder / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
     with pytest.raises(UserError, match=r"is a LTXPipeline; vipo adapts .*FluxPipeline.*WanPipeline"):
         open_target(str(tmp_path))
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch, silent_hub: str) -> None:
+    """Without this, huggingface_hub tries for half a minute, for each file that is looked for."""
+    waits: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"not in the hub's cache here, and {silent_hub} does not answer"):
+            open_target("some-lab/a-model")
+    with pytest.raises(UserError, match=r"found no config\.json at .* does not answer \(\w+\)$"):
+        backbones.build("dinov2", pretrained="some-lab/a-model")
+    assert not waits
 
 
 def test_the_base_model_takes_the_tail(model_folder: Path, trained: tuple[Path, object, object]) -> None:

@@ -385,7 +385,7 @@ def test_a_prompt_that_was_encoded_does_not_change_the_key(model: FluxGenerator)
 
 def test_an_adapter_must_say_what_it_returns(model: FluxGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FluxText.read.__annotations__, "return", Batched)
-    with pytest.raises(TypeError, match=r"annotate FluxText\.read with the record it returns"):
+    with pytest.raises(UserError, match=r"annotate FluxText\.read with the record it returns"):
         model.keep_text(tiny.PROMPTS)
 
 

@@ -20,6 +20,7 @@ from vipo.errors import UserError
 from vipo.evaluation.estimate import FEWEST_PROMPTS
 from vipo.generators import attention, compiled, context
 from vipo.generators.folder import pipeline_class
+from vipo.generators.own import build as build_own
 from vipo.options import CreditKind, Solver, needs_sources
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
@@ -101,22 +102,35 @@ def build_generator(
     """
     attention.check(section.attention)
     path = model_path(section.path)
-    if section.name is not None:
-        generators.entry(section.name)  # a slip in the name is told before the model is looked for
-    found = pipeline_class(path) if pipeline is None else type(pipeline).__name__
-    name = generators.choose(section.name, found, section.path)
     sizes = {"height": section.height, "width": section.width, "frames": section.frames}
-    arguments = generators.arguments(name, **sizes, given=section.options)
-    if pipeline is not None:
-        adapter = generators.adapter(name)
-        adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
-        return adapted
     fewer = {"quantization": section.quantization, "text_quantization": section.text_quantization}
-    generator = generators.factory(name)(path, device=device, dtype=DTYPES[section.dtype], **fewer, **arguments)
+    loading: dict[str, Any] = {"device": device, "dtype": DTYPES[section.dtype], **fewer}
+    if section.name is not None and is_user_file(section.name):
+        generator = build_own(section.name, path, {**loading, **sizes}, section.options, pipeline=pipeline)
+    else:
+        generator = _adapted(section, path, loading, sizes, pipeline)
+    if pipeline is not None:
+        return generator
     worked_in = torch.bfloat16 if precision == "bf16" else DTYPES[section.dtype]
     masked = getattr(generator, "masks_text", False)
     attention.install(generator.network, section.attention, dtype=worked_in, masked=masked)
     return generator
+
+
+def _adapted(
+    section: GeneratorSection, path: str, loading: Mapping[str, Any], sizes: Mapping[str, int], pipeline: Any
+) -> Generator:
+    """By one of this package's adapters."""
+    if section.name is not None:
+        generators.entry(section.name)  # a slip in the name is told before the model is looked for
+    found = pipeline_class(path) if pipeline is None else type(pipeline).__name__
+    name = generators.choose(section.name, found, section.path)
+    arguments = generators.arguments(name, **sizes, given=section.options)
+    if pipeline is None:
+        return generators.factory(name)(path, **loading, **arguments)
+    adapter = generators.adapter(name)
+    adapted: Generator = adapter(pipeline, **adapter.arguments(arguments))
+    return adapted
 
 
 def build_map_source(
@@ -348,8 +362,20 @@ def open_to_train(recipe: Recipe, *, device: torch.device | str, pipeline: Any =
     compared = recipe.objective.kl_weight > 0
     model = open_model(recipe, device=device, keep_reference=compared, pipeline=pipeline)
     if recipe.training.gradient_checkpointing:
-        model.generator.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        _checkpointed(model.generator.network)
     return model
+
+
+def _checkpointed(network: Any) -> None:
+    """Raises:
+    UserError: it cannot be; every network of diffusers can.
+    """
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise UserError(
+            f"training.gradient_checkpointing asks {type(network).__name__} for enable_gradient_checkpointing(), which"
+            " it does not have; leave it out, or add that"
+        )
+    network.enable_gradient_checkpointing()
 
 
 def engine_of(recipe: Recipe) -> Engine:

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from vipo.environment import environment
 from vipo.files import nearest_folder
 from vipo.generators import attention
+from vipo.offline import hub_is_silent
 
-HUB_SECONDS = 5.0
 FOR_DEVELOPERS = ("dev", "docs")
 
 
@@ -137,15 +137,10 @@ def _installed(package: str) -> bool:
 def hub() -> str:
     """Whether the hub answers, in words."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils._http import get_session
 
-    if constants.is_offline_mode():
-        return "offline: HF_HUB_OFFLINE is set"
+    if (silent := hub_is_silent()) is not None:
+        return silent
     token = "with a token" if get_token() else "without a token: gated models need `hf auth login`"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # noqa: BLE001 - whatever the HTTP client raises, nobody answered
-        return f"{constants.ENDPOINT} does not answer ({type(error).__name__})"
     return f"{constants.ENDPOINT} answers, {token}"
 
 
@@ -166,7 +161,6 @@ def advice(found: Findings) -> list[str]:
         told.append("this PyTorch has no NCCL: training on several GPUs needs a build that has it")
     if "does not answer" in found.hub:
         told.append(
-            "the hub cannot be reached: HF_HUB_OFFLINE=1 makes look-ups fail at once, and `vipo fetch RECIPE` says"
-            " what is here"
+            "the hub cannot be reached: HF_HUB_OFFLINE=1 saves asking it, and `vipo fetch RECIPE` says what is here"
         )
     return told

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -208,7 +208,8 @@ class Engine:
         """
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as told:
+            error = told.__cause__ if isinstance(told, UserError) else told  # of a generator of the user's own
             if self.ranks == 1 or isinstance(error, RunFailed) or not _is_of_processes(error):
                 raise
             raise RunFailed(
@@ -318,12 +319,11 @@ def _said(error: RuntimeError) -> str:
     return str(error).splitlines()[0].rsplit(".cc:", 1)[-1].partition("] ")[-1].partition(". ")[0] or str(error)[:200]
 
 
-def _is_of_processes(error: RuntimeError) -> bool:
+def _is_of_processes(error: BaseException | None) -> TypeGuard[RuntimeError]:
     """Whether it comes from the messages between processes: gloo raises plain errors, other backends their own."""
-    text = str(error)
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in text for word in ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL")
-    )
+    words = ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL")
+    plain = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return plain or isinstance(error, torch.distributed.DistError)
 
 
 def _check_supported(kind: DistributedType | None) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vipo.errors import UserError
 from vipo.files import is_path, lines
+from vipo.offline import hub_is_silent
 
 PROBED = 64  # elements of each tensor that a fingerprint looks at
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +54,8 @@ def folder_or_id(user: str, pretrained: str | Path) -> str:
     folder = Path(pretrained).expanduser()
     if is_path(pretrained) and not folder.is_dir():
         raise UserError(not_found(user, pretrained, "such folder", FileNotFoundError("it does not exist")))
+    if not folder.is_dir():
+        hub_is_silent()
     return str(folder if folder.is_dir() else pretrained)
 
 
@@ -65,10 +68,12 @@ def not_found(
     option: str = "pretrained=FOLDER",
 ) -> str:
     """What to tell a user whose model is not where it was said to be."""
+    on_hub = isinstance(error, OSError) and not is_path(pretrained) and not Path(pretrained).exists()
+    silent = hub_is_silent() if on_hub else None
     return (
         f"{user} found no {part} at {str(pretrained)!r}. Accepted: a hub id that can be downloaded from here, or"
         f" {accepted}. Download it once where there is a network and pass {option}."
-        f" Cause: {cause(error)}"
+        f" Cause: {silent or cause(error)}"
     )
 
 

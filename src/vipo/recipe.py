@@ -57,6 +57,7 @@ def code_in(recipe: Recipe) -> dict[str, str]:
     """Every ``file.py:thing`` that a recipe names, with how it is named on the command line."""
     structuring = recipe.structuring
     parts = [
+        ("generator.name={}", recipe.generator.name or ""),
         ("credit={}", recipe.credit),
         ("objective.loss={}", recipe.objective.loss),
         ("structuring.backbone={}", structuring.backbone),
@@ -81,11 +82,21 @@ def _words(value: Any) -> Iterator[str]:
             yield from _words(entry)
 
 
+def check_generator_code(recipe: Recipe, source: str, *, allowed: bool) -> None:
+    """Refuse a generator by file of a run that may be somebody else's; no other part works where nothing is trained.
+
+    Raises:
+        UserError: there is one, and it is not allowed.
+    """
+    name = recipe.generator.name or ""
+    check_code({name: ""} if is_user_file(name) else {}, source, own=(), allowed=allowed)
+
+
 def check_code(named: Mapping[str, str], source: str, *, own: Collection[str], allowed: bool) -> None:
     """Refuse code that the user has not named and not allowed.
 
     Args:
-        named: each ``file.py:thing``, with how it is named on the command line.
+        named: each ``file.py:thing``, with how it is named on the command line; empty where it cannot be.
         own: what the user has named.
 
     Raises:
@@ -94,9 +105,10 @@ def check_code(named: Mapping[str, str], source: str, *, own: Collection[str], a
     foreign = sorted(set(named) - set(own))
     if foreign and not allowed:
         first = foreign[0]
+        yourself = f", or name it yourself on the command line ({named[first]})" if named[first] else ""
         raise UserError(
             f"{source} names Python code, {first!r}, which would run here with all your rights; read that file, then"
-            f" add --allow-code, or name it yourself on the command line ({named[first]})"
+            f" add --allow-code{yourself}"
         )
 
 

@@ -73,7 +73,9 @@ Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 
 class GeneratorSection(Section):
     name: str | None = Field(
-        None, description="adapter, see `vipo list generators`; null takes the one that reads the model's pipeline"
+        None,
+        description="adapter, see `vipo list generators`, or file.py:thing; null takes the one that reads the model's"
+        " pipeline",
     )
     path: str = Field(description="pipeline folder, hub id, or embedded:NAME")
     height: Side = Field(description="pixels")

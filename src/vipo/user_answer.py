@@ -12,11 +12,14 @@ from vipo.errors import UserError
 from vipo.user_file import Kind
 
 
-def checked(kind: Kind, name: str, given: Any, shapes: Sequence[tuple[int | None, ...]], said: str) -> Tensor:
+def checked(
+    kind: Kind, name: str, given: Any, shapes: Sequence[tuple[int | None, ...]], said: str, *, finite: bool = True
+) -> Tensor:
     """The answer, if it is a finite tensor of one of these shapes; None in one stands for any length.
 
     Args:
         said: the shapes for a message, "(N, T, H, W)"; their lengths are added where they are known.
+        finite: False leaves the numbers alone, and so waits for no accelerator.
 
     Raises:
         UserError: it is not.
@@ -27,7 +30,7 @@ def checked(kind: Kind, name: str, given: Any, shapes: Sequence[tuple[int | None
         raise UserError(f"{kind.what} {name!r} returned {what}; return a tensor of real numbers {expected}")
     if not any(_fits(tuple(given.shape), shape) for shape in shapes):
         raise UserError(f"{kind.what} {name!r} returned the shape {tuple(given.shape)}; return {expected}")
-    if not bool(given.isfinite().all()):
+    if finite and not bool(given.isfinite().all()):
         raise UserError(f"{kind.what} {name!r} returned numbers that are not finite; return finite ones {expected}")
     return given
 

@@ -1,5 +1,5 @@
-"""A part of the user's own: ``path/to/file.py:thing``, wherever a recipe takes a name of a reward, a map source, a
-backbone, a credit or a loss. No torch here.
+"""A part of the user's own: ``path/to/file.py:thing``, wherever a recipe takes a name of a generator, a reward, a map
+source, a backbone, a credit or a loss. No torch here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ENDING = ".py"
+MODULE = "vipo_user_"  # what the name of a file's module begins with
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Kind:
     example: str
 
 
+GENERATOR = Kind("generator", "class MyModel(vipo.generators.flux.FluxGenerator):  # or a function of (path)")
 REWARD = Kind("reward", "def my_reward(media, prompts):  # (N, 3, F, Y, X) in [0, 1], N prompts -> (N,)")
 SOURCE = Kind("map source", "def my_source(rollout, advantage, scores):  # -> (N, T, H, W), not negative")
 BACKBONE = Kind("backbone", "def my_backbone(images):  # (B, 3, Y, X) in [0, 1] -> a vipo.types.FeatureMap")
@@ -47,6 +49,12 @@ def is_user_file(name: str) -> bool:
 def file_of(name: str) -> Path:
     """The file that ``file.py:thing`` names."""
     return Path(_split(name)[0]).expanduser()
+
+
+def checksum_of(part: type) -> str:
+    """The SHA-256 of the file of the user's that a class is from; empty for any other class."""
+    file = getattr(sys.modules.get(part.__module__), "__file__", None) if part.__module__.startswith(MODULE) else None
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def load_part(kind: Kind, name: str, offered: Mapping[str, Any] = MappingProxyType({}), /, **options: Any) -> Any:
@@ -101,7 +109,7 @@ def _import(kind: Kind, file: Path) -> ModuleType:
             f"there is no file {file} to take a {kind.what} from; give an existing path as file.py:function"
         )
     place = hashlib.sha256(str(file.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"vipo_user_{file.stem}_{place}", file)
+    spec = importlib.util.spec_from_file_location(f"{MODULE}{file.stem}_{place}", file)
     if spec is None or spec.loader is None:
         raise UserError(f"{file} is not a Python file; a {kind.what} of your own is {kind.example}")
     module = importlib.util.module_from_spec(spec)

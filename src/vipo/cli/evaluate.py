@@ -79,7 +79,7 @@ def evaluate(
     given, engine = read_texts(prompts) if prompts else None, Engine()
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames, "fps": fps}
     which: dict[str, Any] = {"checkpoint": checkpoint, "lora": lora, "base": base, "guidance_scale": guidance_scale}
-    model = open_target(target, **media, dtype=dtype, **which, device=engine.device)
+    model = open_target(target, **media, dtype=dtype, **which, device=engine.device, allow_code=allow_code)
     model, asked, texts = _what_to_score(model, rewards, given)
     _check_code(target, model, asked, rewards or "", allowed=allow_code)
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "batch_size": batch_size}

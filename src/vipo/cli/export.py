@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vipo.cli.arguments import Checkpoint
+from vipo.cli.arguments import AllowCode, Checkpoint
 from vipo.cli.consoles import console, warn
 from vipo.errors import UserError
 
@@ -32,6 +32,7 @@ def export(
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hugging Face hub.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: for everybody; default private.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write a run's policy for plain diffusers or ComfyUI, with a model card: `load_lora_weights`, `from_pretrained`.
 
@@ -50,7 +51,7 @@ def export(
     from vipo.runs.exporting import write_export
     from vipo.runs.trained import find_trained
 
-    trained = find_trained(run, checkpoint)
+    trained = find_trained(run, checkpoint, allow_code=allow_code)
     folder = output or trained.export_folder(layout)
     missing = write_export(trained, folder, layout=layout, dtype=None if dtype is None else DTYPES[dtype])
     warn([*trained.told, *missing])

@@ -11,6 +11,17 @@ from vipo.cli.arguments import Json
 from vipo.cli.catalogue import CATALOGUES
 from vipo.cli.consoles import show
 from vipo.errors import UserError
+from vipo.user_file import BACKBONE, CREDIT, GENERATOR, LOSS, REWARD, SOURCE
+
+OWN = {
+    "generators": GENERATOR,
+    "backbones": BACKBONE,
+    "rewards": REWARD,
+    "sources": SOURCE,
+    "credits": CREDIT,
+    "losses": LOSS,
+}
+"""What may also be a part of the user's own, ``file.py:thing``."""
 
 
 def list_parts(
@@ -24,6 +35,8 @@ def list_parts(
     if kind not in CATALOGUES:
         raise UserError(f"{kind!r} cannot be listed; choose from {', '.join(CATALOGUES)}")
 
+    from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
     rows = CATALOGUES[kind]()
@@ -32,4 +45,5 @@ def list_parts(
         table.add_column(heading, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    show(rows, table, as_json=as_json)
+    own = f"or one of your own, file.py:thing, where the file has\n{OWN[kind].example}" if kind in OWN else ""
+    show(rows, Group(table, *filter(None, [escape(own)])), as_json=as_json)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from vipo.cli.arguments import (
+    AllowCode,
     Base,
     Batch,
     Checkpoint,
@@ -53,7 +53,15 @@ def sample(
     ] = "number",
     video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
     fps: Annotated[float | None, typer.Option(min=1, help="Of video files; default the model's.")] = None,
+    sheet: Annotated[
+        bool | None,
+        typer.Option(help="All on one page with their prompts, sheet.png; default for several named by number."),
+    ] = None,
     batch_size: Batch = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Draw only what --output lacks, with the same arguments as before.")
+    ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Sample pictures or videos from a run's policy or from any model folder.
 
@@ -63,17 +71,26 @@ def sample(
 
     Example: `vipo sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a cat" --height 480 --width 832 --frames 33`
     """
-    from vipo.media.samples import sample_names, save_samples
+    from vipo.media.samples import sample_names
+    from vipo.runs.sampled import sample_into
     from vipo.runs.target import open_target
 
     given = read_texts(prompts) if prompts else None
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames}
     which: dict[str, Any] = {"checkpoint": checkpoint, "lora": lora, "base": base, "guidance_scale": guidance_scale}
-    model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0)
+    model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0, allow_code=allow_code)
     texts = given or model.evaluation_prompts() or read_texts(["embedded:prompts_eval"])
     warn(model.notices(texts))
-    files = iter(sample_names([prompt.text for prompt in texts], samples_per_prompt, names))
-    how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size, "base_tail": base_tail}
-    for part in model.sample(texts, samples_per_prompt=samples_per_prompt, **how):
-        save_samples(output, part.media, list(islice(files, len(part.media))), video=video, fps=fps or model.fps)
-    console.print(f"{len(texts) * samples_per_prompt} samples in {output}", soft_wrap=True)
+    named = sample_names([prompt.text for prompt in texts], samples_per_prompt, names)
+    how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "seed": seed}
+    how |= {"batch_size": batch_size, "base_tail": base_tail, "resume": resume, "video": video, "fps": fps}
+    shown = sample_into(output, model, texts, named, **how)
+    wanted = (len(named) > 1 and names == "number") if sheet is None else sheet  # programs read a folder whole
+    console.print(_said(output, len(named), shown.save(output / "sheet.png") if wanted else None), soft_wrap=True)
+
+
+def _said(output: Path, count: int, on_sheet: int | None) -> str:
+    said = f"{count} sample{'' if count == 1 else 's'} in {output}"
+    if on_sheet is None:
+        return said
+    return f"{said}, {'all' if on_sheet == count else f'the first {on_sheet}'} on sheet.png"

@@ -10,14 +10,15 @@ from typing import Any
 
 from vipo import backbones, rewards
 from vipo.errors import UserError
-from vipo.fetch.models import network_need, pipeline_need
+from vipo.fetch.models import INDEX, network_need, pipeline_need
 from vipo.fetch.need import Need, State, merged
+from vipo.files import is_path
 from vipo.options import needs_sources
 from vipo.prompts.files import EMBEDDED, SHIPPED, prompt_file
 from vipo.prompts.hub import HUB, hub_source
 from vipo.prompts.selection import split
 from vipo.registry import find
-from vipo.schema import JudgeSection, Recipe
+from vipo.schema import GeneratorSection, JudgeSection, Recipe
 from vipo.user_file import file_of, is_user_file
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -43,7 +44,7 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def _needs(recipe: Recipe) -> Iterator[Need]:
-    yield _generator(recipe.generator.path)
+    yield from _generator(recipe.generator)
     if recipe.policy.init is not None:
         yield _own_file(recipe.policy.init, "policy.init", "a LoRA of yours")
     for section, named in (("reward", recipe.rewards), ("judge", recipe.judges)):
@@ -56,7 +57,17 @@ def _needs(recipe: Recipe) -> Iterator[Need]:
         yield _prompts(name, key)
 
 
-def _generator(path: str) -> Need:
+def _generator(section: GeneratorSection) -> Iterator[Need]:
+    """Its model; of one of the user's own, whose model may be anything, the file too."""
+    own, path = section.name is not None and is_user_file(section.name), section.path
+    if own:
+        yield _own_file(str(file_of(str(section.name))), "generator", "the file with your generator")
+    folder = Path(path).expanduser()
+    other = own and (is_path(path) or folder.exists()) and not (folder / INDEX).is_file()
+    yield _own_file(path, "generator", "what your generator reads") if other else _model(path)
+
+
+def _model(path: str) -> Need:
     if not path.startswith(EMBEDDED):
         return pipeline_need(path, "generator")
     from vipo import embedded

@@ -71,7 +71,7 @@ def entry(name: str) -> GeneratorEntry:
     Raises:
         UserError: there is none; the nearest name is given.
     """
-    return registry.find("generator", GENERATORS, name)
+    return registry.find("generator", GENERATORS, name, otherwise=", or give file.py:thing")
 
 
 def adapter(name: str) -> Any:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from vipo.errors import UserError
 from vipo.files import written_whole
-from vipo.generators import GENERATORS
+from vipo.generators import adapter_of
 from vipo.generators.lora_file import COMFY, DIFFUSERS, parse
 from vipo.generators.weights import some
 from vipo.types import LoraLayer
@@ -62,13 +62,12 @@ AUTHORS: Mapping[str, Names] = {"wan": WAN, "flux2": FLUX2}
 
 
 def family_of(generator: Any) -> str:
-    """The adapter's name in ``GENERATORS``, if ComfyUI's names for its LoRA are known.
+    """The name in ``GENERATORS`` of the adapter of its pipeline, if ComfyUI's names for a LoRA of that are known.
 
     Raises:
         UserError: they are not.
     """
-    kind = f"{type(generator).__module__}:{type(generator).__qualname__}"
-    found = next((name for name, entry in GENERATORS.items() if entry.target == kind), None)
+    found = adapter_of(type(getattr(generator, "pipeline", None)).__name__)
     if found is None or found not in (*UNCHANGED, *AUTHORS):
         raise UserError(
             f"ComfyUI's names are not known for a LoRA of {type(generator).__name__}, only of"

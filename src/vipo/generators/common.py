@@ -32,6 +32,7 @@ from vipo.generators.weights import Fewer, load_pipeline
 from vipo.options import Quantization, TextQuantization
 from vipo.sharding import under_own_name
 from vipo.types import Batched, Grid, sent
+from vipo.user_file import checksum_of
 
 SIZES = ("height", "width", "frames")  # of the media, in pixels and pixel frames
 
@@ -193,7 +194,7 @@ class DiffusersGenerator(ABC):
         Raises:
             UserError: ``folder`` cannot be made.
         """
-        name = type(self).__qualname__
+        name = type(self).__qualname__ + checksum_of(type(self))
         cache = cache_of(self.reader, adapter=name, folder=folder, batch_size=batch_size, memory_bytes=memory_bytes)
         cache.fill([self.guidance.negative_prompt, *ahead] if self.is_guided else ahead)
         if offload:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vipo.errors import UserError
 from vipo.files import is_path
+from vipo.offline import hub_is_silent
 
 ACCEPTED = "a folder or hub id with model_index.json, as diffusers' save_pretrained writes it, or embedded:NAME"
 
@@ -27,10 +28,15 @@ def read_config(
     if not path or (is_path(path) and not Path(path).exists()):  # the hub need not be asked
         raise UserError(f"{path!r} {absent}: there is no such folder; give {ACCEPTED}")
     reader: Any = DiffusionPipeline if part is None else AutoencoderKL  # any model's class reads a config.json
+    silent = None if Path(path).is_dir() else hub_is_silent()
     try:
         config: Mapping[str, Any] = reader.load_config(path, subfolder=part)
     except (OSError, ValueError) as error:
         where = f"{path!r} {absent}" if part is None else f"{part}/config.json of {path!r} cannot be read"
+        if silent is not None:
+            raise UserError(
+                f"{where}: it is not in the hub's cache here, and {silent}. Else give {ACCEPTED}"
+            ) from error
         raise UserError(f"{where}; give {ACCEPTED}. Cause: {one_line(error)}") from error
     return config
 

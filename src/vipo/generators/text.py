@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Protocol, get_type_hints, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,16 @@ class TextReader(ABC):
 
     @property
     def record(self) -> type[Batched]:
-        """The class of the rows, from the annotation of :meth:`read`."""
-        record: type[Batched] = get_type_hints(type(self).read)["return"]
-        if not is_dataclass(record) or not fields(record):
-            raise TypeError(f"annotate {type(self).__name__}.read with the record it returns, not {record}")
-        return record
+        """The class of the rows, from the annotation of :meth:`read`; one without has that of the class above.
+
+        Raises:
+            UserError: it names no record.
+        """
+        own = [vars(kind)["read"] for kind in type(self).__mro__ if "read" in vars(kind)]
+        record = next(found["return"] for read in own if "return" in (found := get_type_hints(read)))
+        if not isinstance(record, type) or not is_dataclass(record) or not fields(record):
+            raise UserError(f"annotate {type(self).__name__}.read with the record it returns, not {record}")
+        return cast("type[Batched]", record)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], *, batch_size: int | None = None) -> Batched:

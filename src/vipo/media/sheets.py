@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from vipo.errors import UserError
 from vipo.files import SEAL, is_intact, sealed, sha256, write_text
-from vipo.media.pictures import MARGIN, PAPER, Media, draw_text, save_png, text_height, to_uint8, wrapped
+from vipo.media.pictures import MARGIN, PAPER, Media, draw_text, save_png, text_height, to_bytes, to_uint8, wrapped
 
+MOST_PIXELS = 1 << 26  # on a sheet of samples, 64 pictures of 1024 x 1024; later ones are files alone
+MOST_FRAMES = 8  # of a clip on it: it is there to be looked through, and each clip is a file that plays
 NARROWEST = 160  # pixels of a group of tiles: narrower ones leave no room for their prompt
 BETWEEN, APART = 4, 16  # pixels between the tiles of a group, and between groups
 LINES = 2  # of a prompt; the JSON has all of it
@@ -93,6 +96,35 @@ def save_sheet(
     info = {"tile": tile, "frames": frames, "corners": corners, "prompts": texts, "scores": listed}
     save_png(path, sheet)
     write_text(path.with_suffix(".json"), json.dumps(sealed({**info, "picture": sha256(path)}), ensure_ascii=False))
+
+
+class FirstSamples:
+    """Samples on their way to files, of which the first that fit make one sheet with their prompts."""
+
+    def __init__(self) -> None:
+        self._tiles: list[UInt8[Tensor, "n 3 f Y X"]] = []
+        self._texts: list[str] = []
+        self._room: int | None = None  # of samples; known with the first
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is added now is shown no more."""
+        return self._room is not None and len(self._texts) >= self._room
+
+    def add(self, media: Float[Tensor, "N 3 F Y X"], texts: Sequence[str]) -> None:
+        """Further ones, of the same size; of a clip, frames from its first to its last."""
+        frames = torch.linspace(0, media.shape[2] - 1, min(MOST_FRAMES, media.shape[2])).round().long()
+        if self._room is None:
+            self._room = max(1, MOST_PIXELS // (len(frames) * media.shape[-2] * media.shape[-1]))
+        left = self._room - len(self._texts)
+        if left > 0:
+            self._tiles.append(to_bytes(media[:left, :, frames.to(media.device)]).cpu())
+            self._texts += texts[:left]
+
+    def save(self, path: Path) -> int:
+        """Write the sheet and its JSON; how many samples it shows."""
+        save_sheet(path, torch.cat(self._tiles), self._texts, {})
+        return len(self._texts)
 
 
 def _plain(values: Sequence[float] | Tensor) -> list[float | None]:

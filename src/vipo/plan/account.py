@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from vipo.generators import context
-from vipo.plan.blueprint import conditioning
+from vipo.plan.blueprint import adapter_name, conditioning, is_own
 from vipo.plan.judging import Judge, judges_of
 from vipo.plan.ledger import Ledger
 from vipo.plan.passes import Cost, row_bytes
@@ -166,6 +166,8 @@ class Accountant:
 
     def plan(self) -> Plan:
         notes = [f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
+        if is_own(section := self.recipe.generator):
+            notes.append(f"generator {section.name} is counted as {adapter_name(section)}, which reads its pipeline")
         if self.team > 1:
             notes.append(f"not counted: messages within each team of {self.team} processes, in every block's attention")
         return Plan(

@@ -8,7 +8,7 @@ from typing import Any
 
 from vipo.generators import options
 from vipo.plan.account import Accountant, Machine, Plan, plan
-from vipo.plan.blueprint import adapter_name
+from vipo.plan.blueprint import adapter_name, is_own
 from vipo.plan.ledger import Ledger
 from vipo.plan.published import table
 from vipo.plan.work import work_of
@@ -147,7 +147,7 @@ def _free(recipe: Recipe, machine: Machine) -> Iterator[Change]:
         yield Change(("training", "replay_batch_size"), 1, helps=("update",))
     if work.sampled_at_once > 1:
         yield Change(("training", "rollout_batch_size"), 1, helps=("sample",))
-    taken = options(adapter_name(section))
+    taken = [] if is_own(section) else options(adapter_name(section))
     if "decode_batch_size" in taken and section.options.get("decode_batch_size") != 1:
         yield Change(("generator", "options", "decode_batch_size"), 1, helps=("decode",))
     if "guidance_in_one_pass" in taken and section.options.get("guidance_in_one_pass") is not False:

@@ -31,6 +31,7 @@ from vipo.schema import GeneratorSection, Recipe
 from vipo.sharding import wrapped_blocks
 from vipo.training.losses import Loss, without_code
 from vipo.types import Batched
+from vipo.user_file import is_user_file
 
 
 class Tokenizer:
@@ -80,6 +81,7 @@ def draw(recipe: Recipe) -> Blueprint:
     Raises:
         UserError: the model's configuration is not known, or an option does not fit it.
     """
+    recipe = _without_own_generator(recipe)
     mode = FakeTensorMode()
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         pipeline = empty_pipeline(recipe.generator)
@@ -101,12 +103,28 @@ def draw(recipe: Recipe) -> Blueprint:
 
 
 def adapter_name(section: GeneratorSection) -> str:
-    """The adapter that a recipe names, or else the one that reads its model.
+    """The adapter that a recipe names, or else, also in place of the user's own, the one that reads its model.
 
     Raises:
         UserError: the model's configuration is not known, or the adapter named reads other models.
     """
-    return generators.choose(section.name, model_config(model_path(section.path))["pipeline"], section.path)
+    asked = None if is_own(section) else section.name
+    return generators.choose(asked, model_config(model_path(section.path))["pipeline"], section.path)
+
+
+def is_own(section: GeneratorSection) -> bool:
+    """Whether the generator is the user's, whose code a plan does not run."""
+    return section.name is not None and is_user_file(section.name)
+
+
+def _without_own_generator(recipe: Recipe) -> Recipe:
+    """With the adapter of its pipeline in its place, and of its options those that this one takes too."""
+    section = recipe.generator
+    if not is_own(section):
+        return recipe
+    name = adapter_name(section)
+    options = {key: value for key, value in section.options.items() if key in generators.options(name)}
+    return recipe.model_copy(update={"generator": section.model_copy(update={"name": name, "options": options})})
 
 
 def shapes_only(network: nn.Module) -> None:

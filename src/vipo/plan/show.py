@@ -13,6 +13,8 @@ from vipo.plan.account import Plan
 from vipo.plan.advice import Advice
 from vipo.plan.batches import HEADROOM, Batches
 
+MINUTE, HOUR = 60, 3600  # seconds
+
 
 def memory_size(text: str) -> int:
     """Bytes of "80GB", "40 GiB" or a plain number.
@@ -34,6 +36,15 @@ def gigabytes(size: float) -> str:
         if size >= scale / 10:
             return f"{size / scale:.2f} {unit}"
     return f"{size / 1e3:.1f} kB"
+
+
+def lasting(seconds: float) -> str:
+    """A time for people, no finer than a plan is."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 2 * MINUTE:
+        return f"about {seconds:.3g} s"
+    return f"about {seconds / MINUTE:.3g} min" if seconds < 2 * HOUR else f"about {seconds / HOUR:.3g} h"
 
 
 def plan_view(found: Plan, advice: Advice, batches: Batches | None = None) -> RenderableType:
@@ -85,8 +96,8 @@ def sentences(found: Plan, advice: Advice) -> list[str]:
     rate = f"{machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s"
     lines = [
         f"{found.recipe} {verdict}: {gigabytes(found.peak)} of {gigabytes(machine.memory)} {where}.",
-        f"About {found.iteration_seconds:.3g} s an iteration at {rate},"
-        f" {found.hours:.3g} h for {found.iterations} iterations, without evaluations.",
+        f"{lasting(found.iteration_seconds).capitalize()} an iteration at {rate},"
+        f" {lasting(found.hours * HOUR)} for {found.iterations} iterations, without evaluations.",
         f"Start it with: {found.launch}",
         *(_advice(found, advice)),
         *found.notes,

@@ -21,6 +21,7 @@ from typing import Any
 
 from vipo.errors import UserError
 from vipo.files import written_whole
+from vipo.offline import hub_is_silent
 from vipo.prompts.selection import MEANINGS, Selection, selection, split
 
 HUB = "hub:"
@@ -114,11 +115,12 @@ def download(source: HubSource) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     assert source.file is not None
+    silent = hub_is_silent()
     try:
         found = hf_hub_download(source.repository, source.file, repo_type="dataset", revision=source.commit)
         return Path(found)
     except (OSError, ValueError, EntryNotFoundError) as error:
-        raise UserError(_unread(source, error)) from error
+        raise UserError(_unread(source, silent or error)) from error
 
 
 def rows(source: HubSource) -> Iterator[Row]:
@@ -133,6 +135,7 @@ def rows(source: HubSource) -> Iterator[Row]:
         raise UserError(
             f"{source.name!r} needs datasets; install vipo[datasets], or name one file: hub:OWNER/NAME/FILE@COMMIT"
         ) from error
+    silent = None if source.commit is None else hub_is_silent()
     options = {"name": source.loading.get("config"), "split": source.loading.get("split", "train")}
     try:
         stream = load_dataset(source.repository, revision=source.commit, streaming=True, **options)
@@ -140,7 +143,7 @@ def rows(source: HubSource) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # RuntimeError: data sets that are a script
         if isinstance(error, UserError):
             raise
-        raise UserError(_unread(source, error)) from error
+        raise UserError(_unread(source, (isinstance(error, OSError) and silent) or error)) from error
 
 
 def _columns(stream: Any, select: Selection) -> Any:
@@ -168,7 +171,7 @@ def kept_entries(source: HubSource, read: Callable[[Iterable[Row]], list[Entry]]
     return [(text, metadata) for text, metadata in map(json.loads, source.kept.open(encoding="utf-8"))]
 
 
-def _unread(source: HubSource, error: Exception) -> str:
+def _unread(source: HubSource, error: Exception | str) -> str:
     why = " ".join(str(error).split())[:300] or type(error).__name__
     return (
         f"{source.name!r} cannot be read: {why}. `vipo fetch RECIPE --download` gets what a recipe needs, where there"

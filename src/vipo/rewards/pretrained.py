@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vipo.errors import UserError
 from vipo.files import is_path
 from vipo.files import sha256 as file_sha256
+from vipo.offline import hub_is_silent
 from vipo.pretrained import cause, dtype_named, not_found, quiet
 from vipo.vision.frozen import freeze, load_frozen
 
@@ -80,6 +81,7 @@ def _find(pretrained: str | Path, names: Sequence[str]) -> Path:
                 return place / name
         error = OSError(f"the folder holds {_listed([p.name for p in place.iterdir()]) or 'nothing'}")
     elif not is_path(pretrained):
+        hub_is_silent()  # if so, it is not asked for each
         for name in names:
             try:
                 return Path(str(cached_file(str(pretrained), name)))

@@ -34,8 +34,13 @@ def write_export(trained: Trained, folder: Path, *, layout: Layout, dtype: torch
         model.policy.export(model.generator, aside, dtype=dtype)
         if family is not None:
             rename_for_comfyui(aside, family)
-        pipeline = getattr(model.generator, "pipeline", None)
-        return [] if pipeline is None else write_card(aside, trained, iteration, type(pipeline), layout)
+        return add_card(aside, trained, iteration, model, layout)
+
+
+def add_card(folder: Path, trained: Trained, iteration: int, model: Model, layout: Layout = "diffusers") -> list[str]:
+    """:func:`vipo.runs.card.write_card` beside weights; a generator without a diffusers pipeline has none."""
+    pipeline = getattr(model.generator, "pipeline", None)
+    return [] if pipeline is None else write_card(folder, trained, iteration, type(pipeline), layout)
 
 
 def _opened(trained: Trained) -> tuple[Model, int]:

@@ -30,7 +30,7 @@ def check_guidance(generator: Generator, scale: float | None) -> None:
 def guidance_note(generator: Generator, trained: GeneratorSection) -> list[str]:
     """A sentence if the generator samples at another scale than it was trained at, by the run's own section."""
     used, then = _scale(generator), _trained_scale(generator, trained)
-    if used is None or used == then or not getattr(generator, "takes_guidance", True):
+    if used is None or then is None or used == then or not getattr(generator, "takes_guidance", True):
         return []
     return [f"guidance {used:g}, but the run trained at {then:g} (--guidance-scale {then:g} samples as it was trained)"]
 
@@ -56,5 +56,7 @@ def _scale(generator: Any) -> float | None:
     return None if guidance is None else float(guidance.scale)
 
 
-def _trained_scale(generator: Any, section: GeneratorSection) -> float:
-    return float(section.options.get(KEY, type(generator).usual.guidance.scale))
+def _trained_scale(generator: Any, section: GeneratorSection) -> float | None:
+    usual = getattr(generator, "usual", None)  # a generator of the user's own need not say
+    scale = section.options.get(KEY, None if usual is None else usual.guidance.scale)
+    return None if scale is None else float(scale)

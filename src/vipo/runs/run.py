@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
@@ -16,11 +17,13 @@ from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
 from vipo.media.recordings import ROLLOUTS, save_recording
+from vipo.report.page import write_report
 from vipo.rewards import go_by_rate
 from vipo.runs.agreement import check_agreed
 from vipo.runs.best import best_so_far, best_told, fallen, spared
 from vipo.runs.directory import RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
+from vipo.runs.exporting import add_card
 from vipo.runs.init import keep_init, with_kept_init
 from vipo.runs.inputs import fingerprints
 from vipo.runs.lock import FolderLock
@@ -32,10 +35,13 @@ from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
 from vipo.runs.trackers import check_trackers
 from vipo.runs.tracking import Tracking
+from vipo.runs.trained import Trained
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load, save
 from vipo.training.saved import STATE, prune
 from vipo.types import TrainStep
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,17 @@ class Evaluated:
     def scores(self) -> Mapping[str, Tensor]:
         """Those of the policy, by reward."""
         return self.evaluation.scores[POLICY]
+
+
+@dataclass(frozen=True)
+class RunStep(TrainStep):
+    """One iteration as :func:`train` yields it: with the evaluations since the one before.
+
+    In a run directory the first iteration has that of the untrained weights, and each after which the weights are
+    evaluated has theirs; their ``iteration`` tells them apart.
+    """
+
+    evaluations: tuple[Evaluated, ...] = ()
 
 
 class Run:
@@ -204,12 +221,15 @@ class Run:
                     yield from self._evaluate_and_watch()
 
     def _export(self) -> None:
-        """Every process takes part: what is sharded is put together for the one that writes."""
+        """Weights and their card. Every process takes part: what is sharded is put together for the one that writes."""
         if not self.writes:
             self.session.policy.export(self.session.generator, None)
             return
         with written_whole(self.directory.root / "export") as aside:
             self.session.policy.export(self.session.generator, aside)
+            trained = Trained(self.directory, self.recipe)
+            for sentence in add_card(aside, trained, self.iteration, self.session.model):
+                log.warning(sentence)
 
     def _with_events(self, step: TrainStep) -> TrainStep:
         """The first iteration after a resume tells what was changed; any, what went wrong with tracking."""
@@ -280,13 +300,20 @@ class Run:
         weights = {name: section.weight for name, section in self.recipe.rewards.items()}
         return JudgeWatch(self.recipe.guards.over_optimization, list(self.recipe.judges), weights)
 
-    def _evaluate_if_due(self) -> Iterator[Evaluated]:
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the present weights are to be evaluated, and were not yet."""
+        return self._is_due() and self.iteration not in self._evaluated
+
+    def _is_due(self) -> bool:
         every = self.recipe.evaluation.every
         due = self.iteration in (0, self.comparable_since) or self.finished
-        due = due or (every is not None and self.iteration % every == 0)
-        if not due:
+        return due or (every is not None and self.iteration % every == 0)
+
+    def _evaluate_if_due(self) -> Iterator[Evaluated]:
+        if not self._is_due():
             return
-        new = self._evaluate() if self.iteration not in self._evaluated else None
+        new = self._evaluate() if self.evaluation_due else None
         best_by = self._keep_best()
         self._stop_if_fallen()
         if new is not None:
@@ -373,25 +400,61 @@ def train(
     resume: bool = False,
     checkpoint: str | None = None,
     allow_changes: Sequence[str] = (),
-) -> Iterator[TrainStep]:
+    report: bool = True,
+) -> Iterator[RunStep]:
     """Train a recipe, yielding each iteration's :class:`TrainStep`.
 
-    With ``output`` a run directory is kept (evaluations, checkpoints, samples, maps), as ``vipo train`` does; without
-    it nothing is written. ``resume``, ``checkpoint`` and ``allow_changes`` are those of :class:`Run`.
+    With ``output`` a run directory is kept as ``vipo train`` keeps it (evaluations, checkpoints, samples, maps, export,
+    and with ``report`` a report.html at the end), and what is yielded has the evaluations too
+    (:attr:`RunStep.evaluations`); without it nothing is evaluated or written. ``resume``, ``checkpoint`` and
+    ``allow_changes`` are those of :class:`Run`.
 
     Raises:
+        UserError: as :class:`Run`, or a reward has a fault.
         RunFailed: nothing was learned.
     """
     if output is None:
-        session = build(recipe)
-        keep_text(session)
-        told = notices(session)
-        for number in range(1, recipe.training.iterations + 1):
-            step = _with_notices(session.trainer.step(last=number == recipe.training.iterations), told)
-            yield step
-            if step.failure:
-                raise RunFailed(step.failure)
+        yield from _in_memory(recipe)
         return
-    for event in Run(recipe, Path(output), resume=resume, checkpoint=checkpoint, allow_changes=allow_changes):
-        if isinstance(event, TrainStep):
-            yield event
+    run = Run(recipe, Path(output), resume=resume, checkpoint=checkpoint, allow_changes=allow_changes)
+    yield from _with_evaluations(run)
+    if report and run.over and run.writes:
+        write_report(run.directory.root)
+
+
+def _in_memory(recipe: Recipe) -> Iterator[RunStep]:
+    session = build(recipe)
+    keep_text(session)
+    told = notices(session)
+    for number in range(1, recipe.training.iterations + 1):
+        step = _with_notices(session.trainer.step(last=number == recipe.training.iterations), told)
+        yield _run_step(step)
+        if step.failure:
+            raise RunFailed(step.failure)
+
+
+def _with_evaluations(run: Run) -> Iterator[RunStep]:
+    """A run's steps, each as soon as it is there, but after the evaluation that is due after it."""
+    found: list[Evaluated] = []
+    held: TrainStep | None = None
+    try:
+        for event in run:
+            if isinstance(event, TrainStep):
+                held = event
+            else:
+                found.append(event)
+            if held is not None and not run.evaluation_due:
+                step, held = _run_step(held, found), None
+                found.clear()
+                yield step
+    except Exception:
+        if held is not None:  # what ended the run came after this step
+            yield _run_step(held, found)
+        raise
+    if held is not None:  # a stop was asked for, and comes before an evaluation
+        yield _run_step(held, found)
+
+
+def _run_step(step: TrainStep, evaluations: Sequence[Evaluated] = ()) -> RunStep:
+    parts = {field.name: getattr(step, field.name) for field in fields(TrainStep)}
+    return RunStep(**parts, evaluations=tuple(evaluations))

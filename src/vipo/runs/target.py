@@ -106,8 +106,9 @@ class Target:
         seed: int,
         batch_size: int | None = None,
         base_tail: float = 0.0,
+        is_there: Callable[[range], bool] = lambda _rows: False,
     ) -> Iterator[Rollout]:
-        """Samples of each prompt, about ``batch_size`` at a time, in order.
+        """Samples of each prompt, about ``batch_size`` at a time, in order, but for those parts that are there already.
 
         The last share ``base_tail`` of the steps is the base model's: MixGRPO's hybrid inference (arXiv 2507.21802),
         which keeps what the policy composed and takes back what a hacked reward did to its surface.
@@ -120,6 +121,9 @@ class Target:
         sampler = Sampler(self.generator, self.solver, samples_per_prompt, steps, batch_size, seed, around)
         at_once = max(1, batch_size // samples_per_prompt)
         for first in range(0, len(prompts), at_once):
+            until = min(first + at_once, len(prompts))
+            if is_there(range(first * samples_per_prompt, until * samples_per_prompt)):
+                continue
             with attention.scope(self.attention):
                 rollout = sampler(prompts[first : first + at_once], first)
             yield rollout
@@ -178,6 +182,7 @@ class Target:
         solver = self.solver.deterministic(steps)
         return {
             **self.described,
+            **_code(self.described["generator"]["name"] or ""),
             "weights": fingerprint(self.generator.network),
             "sample_shape": list(self.generator.latent_shape()),
             "steps": solver.steps,
@@ -192,10 +197,14 @@ class Target:
     def _reward_settings(self, name: str) -> dict[str, Any]:
         own = self.rewards.get(name)
         options: dict[str, Any] = {} if own is None else {"reward": own.reward or name, **own.options}
-        source = str(options.get("reward", name))
-        if is_user_file(source) and (file := file_of(source)).is_file():
-            return {"options": options, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        return {"options": options}
+        return {"options": options, **_code(str(options.get("reward", name)))}
+
+
+def _code(name: str) -> dict[str, str]:
+    """The checksum of the file that a part of the user's own is from; of any other part nothing."""
+    if is_user_file(name) and (file := file_of(name)).is_file():
+        return {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {}
 
 
 def open_target(
@@ -212,6 +221,7 @@ def open_target(
     lora: Path | None = None,
     base: str | None = None,
     keep_reference: bool = True,
+    allow_code: bool = True,
     device: torch.device | str | None = None,
 ) -> Target:
     """Load a run's policy, or a plain model, on request with a LoRA as the policy. No reward is built.
@@ -229,6 +239,7 @@ def open_target(
         base: the plain model that ``target``, then a LoRA, goes on.
         keep_reference: a run's policy can also be its base model, at the cost, for full weights, of a copy; without,
             it can only :meth:`Target.sample` as the policy.
+        allow_code: whether a run's generator may be Python code, ``file.py:thing``.
 
     Raises:
         UserError: neither a run nor a pipeline that an adapter knows, a size that does not fit or fits only plain
@@ -242,7 +253,8 @@ def open_target(
         target, lora = _on_base(target, base, lora, is_run)
     elif is_run:
         _check_alone(target, lora, given)
-        return _open_run(find_trained(Path(target), checkpoint), target, guidance_scale, keep_reference, device)
+        trained = find_trained(Path(target), checkpoint, allow_code=allow_code)
+        return _open_run(trained, target, guidance_scale, keep_reference, device)
     elif is_lora(Path(target)):
         raise UserError(f"{target!r} is a LoRA; name the model that it goes on with --base MODEL")
     if checkpoint is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vipo.assemble import Model, default_device, open_model
 from vipo.errors import UserError
-from vipo.recipe import load_recipe, parse_recipe
+from vipo.recipe import check_generator_code, load_recipe, parse_recipe
 from vipo.runs.best import BEST, best_checkpoint, best_told
 from vipo.runs.directory import RunDirectory
 from vipo.runs.guidance import check_guidance, guided
@@ -76,11 +76,14 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / STATE).is_file()
 
 
-def find_trained(target: Path, checkpoint: str | None = None) -> Trained:
+def find_trained(target: Path, checkpoint: str | None = None, *, allow_code: bool = True) -> Trained:
     """What a run's folder, or a checkpoint's, holds. A checkpoint that lies in no run has its recipe in itself.
 
+    Args:
+        allow_code: whether its generator may be Python code, ``file.py:thing``.
+
     Raises:
-        UserError: neither of the two, or there is no such checkpoint.
+        UserError: neither of the two, there is no such checkpoint, or it names code and that is not allowed.
     """
     directory, above = RunDirectory(target), RunDirectory(target.resolve().parent.parent)
     if directory.exists():
@@ -93,6 +96,7 @@ def find_trained(target: Path, checkpoint: str | None = None) -> Trained:
         found = Trained(above, load_recipe(above.recipe), str(target))
     else:
         found = Trained(directory, _own_recipe(target), str(target))
+    check_generator_code(found.recipe, str(target), allowed=allow_code)
     found.path()  # what is not there is told before a model is built
     return found
 

@@ -1,0 +1,108 @@
+"""Samples as files in a folder, gone on with where they were interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vipo.errors import UserError
+from vipo.files import write_text
+from vipo.media.reading import read_media
+from vipo.media.samples import VideoFormat, save_samples
+from vipo.media.sheets import FirstSamples
+from vipo.runs.target import Target
+from vipo.types import Prompt
+
+
+def sample_into(
+    root: Path,
+    target: Target,
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    *,
+    samples_per_prompt: int,
+    steps: int | None,
+    seed: int,
+    batch_size: int | None,
+    base_tail: float,
+    video: VideoFormat,
+    fps: float | None,
+    resume: bool,
+) -> FirstSamples:
+    """Write a file for every sample, or with ``resume`` for those that are not there; the first of all, for a sheet.
+
+    Args:
+        names: of the files, one per sample, without their ending.
+        fps: of video files; None takes the target's.
+
+    Raises:
+        UserError: as :class:`SampleFolder`, or as :meth:`vipo.runs.target.Target.sample`.
+    """
+    how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps}
+    files: dict[str, Any] = {"video": video, "fps": fps or target.fps}
+    whole = target.settings(prompts, [], **how, batch_size=batch_size or target.batch_size)
+    folder = SampleFolder(root, {**whole, "seed": seed, "base_tail": base_tail, **files}, names, resume=resume)
+    shown = FirstSamples()
+
+    def is_there(rows: range) -> bool:
+        there = folder.files(rows)
+        for row, file in zip(rows, there, strict=False) if not shown.is_full else ():
+            shown.add(read_media(file)[None], [prompts[row // samples_per_prompt].text])
+        return bool(there)
+
+    how |= {"seed": seed, "batch_size": batch_size, "base_tail": base_tail}
+    for part in target.sample(prompts, **how, is_there=is_there):
+        folder.begin()
+        rows = slice(part.first_sample, part.first_sample + len(part.media))
+        save_samples(root, part.media, names[rows], **files)
+        shown.add(part.media, [prompt.text for prompt in part.prompts])
+    return shown
+
+
+class SampleFolder:
+    """Which samples are there already, of those that the same arguments would draw now.
+
+    What they depend on is kept beside the folder, in a hidden file: whoever reads the folder finds samples alone in it.
+
+    Args:
+        settings: all that the samples depend on, for JSON.
+        names: of the files, one per sample, without their ending.
+
+    Raises:
+        UserError: with ``resume``, there is nothing to go on with, or it was drawn from something else.
+    """
+
+    def __init__(self, root: Path, settings: Mapping[str, Any], names: Sequence[str], *, resume: bool) -> None:
+        self.root, self.names, self._resumes = root, names, resume
+        kept, now = root.resolve().with_name(f".{root.resolve().name}.samples.json"), json.loads(json.dumps(settings))
+        self._kept, self._settings = kept, json.dumps(now, indent=2)
+        if not resume:
+            return
+        if not kept.is_file():
+            raise UserError(f"there is nothing in {str(root)!r} to go on with; leave out --resume")
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{str(kept)!r} is damaged ({error}); leave out --resume to draw all anew") from error
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if changed:
+            raise UserError(
+                f"cannot go on in {str(root)!r}: its {', '.join(changed)} differ from what is asked for now; give the"
+                " same arguments as before, or choose another --output"
+            )
+
+    def begin(self) -> None:
+        """Write what they depend on, before the first is written."""
+        write_text(self._kept, self._settings)
+
+    def files(self, rows: range) -> list[Path]:
+        """Those of these samples, if all of them are there to go on with; else none."""
+        found = [self._file(row) for row in rows] if self._resumes else []
+        there = [file for file in found if file is not None]
+        return there if len(there) == len(rows) else []
+
+    def _file(self, row: int) -> Path | None:
+        named = (self.root / f"{self.names[row]}.{ending}" for ending in ("png", "webp", "mp4"))
+        return next((file for file in named if file.is_file()), None)
