@@ -306,6 +306,8 @@ def test_the_extremes_are_the_extremes(run: Path) -> None:
         "Best prompt after training": [TEXTS[-1]],
         "Worst prompt after training": [TEXTS[9]],
     }
+    (reward,) = record.rewards
+    assert f"the mean over a prompt's pictures of {reward}." in write_report(run).read_text()
     rose = found.groups["Prompts that gained most"][0]
     assert len(rose.pairs) == PER_PROMPT and rose.scores[0].after - rose.scores[0].before == pytest.approx(0.25)
 

@@ -98,7 +98,8 @@ def _worded(value: Any) -> str:
         return "none"
     if isinstance(value, list | tuple):
         return " and ".join(map(_worded, value)) or "none"
-    return str(value).replace("_", " ")
+    words = str(value)
+    return words if ".py:" in words else words.replace("_", " ")  # a part by its file keeps its name
 
 
 def gathered(runs: Sequence[RunRecord]) -> dict[str, dict[int, RunRecord]]:

@@ -24,7 +24,7 @@ ENDED: Mapping[Verdict, str] = {
     "rose in this run": f"higher than {YARDSTICKS}",
     "fell in this run": f"lower than {YARDSTICKS}",
     "within noise": "within noise of it",
-    "too few prompts to tell": "where too few prompts tell",
+    "too few prompts to tell": f"where so few prompts cannot tell it from {YARDSTICKS}",
 }
 FAR_INTERVALS = 4.0  # times what the others reach: such an interval is an arrow
 OF_ONE_RUN = ("Recipe", "Best evaluation")  # facts that say nothing of all runs
