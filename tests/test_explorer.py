@@ -131,7 +131,9 @@ def test_recordings_are_bounded_and_what_a_kill_left_of_one_goes_too(tmp_path: P
     prune_recordings(tmp_path, 9)
     assert not (tmp_path / "step-000004.png").exists() and len(list(tmp_path.glob("*.png"))) == 4
     prune_recordings(tmp_path, 1)
-    kept = {f"step-{number}{ending}" for number in ("000000", "1000000") for ending in (".png", ".json", ".safetensors")}
+    kept = {
+        f"step-{number}{ending}" for number in ("000000", "1000000") for ending in (".png", ".json", ".safetensors")
+    }
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "step-000004-mine.txt"}
     assert load_recording(tmp_path / "step-1000000.png").iteration == 1_000_000
 
