@@ -25,7 +25,7 @@ from vipo.explorer.opened import Moment, OpenedRun, open_run
 from vipo.explorer.serve import asked_here, taken
 from vipo.explorer.settings import Settings, backbones, changed, chosen_of, recipe_lines, settings_of
 from vipo.explorer.start import opening_of
-from vipo.media.recordings import PRODUCT, Recording, load_recording, prune_recordings, save_recording, small
+from vipo.media.recordings import ENDINGS, PRODUCT, Recording, load_recording, prune_recordings, save_recording, small
 from vipo.recipe import load_recipe, parse_recipe
 from vipo.runs.run import Run
 from vipo.runs.step_records import factors_of
@@ -131,9 +131,7 @@ def test_recordings_are_bounded_and_what_a_kill_left_of_one_goes_too(tmp_path: P
     prune_recordings(tmp_path, 9)
     assert not (tmp_path / "step-000004.png").exists() and len(list(tmp_path.glob("*.png"))) == 4
     prune_recordings(tmp_path, 1)
-    kept = {
-        f"step-{number}{ending}" for number in ("000000", "1000000") for ending in (".png", ".json", ".safetensors")
-    }
+    kept = {f"step-{number}{ending}" for number in ("000000", "1000000") for ending in ENDINGS}
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "step-000004-mine.txt"}
     assert load_recording(tmp_path / "step-1000000.png").iteration == 1_000_000
 
