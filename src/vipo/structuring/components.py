@@ -94,10 +94,10 @@ def _exact_products() -> Iterator[None]:
 
     torch has two ways to say so, and refuses the one where a program has used the other.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     try:
         allowed = torch.get_float32_matmul_precision()
     except RuntimeError:
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
         found: list[str] = [backend.fp32_precision for backend in backends]
         restore = partial(_set_products, backends, found)
         _set_products(backends, ["ieee"] * len(backends))
