@@ -29,7 +29,7 @@ from vipo.schema import TrainingSection
 
 HERE = Path(check.__file__).parent
 
-# As measured once, see docs/gpu.md; one iteration of both credits took the same but for 0.3 s, here ViPO's is the longer.
+# As measured once, see docs/gpu.md; both credits took the same but for 0.3 s, here ViPO's is the longer iteration.
 MEASURED: dict[str, Any] = {
     "sample": {
         "iterations": 2, "iteration": 18.1, "seconds": dict.fromkeys(gpu_page.PHASES, 4.6), "first_ratio": 0.0,
