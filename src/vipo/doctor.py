@@ -38,10 +38,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of the package, and which of its needs are not installed."""
+    """An optional part of the package, which of its needs are not installed, and the line that installs it."""
 
     name: str
     missing: tuple[str, ...]
+    install: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def extras() -> list[Extra]:
         for part in str(need.marker or "").split("extra == ")[1:]:
             wanted.setdefault(part.strip("\"') "), []).append(need.name)
     names = sorted(set(wanted) - set(FOR_DEVELOPERS))
-    return [Extra(name, tuple(sorted(need for need in wanted[name] if not _installed(need)))) for name in names]
+    missing = {name: tuple(sorted(need for need in wanted[name] if not _installed(need))) for name in names}
+    return [Extra(name, lacking, f"pip install 'vipo[{name}]'") for name, lacking in missing.items()]
 
 
 def _installed(package: str) -> bool:
