@@ -207,7 +207,7 @@ print(len(detector(torch.rand(3, 64, 64), {"cat"}, sure=0.0)["cat"]))
 def geneval(env: Fresh) -> None:
     """The detector on random weights; the published ones are not there, which a sentence says."""
     assert int(env("python", "-c", DETECTS)) > 0
-    assert_refused(env.ends("vipo", *WITHOUT["geneval"]), "facebook/mask2former-swin-small-coco-instance", "vipo fetch")
+    assert_refused(env.ends("vipo", *WITHOUT["geneval"]), "no config.json at 'facebook/mask2former")
 
 
 def trackio(env: Fresh) -> None:
