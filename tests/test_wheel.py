@@ -52,8 +52,9 @@ class Fresh:
     work: Path
 
     @classmethod
-    def made(cls, folder: Path) -> Fresh:
-        subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    def made(cls, folder: Path, *, with_pip: bool = True) -> Fresh:
+        pip = () if with_pip else ("--without-pip",)
+        subprocess.run([sys.executable, "-m", "venv", *pip, folder / "env"], check=True)
         (folder / "work").mkdir()
         return cls(folder / "env", folder / "work")
 
@@ -71,8 +72,8 @@ class Fresh:
         return own | home | {"PATH": path, "COLUMNS": "400", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
     def beside(self, folder: Path) -> Fresh:
-        """Another with the same packages, but vipo."""
-        other = Fresh.made(folder)
+        """Another with the same packages, pip among them, but vipo."""
+        other = Fresh.made(folder, with_pip=False)
         shutil.copytree(self.packages, other.packages, copy_function=_linked, symlinks=True, dirs_exist_ok=True)
         for ours in other.packages.glob("vipo*"):
             shutil.rmtree(ours)
@@ -92,10 +93,10 @@ class Fresh:
         return said.out
 
     def install(self, *wanted: str) -> None:
-        self("pip", "install", "--quiet", "--constraint", CONSTRAINTS, *wanted)
+        self("python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", CONSTRAINTS, *wanted)
 
     def installed(self) -> set[str]:
-        found = json.loads(self("pip", "list", "--format", "json"))
+        found = json.loads(self("python", "-m", "pip", "list", "--format", "json"))
         return {canonicalize_name(package["name"]) for package in found}
 
     def train(self, *overrides: str, output: str = "run") -> Path:
@@ -312,7 +313,7 @@ def test_the_wheel_has_its_licence_types_recipes_and_weights(wheel: Path) -> Non
 
 @needs_index
 def test_the_core_alone(core: Fresh) -> None:
-    core("pip", "check")
+    core("python", "-m", "pip", "check")
     version = core("vipo", "--version")
     assert PROJECT["version"] in version and version == core("python", "-m", "vipo", "--version")
     for shell in ("bash", "zsh", "fish"):
@@ -348,7 +349,7 @@ def test_the_line_that_the_doctor_prints_installs_an_extra(another: Fresh, wheel
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_alone_does_what_it_is_for(extra: str, another: Fresh, wheel: Path) -> None:
     another.install(f"vipo[{extra}] @ {wheel.as_uri()}")
-    another("pip", "check")
+    another("python", "-m", "pip", "check")
     assert extra in {*reported(another), "docs"}
     USES[extra](another)
 
