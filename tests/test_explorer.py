@@ -360,7 +360,7 @@ def test_the_command_opens_a_file_and_a_run_and_names_its_extra(
     with pytest.raises(UserError, match="opens one picture or clip, not 2"):
         opening_of([tmp_path / "photo.png", tmp_path / "photo.png"], settings_of({}), tmp_path)
     monkeypatch.setitem(sys.modules, "nicegui", None)
-    assert_refused(vipo("maps", "--ui", tmp_path / "photo.png"), "install vipo[ui]")
+    assert_refused(vipo("maps", "--ui", tmp_path / "photo.png"), "pip install 'vipo[ui]'")
     assert_refused(vipo("maps", "--ui", tmp_path / "lost.png"), "does not exist")
     assert_refused(vipo("maps", "--ui", tmp_path), "is not a run directory")
     assert_refused(vipo("maps"), "--ui")
