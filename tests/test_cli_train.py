@@ -27,9 +27,11 @@ def recipe(tmp_path: Path, raw: dict[str, Any]) -> Path:
 
 
 def test_train_writes_a_run_and_says_how_it_goes(vipo: Vipo, recipe: Path, tmp_path: Path) -> None:
-    said = vipo("train", recipe, "--no-report", "--output", tmp_path / "run")
+    said = vipo("train", recipe, "judges=[brightness]", "--no-report", "--output", tmp_path / "run")
     assert said.code == 0 and "1/1 reward" in said.out and "ratio 1 ok" in said.out and not said.err
     assert "after 0 iterations" in said.out and "gain over untrained" in said.out
+    assert "redness " in said.out and "redness held out" not in said.out
+    assert said.out.count("brightness held out") == 2
     assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
 
 

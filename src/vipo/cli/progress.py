@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -57,7 +57,7 @@ def _follow(run: Run, console: Console) -> None:
     with Live(line, console=console, refresh_per_second=8, transient=True) as live:
         for event in run:
             if isinstance(event, Evaluated):
-                console.print(_evaluation(event, base, run.comparable_since))
+                console.print(_evaluation(event, base, run.comparable_since, run.recipe.rewards))
                 told = run.directory.evaluation_events(event.iteration) if run.writes else []
                 for message in [*event.evaluation.failures, *told]:
                     console.print(Text(message, style="yellow"))
@@ -123,19 +123,20 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _evaluation(event: Evaluated, base: dict[str, Tensor], since: int) -> Table:
-    """Scores now, and their paired gain over those after ``since`` iterations."""
+def _evaluation(event: Evaluated, base: dict[str, Tensor], since: int, trained_on: Container[str]) -> Table:
+    """Scores now, and their paired gain over those after ``since`` iterations; what was not trained on is held out."""
     samples_per_prompt = event.evaluation.samples_per_prompt
     best = f", the best so far by {event.best_by}" if event.best_by and event.iteration else ""
     table = Table(title=f"after {event.iteration} iterations{best}", title_justify="left")
     over = f"iteration {since}" if since else "untrained"
-    for column in ("reward", "mean", f"gain over {over}, 95 % interval"):
-        table.add_column(column)
+    for column in ("score", "mean", f"gain over {over}, 95 % interval"):
+        table.add_column(column, overflow="fold")
     for name, values in event.scores.items():
         first = base.setdefault(name, values)
         change = ""
         if first is not values and pairs(values, first):
             gain = paired(values, first, samples_per_prompt)
             change = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-        table.add_row(Text(name), f"{estimate(values, samples_per_prompt).mean:.4f}", change)
+        role = ("", "") if name in trained_on else (" held out", "dim")
+        table.add_row(Text.assemble(name, role), f"{estimate(values, samples_per_prompt).mean:.4f}", change)
     return table

@@ -54,11 +54,13 @@ def course(rows: Sequence[Row]) -> str:
     for run in dict.fromkeys(str(row["run"]) for row in rows):
         own = [row for row in rows if row["run"] == run]
         lines.append(f"{run}: {len(own)} rows, to iteration {own[-1]['iteration']}")
-        for key in (key for key in own[0] if key not in (*FIRST, "events")):
+        keys = [key for key in own[0] if key not in (*FIRST, "events")]
+        wide = max(map(len, keys), default=0)
+        for key in keys:
             values = [row[key] for row in own if row[key] is not None]
             if values:
-                ends = f"{values[0]:>11.5g} -> {values[-1]:<11.5g}"
-                lines.append(f"  {key:<32} {ends} {min(values):>11.5g} to {max(values):.5g}")
+                ends = f"{values[0]:>10.5g} -> {values[-1]:<10.5g}"
+                lines.append(f"  {key:<{wide}} {ends} {min(values):>10.5g} to {max(values):.5g}")
     return "\n".join(lines)
 
 
