@@ -10,7 +10,7 @@ TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check docs wheel clean
+.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check docs wheel wheel-check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/, strictly: l
 
 wheel: $(VENV)/.installed-dev ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel
+
+wheel-check: $(VENV)/.installed-dev ## The wheel in a fresh environment for each extra, from a package index (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --run-needs-index tests/test_wheel.py
 
 clean: ## Remove what was built (not runs/)
 	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache

@@ -29,7 +29,7 @@ from vipo.cli import main
 from vipo.recipe import parse_recipe
 from vipo.runs.run import Run
 
-NEEDS = {"weights": "real weights", "gpu": "a GPU"}
+NEEDS = {"weights": "real weights", "gpu": "a GPU", "index": "a package index"}
 
 
 CAMPAIGN_SECONDS = 1800  # of one test that takes long, on a machine that is busy
@@ -49,7 +49,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+        campaign = item.get_closest_marker("long") or item.get_closest_marker("needs_index")
+        if campaign and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(CAMPAIGN_SECONDS))
         if item.get_closest_marker("long") and not config.getoption("--run-long"):
             item.add_marker(pytest.mark.skip(reason="takes long: run with --run-long"))

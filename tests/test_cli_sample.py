@@ -9,8 +9,12 @@ import torch
 from PIL import Image
 
 from terminal import Vipo, assert_refused
+from vipo.errors import UserError
+from vipo.files import CannotWrite
 from vipo.media import sheets
 from vipo.media.sheets import FirstSamples, load_sheet
+from vipo.runs import sampled
+from vipo.runs.sampled import SampleFolder
 
 
 def test_pictures_are_sampled_from_a_run_and_from_a_plain_model(
@@ -75,6 +79,39 @@ def test_sampling_goes_on_where_it_was_and_only_with_the_same_arguments(
     assert vipo(*plain, "--resume").code == 0
     assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == files
     assert kept.stat().st_mtime_ns == before  # it was not drawn again
+
+
+def test_samples_of_before_do_not_pass_for_new_ones_and_a_folder_may_be_all_that_is_writable(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / "s" / f"{name}.png" for name in "ab"]
+    paths[0].parent.mkdir()
+
+    def folder(resume: bool, **settings: int) -> SampleFolder:
+        return SampleFolder(tmp_path / "s", settings, paths, resume=resume)
+
+    old = folder(False, seed=0)
+    old.begin()
+    for path in paths:
+        path.write_bytes(b"drawn with seed 0")
+    old.begin()
+    assert folder(True, seed=0).files(range(2)) == paths
+    folder(False, seed=1).begin()
+    paths[0].write_bytes(b"drawn with seed 1, then interrupted")
+    again = folder(True, seed=1)
+    assert again.files(range(1)) == paths[:1] and again.files(range(1, 2)) == []
+    again.begin()
+    assert paths[0].exists()
+    (tmp_path / ".s.samples.json").write_text("[1]")
+    with pytest.raises(UserError, match="leave out --resume"):
+        folder(True, seed=1)
+
+    def refuse(path: Path, _text: str) -> None:
+        raise CannotWrite(f"{path} cannot be written")
+
+    monkeypatch.setattr(sampled, "write_text", refuse)
+    folder(False, seed=2).begin()
+    assert "--resume" in caplog.text
 
 
 def test_a_sheet_of_samples_shows_the_first_that_fit_and_some_frames_of_a_clip(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import metadata
+from importlib.metadata import metadata, version
 
 import pytest
 import torch
@@ -32,6 +32,14 @@ def test_the_doctor_speaks_to_people_and_programs(vipo: Vipo) -> None:
     assert document["devices"][0]["attention"]["native"] == "" and document["devices"][0]["memory"] > 2**30
     named = {extra["name"] for extra in document["extras"]}
     assert "dev" not in named and (not metadata("vipo").get_all("Provides-Extra") or named >= {"video", "quantization"})
+
+
+def test_an_extra_lacks_what_is_not_installed_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["torch>=2", *(f"{need}; extra == 'own'" for need in ("torch>=2", "pillow>=999", "no-such-package>=1"))]
+    monkeypatch.setattr(doctor, "requires", lambda _name: [*lines, "no-such-package; extra == 'dev'"])
+    (own,) = doctor.extras()
+    assert own.name == "own" and own.install == "pip install 'vipo[own]'"
+    assert own.missing == ("no-such-package", f"pillow>=999 (here is {version('pillow')})")
 
 
 def test_a_hub_that_does_not_answer_is_said(silent_hub: str) -> None:

@@ -17,6 +17,7 @@ from skimage import data as photos
 
 import tiny
 from terminal import Vipo, assert_refused
+from vipo.assemble import build
 from vipo.backbones import BACKBONES
 from vipo.errors import UserError
 from vipo.explorer import look, opened
@@ -24,9 +25,10 @@ from vipo.explorer.opened import Moment, OpenedRun, open_run
 from vipo.explorer.serve import asked_here, taken
 from vipo.explorer.settings import Settings, backbones, changed, chosen_of, recipe_lines, settings_of
 from vipo.explorer.start import opening_of
-from vipo.media.recordings import PRODUCT, Recording, load_recording, save_recording, small
+from vipo.media.recordings import ENDINGS, PRODUCT, Recording, load_recording, prune_recordings, save_recording, small
 from vipo.recipe import load_recipe, parse_recipe
 from vipo.runs.run import Run
+from vipo.runs.step_records import factors_of
 from vipo.schema import StructuringSection
 from vipo.structuring import oriented, principal_components
 
@@ -119,6 +121,31 @@ def test_a_damaged_recording_is_one_sentence(tmp_path: Path, kind: str) -> None:
         path.with_suffix(".safetensors").write_bytes(numbers)
     with pytest.raises(UserError, match="cannot be read"):
         load_recording(path)
+
+
+def test_recordings_are_bounded_and_what_a_kill_left_of_one_goes_too(tmp_path: Path) -> None:
+    for number in (0, 2, 4, 6, 1_000_000):
+        save_recording(tmp_path / f"step-{number:06d}.png", recording(iteration=number))
+    (tmp_path / "step-000004.safetensors").unlink()
+    (tmp_path / "step-000004-mine.txt").touch()
+    prune_recordings(tmp_path, 9)
+    assert not (tmp_path / "step-000004.png").exists() and len(list(tmp_path.glob("*.png"))) == 4
+    prune_recordings(tmp_path, 1)
+    kept = {f"step-{number}{ending}" for number in ("000000", "1000000") for ending in ENDINGS}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "step-000004-mine.txt"}
+    assert load_recording(tmp_path / "step-1000000.png").iteration == 1_000_000
+
+
+def test_a_factor_that_asks_the_generator_is_not_made_again(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are others by then, and where they are sharded one process would wait for all others."""
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", credit="advantage_map")
+    raw["structuring"] = {"sources": ["deviation", "text_relevance"]}
+    session = build(parse_recipe(raw))
+    step = session.trainer.step(last=True)
+    monkeypatch.setattr(session.generator, "velocity", None)
+    assert set(factors_of(step, session)) == {"deviation"}
 
 
 def test_what_is_kept_of_a_clip_is_the_frame_of_each_latent_one() -> None:
@@ -333,7 +360,7 @@ def test_the_command_opens_a_file_and_a_run_and_names_its_extra(
     with pytest.raises(UserError, match="opens one picture or clip, not 2"):
         opening_of([tmp_path / "photo.png", tmp_path / "photo.png"], settings_of({}), tmp_path)
     monkeypatch.setitem(sys.modules, "nicegui", None)
-    assert_refused(vipo("maps", "--ui", tmp_path / "photo.png"), "install vipo[ui]")
+    assert_refused(vipo("maps", "--ui", tmp_path / "photo.png"), "pip install 'vipo[ui]'")
     assert_refused(vipo("maps", "--ui", tmp_path / "lost.png"), "does not exist")
     assert_refused(vipo("maps", "--ui", tmp_path), "is not a run directory")
     assert_refused(vipo("maps"), "--ui")

@@ -270,7 +270,7 @@ def test_all_frames_of_a_clip_are_read(tmp_path: Path) -> None:
 def test_a_video_needs_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clip.mp4").touch()
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"clip\.mp4' needs PyAV to be read; install vipo\[video\]"):
+    with pytest.raises(UserError, match=r"clip\.mp4' needs PyAV to be read: pip install 'vipo\[video\]'"):
         read_media(tmp_path / "clip.mp4")
 
 

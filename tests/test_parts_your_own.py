@@ -335,7 +335,8 @@ def test_a_generator_is_not_asked_for_what_it_does_not_take(parts: str, model_fo
             own_generator(f"{parts}:plain", model_folder, **{key: value})
     pipeline = tiny.generator(model_folder).pipeline
     section = GeneratorSection(name=f"{parts}:Flux", path="-", height=tiny.HEIGHT, width=tiny.WIDTH)
-    assert build_generator(section, device="cpu", pipeline=pipeline).network is pipeline.transformer
+    made = build_generator(section, device="cpu", pipeline=pipeline)
+    assert made.network is pipeline.transformer and made.encode(prompts=["a cat"])
     with pytest.raises(UserError, match="loads its model itself"):
         build_generator(section.model_copy(update={"name": f"{parts}:plain"}), device="cpu", pipeline=pipeline)
 

@@ -182,7 +182,7 @@ def test_a_pinned_data_set_is_read_once_and_needs_nothing_afterwards(
     assert hub_source(name).kept.is_relative_to(cache) and hub_source(name).is_here
     monkeypatch.setattr(builtins, "__import__", _without_datasets(builtins.__import__))
     assert named_prompts(name) == first and len(first) == 2 and len(asked) == 1
-    with pytest.raises(UserError, match=r"needs datasets; install vipo\[datasets\], or name one file"):
+    with pytest.raises(UserError, match=r"needs datasets: pip install 'vipo\[datasets\]', or name one file"):
         named_prompts(name.replace("0.2", "0.3"))
     assert not hub_source(name.replace("0.2", "0.3")).kept.exists()
 

@@ -263,7 +263,7 @@ def test_comparing_samples_needs_them_to_start_from_one_noise() -> None:
 
 def test_judges_are_a_list_or_have_options_and_a_reward_may_be_named_twice(tmp_path: Path) -> None:
     plain, named = load_recipe("quickstart"), "{best: {reward: jpeg_compressibility, options: {quality: 90}}}"
-    assert list(plain.judges) == ["emoji_judge", "emoji_layout"]
+    assert list(plain.judges) == [f"emoji_{name}" for name in ("judge", "layout", "count", "quality", "flaws")]
     changed = load_recipe("quickstart", [f"judges={named}"])
     assert changed.judges["best"].reward == "jpeg_compressibility" and list(changed.judges) == ["best"]
     file = tmp_path / "judges.yaml"

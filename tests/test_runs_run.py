@@ -79,7 +79,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path, raw: dict[str, Any], model_folder: Path) -> None:
     raw |= {"credit": "advantage_map", "structuring": {"backbone": "efficientnet_lite"}}
-    raw["training"] |= {"iterations": 3, "maps_every": 2}
+    raw["training"] |= {"iterations": 3, "maps_every": 1, "keep_rollouts": 1}
     run = Run(parse_recipe(raw), tmp_path / "run")
     events = list(run)
     assert [type(event) for event in events] == [Evaluated, TrainStep, TrainStep, Evaluated, TrainStep, Evaluated]
@@ -89,7 +89,8 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, raw: dict[str, Any], mode
     assert [line["iteration"] for line in tiny.lines(root / "timing.jsonl")] == [0, 1, 2]
     assert [line["iteration"] for line in tiny.lines(root / "evaluations.jsonl")] == [0, 2, 3]
     assert json.loads((root / "environment.json").read_text())["packages"]["torch"] == torch.__version__
-    assert sorted(path.name for path in (root / "maps").iterdir()) == ["step-000000.png", "step-000002.png"]
+    assert sorted(path.name for path in (root / "maps").iterdir()) == [f"step-00000{k}.png" for k in range(3)]
+    assert sorted(path.name for path in (root / "rollouts").glob("*.png")) == [f"step-00000{k}.png" for k in (0, 2)]
     assert {path.name for path in (root / "samples").glob("*.png")} == {f"step-00000{k}.png" for k in (0, 2, 3)}
     assert [path.name for path in list_checkpoints(root / "checkpoints")] == ["step-000002", "step-000003"]
     FluxPipeline.from_pretrained(model_folder).load_lora_weights(str(root / "export"))

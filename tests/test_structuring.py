@@ -515,3 +515,20 @@ def test_real_backbone_sees_the_cat() -> None:
     found = PerceptualStructuring(lite.EfficientNetLite(stride=16, resolution=224))(picture, (1, 16, 16))[0, 0]
     face, right_border = found[4:14, 4:12].mean(), found[:, -2:].mean()
     assert face > 1.2 * right_border, "the face should outweigh the wall behind it"
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_products_are_exact_whichever_way_a_program_allowed_others(monkeypatch: pytest.MonkeyPatch, new: bool) -> None:
+    """torch raises for ``get_float32_matmul_precision`` once a program has set ``fp32_precision``."""
+    matmul, seen, solve = torch.backends.cuda.matmul, list[str](), axes._in_full
+    monkeypatch.setattr(axes, "_in_full", lambda m, k: seen.append(matmul.fp32_precision) or solve(m, k))
+    try:
+        if new:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        principal_components(torch.rand(1, 4, 3, 3), 2)
+        assert seen == ["ieee"] and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")

@@ -174,6 +174,8 @@ def test_pictures_are_the_first_of_each_prompt_of_one_seed(written: list[Path]) 
     found, sheets = arms.arms(comparable(written)), beside.Sheets()
     prompts, rows = beside.beside(found, sheets)
     assert prompts == TEXTS[: 2 * beside.PROMPTS : PER_PROMPT] and not sheets.problems
+    beside.movements(found, sheets)
+    assert sum(tiles is not None for tiles in sheets._read.values()) == beside.AT_HAND  # not 16 in memory
     assert [(row.words, row.seed) for row in rows][:2] == [
         ("untrained", None),
         ("credit sample, learning rate 0.001", 0),

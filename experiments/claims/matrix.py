@@ -76,9 +76,9 @@ def backbone(stride: int, resolution: int) -> Arm:
     return structuring(backbone_options=f"{{stride: {stride}, resolution: {resolution}}}")
 
 
-def clipped(credit: str, clip_range: str, seeds: int | None = None) -> Arm:
+def clipped(credit: str, clip_range: str, *more: str, seeds: int | None = None) -> Arm:
     """Four optimiser steps an iteration at half the learning rate: three of them are off-policy, so clipping acts."""
-    keys = ("optimizer.per_iteration=4", "optimizer.learning_rate=1e-3", f"objective.clip_range={clip_range}")
+    keys = ("optimizer.per_iteration=4", "optimizer.learning_rate=1e-3", f"objective.clip_range={clip_range}", *more)
     return Arm((f"credit={credit}", *keys), seeds=seeds, short=True)
 
 
@@ -158,12 +158,14 @@ ARMS: dict[str, Arm] = {
     "sample-clip-1e-4": clipped("sample", "1e-4"),
     "uniform-clip-1e-4": clipped("uniform", "1e-4"),
     "vipo-clip-1e-4": clipped("advantage_map", "1e-4"),
+    "detached-clip-1e-4": clipped("advantage_map", "1e-4", "objective.ratio=detached"),
     "redness-sample": redness("credit=sample"),
     "redness-vipo": redness(),
     "redness-deviation": redness("structuring.sources=[deviation]"),
     "sample-clip-1e-2": clipped("sample", "1e-2", seeds=1),
     "uniform-clip-1e-2": clipped("uniform", "1e-2", seeds=1),
     "vipo-clip-1e-2": clipped("advantage_map", "1e-2", seeds=1),
+    "detached-clip-1e-2": clipped("advantage_map", "1e-2", "objective.ratio=detached", seeds=1),
     "components-1": structuring(components=1),
     "components-2": structuring(components=2),
     "components-5": structuring(components=5),
@@ -188,5 +190,5 @@ ARMS: dict[str, Arm] = {
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 25, 28, len(ARMS) - 29, len(ARMS) - 10, len(ARMS))
+BLOCKS = (13, 22, 26, 29, len(ARMS) - 29, len(ARMS) - 10, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""

@@ -15,7 +15,7 @@ from vipo.report.svg import Band, Line, chart, fixed, number, signed
 
 WIDTH, HEIGHT = 340, 220
 BEST_SOURCES = 2
-STYLES = {"sample": "s1", "vipo": "s0", "uniform": "s2", "deviation": "s3"}
+STYLES = {"sample": "s1", "vipo": "s0", "uniform": "s2", "deviation": "s3", "detached": "s3"}
 CURVE_SHARES = tuple(k / 10 for k in range(11))
 
 

@@ -38,10 +38,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of the package, and which of its needs are not installed."""
+    """An optional part of the package, which of its needs are not installed, and the line that installs it."""
 
     name: str
     missing: tuple[str, ...]
+    install: str
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,24 @@ def _communication() -> list[str]:
 
 def extras() -> list[Extra]:
     """The extras of the installed package, but those for its developers."""
-    wanted: dict[str, list[str]] = {}
+    wanted: dict[str, list[Requirement]] = {}
     for line in requires("vipo") or []:
         need = Requirement(line)
         for part in str(need.marker or "").split("extra == ")[1:]:
-            wanted.setdefault(part.strip("\"') "), []).append(need.name)
+            wanted.setdefault(part.strip("\"') "), []).append(need)
     names = sorted(set(wanted) - set(FOR_DEVELOPERS))
-    return [Extra(name, tuple(sorted(need for need in wanted[name] if not _installed(need)))) for name in names]
+    missing = {name: tuple(sorted(filter(None, map(_lack, wanted[name])))) for name in names}
+    return [Extra(name, lacking, f"pip install 'vipo[{name}]'") for name, lacking in missing.items()]
 
 
-def _installed(package: str) -> bool:
+def _lack(need: Requirement) -> str:
+    """The package where it is not installed, with the version it should have where it has another; else empty."""
     try:
-        version(package)
+        there = version(need.name)
     except PackageNotFoundError:
-        return False
-    return True
+        return need.name
+    fits = need.specifier.contains(there, prereleases=True)
+    return "" if fits else f"{need.name}{need.specifier} (here is {there})"
 
 
 def hub() -> str:

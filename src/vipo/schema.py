@@ -296,6 +296,9 @@ class TrainingSection(Section):
         3, description="updates skipped, or iterations without spread: an event, and the end if nothing was learned"
     )
     maps_every: Count = Field(10, description="iterations between map sheets, and between samples kept to explore")
+    keep_rollouts: int = Field(
+        10, ge=0, lt=2**31, description="of those samples, the first and the newest so many stay; 0 keeps none"
+    )
     max_failed_share: float = Field(0.5, ge=0, lt=1, description="a reward failing on more samples stops the run")
     reward_retries: int = Field(2, ge=0, lt=2**31, description="further tries of a reward that cannot be reached")
     reward_pause_seconds: float = Field(15.0, ge=0, le=ONE_DAY, description="before each of them")

@@ -53,7 +53,7 @@ def _lines(found: Findings) -> Iterator[tuple[str, str]]:
                 yield "", f"not {name}: {why}"
     yield "processes", ", ".join(found.communication) or "this PyTorch cannot join processes"
     for extra in found.extras:
-        wanted = f"lacks {', '.join(extra.missing)}: pip install 'vipo[{extra.name}]'"
+        wanted = f"lacks {', '.join(extra.missing)}: {extra.install}"
         yield f"vipo[{extra.name}]", "installed" if not extra.missing else wanted
     yield "hub", f"{found.hub}; cache {found.cache}"
     for place, free in found.disk_free.items():

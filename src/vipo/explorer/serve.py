@@ -27,7 +27,7 @@ def serve(opening: Opening, port: int, told: Callable[[str], object]) -> None:
         import nicegui  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"vipo maps --ui needs NiceGUI ({error}); install vipo[ui]") from error
+        raise UserError(f"vipo maps --ui needs NiceGUI ({error}): pip install 'vipo[ui]'") from error
     from vipo.explorer.page import application
 
     with taken(port) as listening:

@@ -121,7 +121,7 @@ def _watched(name: str, made: Any, media: tuple[int, int, int]) -> Generator:
                 f" tensors with one row per prompt, here {len(prompts)}"
             )
 
-    def check_velocity(given: Any, latents: Tensor, *_: Any) -> None:
+    def check_velocity(given: Any, latents: Tensor, *_: Any, **__: Any) -> None:
         said = "(N, C, T, H, W) from velocity, float32"
         checked(GENERATOR, name, given, [tuple(latents.shape)], said, finite=False)
         if given.dtype != torch.float32:
@@ -143,10 +143,10 @@ def _watch(name: str, made: Any, method: str, check: Callable[..., None]) -> Non
     answer = getattr(made, method)
 
     @wraps(answer)
-    def watched(*given: Any) -> Any:
+    def watched(*given: Any, **named: Any) -> Any:
         with answering(GENERATOR, name):
-            answered = answer(*given)
-            check(answered, *given)
+            answered = answer(*given, **named)
+            check(answered, *given, **named)
         return answered
 
     try:

@@ -49,7 +49,7 @@ def _video(path: Path) -> Float[Tensor, "3 F Y X"]:
         import av
     except ImportError as error:
         raise UserError(
-            f"{str(path)!r} needs PyAV to be read; install vipo[video], or give an animated WebP or GIF"
+            f"{str(path)!r} needs PyAV to be read: pip install 'vipo[video]', or give an animated WebP or GIF"
         ) from error
     frames, room = [], Room()
     with _told(path, "video"), av.open(str(path)) as container:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from vipo.media.sheets import load_sheet, save_sheet
 ROLLOUTS = "rollouts"  # the folder of a run that they are in
 PRODUCT = "product"  # the name of the map that several sources make
 SUFFIX, INFO, MAP = ".safetensors", "recording", "map."
+ENDINGS = (SUFFIX, ".json", ".png")
+_STEP = re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,16 @@ def save_recording(path: Path, told: Recording) -> None:
     with written_whole(path.with_suffix(SUFFIX)) as aside:
         save_file(tensors, aside, metadata={INFO: json.dumps(sealed(info), ensure_ascii=False)})
         settle_header(aside)
+
+
+def prune_recordings(folder: Path, keep: int) -> None:
+    """Remove all but the first and the newest ``keep``, also what a kill left of one. Numbers go first, see above."""
+    named = [path for path in folder.glob("step-*.*") if _STEP.fullmatch(path.stem) and path.suffix in ENDINGS]
+    there = sorted((path.stem for path in named if path.suffix == SUFFIX), key=lambda stem: (len(stem), stem))
+    stay = {*there[:1], *there[-keep:]}
+    for path in sorted(named, key=lambda path: ENDINGS.index(path.suffix)):
+        if path.stem not in stay:
+            path.unlink()
 
 
 def load_recording(path: Path) -> Recording:

@@ -118,7 +118,7 @@ def _save_mp4(path: Path, frames: UInt8[np.ndarray, "F Y X 3"], fps: float) -> N
     try:
         import av
     except ImportError as error:
-        raise UserError("mp4 files need PyAV; install vipo[video], or take --video webp") from error
+        raise UserError("mp4 files need PyAV: pip install 'vipo[video]', or take --video webp") from error
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError(f"an mp4 needs even sides, these frames are {height} x {width} pixels; take --video webp")

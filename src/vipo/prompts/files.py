@@ -209,7 +209,7 @@ def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("parquet prompt files need pyarrow; install vipo[parquet]") from error
+        raise UserError("parquet prompt files need pyarrow: pip install 'vipo[parquet]'") from error
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         yield from batch.to_pylist()
 

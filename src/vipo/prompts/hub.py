@@ -133,7 +133,8 @@ def rows(source: HubSource) -> Iterator[Row]:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError(
-            f"{source.name!r} needs datasets; install vipo[datasets], or name one file: hub:OWNER/NAME/FILE@COMMIT"
+            f"{source.name!r} needs datasets: pip install 'vipo[datasets]', or name one file,"
+            " hub:OWNER/NAME/FILE@COMMIT"
         ) from error
     silent = None if source.commit is None else hub_is_silent()
     options = {"name": source.loading.get("config"), "split": source.loading.get("split", "train")}

@@ -20,6 +20,7 @@ from vipo.report.run import RunRecord
 
 PROMPTS = 8
 SIDE = 256  # pixels; larger pictures are embedded smaller and compressed
+AT_HAND = 2  # sheets kept, a run's before and after: one of 16 clips of 81 frames at 480 x 832 takes 1.6 GB
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ class Movement:
 
 @dataclass
 class Sheets:
-    """Reads each sheet once, and keeps what was wrong, in words, in ``problems``."""
+    """Reads sheets, of which it keeps the last ``AT_HAND``, and what was wrong, in words, in ``problems``."""
 
     clips: int = 0  # that are expected on the page, so that all of them share one room
     problems: list[str] = field(default_factory=list)
-    _read: dict[tuple[RunRecord | str, int], Tiles | None] = field(default_factory=dict)
+    _read: dict[tuple[str, int], Tiles | None] = field(default_factory=dict)  # None of one that cannot be read
+    _known: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     def of(self, run: RunRecord, record: EvaluationRecord) -> Tiles | None:
         key = str(run.folder), record.iteration
@@ -78,7 +80,16 @@ class Sheets:
             except UserError as error:
                 self._read[key] = None
                 self.problems.append(f"{run.folder}: its pictures are not shown: {error}")
+            for old in [kept for kept, tiles in self._read.items() if tiles is not None][:-AT_HAND]:
+                del self._read[old]
         return self._read[key]
+
+    def readable(self, run: RunRecord, record: EvaluationRecord) -> bool:
+        """Whether its sheet can be read; found out once."""
+        key = str(run.folder), record.iteration
+        if key not in self._known:
+            self._known[key] = self.of(run, record) is not None
+        return self._known[key]
 
     def tile(self, run: RunRecord, record: EvaluationRecord, row: int) -> Tile | None:
         """The picture or clip of one row; None if its sheet cannot be read."""
@@ -102,7 +113,7 @@ def shown_runs(found: Sequence[Arm], sheets: Sheets) -> dict[str, RunRecord]:
 
 
 def _readable(run: RunRecord, sheets: Sheets) -> bool:
-    return sheets.of(run, run.evaluations[-1]) is not None
+    return sheets.readable(run, run.evaluations[-1])
 
 
 def beside(found: Sequence[Arm], sheets: Sheets) -> tuple[list[str], list[Row]]:

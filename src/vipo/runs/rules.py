@@ -41,6 +41,7 @@ RULES: Mapping[str, Rule] = {
     "training.keep_checkpoints": "free",
     "training.keep_best": "free",
     "training.maps_every": "free",
+    "training.keep_rollouts": "free",
     "training.timeout": "free",
     "training.sharding": "recorded",
     "training.context_parallel": "recorded",

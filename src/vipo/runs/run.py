@@ -16,7 +16,7 @@ from vipo.errors import RunFailed, UserError
 from vipo.evaluation.records import POLICY, Evaluation
 from vipo.files import written_whole
 from vipo.media.pictures import save_png
-from vipo.media.recordings import ROLLOUTS, save_recording
+from vipo.media.recordings import ROLLOUTS, prune_recordings, save_recording
 from vipo.report.page import write_report
 from vipo.rewards import go_by_rate
 from vipo.runs.agreement import check_agreed
@@ -380,7 +380,10 @@ class Run:
     def _keep_maps(self, step: TrainStep) -> Image.Image | None:
         """Write the sheet of its maps, if it has any, and what is kept for looking closer; the sheet."""
         name, factors = f"step-{step.iteration:06d}.png", factors_of(step, self.session)
-        save_recording(self.directory.root / ROLLOUTS / name, recorded_step(step, self.session, factors))
+        if keep := self.recipe.training.keep_rollouts:
+            folder = self.directory.root / ROLLOUTS
+            save_recording(folder / name, recorded_step(step, self.session, factors))
+            prune_recordings(folder, keep)
         if step.maps is None:
             return None
         sheet = step_sheet(step, step.maps, self.session, factors)

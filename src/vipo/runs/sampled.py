@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vipo.errors import UserError
-from vipo.files import write_text
+from vipo.files import CannotWrite, write_text
 from vipo.media.reading import read_media
 from vipo.media.samples import VideoFormat, save_samples
 from vipo.media.sheets import FirstSamples
 from vipo.runs.target import Target
 from vipo.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 def sample_into(
@@ -43,7 +46,9 @@ def sample_into(
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps}
     files: dict[str, Any] = {"video": video, "fps": fps or target.fps}
     whole = target.settings(prompts, [], **how, batch_size=batch_size or target.batch_size)
-    folder = SampleFolder(root, {**whole, "seed": seed, "base_tail": base_tail, **files}, names, resume=resume)
+    ending = "png" if target.generator.latent_shape()[1] == 1 else video
+    paths = [root / f"{name}.{ending}" for name in names]
+    folder = SampleFolder(root, {**whole, "seed": seed, "base_tail": base_tail, **files}, paths, resume=resume)
     shown = FirstSamples()
 
     def is_there(rows: range) -> bool:
@@ -65,17 +70,18 @@ class SampleFolder:
     """Which samples are there already, of those that the same arguments would draw now.
 
     What they depend on is kept beside the folder, in a hidden file: whoever reads the folder finds samples alone in it.
+    Without ``resume`` files of the same names are removed before the first is drawn, else they would pass for new ones.
 
     Args:
         settings: all that the samples depend on, for JSON.
-        names: of the files, one per sample, without their ending.
+        paths: of the files, one per sample.
 
     Raises:
         UserError: with ``resume``, there is nothing to go on with, or it was drawn from something else.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, Any], names: Sequence[str], *, resume: bool) -> None:
-        self.root, self.names, self._resumes = root, names, resume
+    def __init__(self, root: Path, settings: Mapping[str, Any], paths: Sequence[Path], *, resume: bool) -> None:
+        self._paths, self._resumes, self._begun = paths, resume, resume
         kept, now = root.resolve().with_name(f".{root.resolve().name}.samples.json"), json.loads(json.dumps(settings))
         self._kept, self._settings = kept, json.dumps(now, indent=2)
         if not resume:
@@ -83,8 +89,8 @@ class SampleFolder:
         if not kept.is_file():
             raise UserError(f"there is nothing in {str(root)!r} to go on with; leave out --resume")
         try:
-            before = json.loads(kept.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = dict(json.loads(kept.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{str(kept)!r} is damaged ({error}); leave out --resume to draw all anew") from error
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
@@ -94,15 +100,18 @@ class SampleFolder:
             )
 
     def begin(self) -> None:
-        """Write what they depend on, before the first is written."""
-        write_text(self._kept, self._settings)
+        """Write what they depend on, before the first is written; later calls do nothing."""
+        if self._begun:
+            return
+        self._begun = True
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        try:
+            write_text(self._kept, self._settings)
+        except CannotWrite as error:  # the folder itself may be all that can be written to, such as a mounted one
+            log.warning("these samples cannot be gone on with by --resume: %s", error)
 
     def files(self, rows: range) -> list[Path]:
         """Those of these samples, if all of them are there to go on with; else none."""
-        found = [self._file(row) for row in rows] if self._resumes else []
-        there = [file for file in found if file is not None]
+        there = [self._paths[row] for row in rows if self._resumes and self._paths[row].is_file()]
         return there if len(there) == len(rows) else []
-
-    def _file(self, row: int) -> Path | None:
-        named = (self.root / f"{self.names[row]}.{ending}" for ending in ("png", "webp", "mp4"))
-        return next((file for file in named if file.is_file()), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vipo.assemble import Session, build_map_source
 from vipo.media.recordings import PRODUCT, Recording, small
 from vipo.options import COMPARE_SAMPLES, needs_sources
-from vipo.structuring.sources import Product
+from vipo.structuring.sources import Product, TextRelevance
 from vipo.types import MapSource, TrainStep
 
 PICTURES, CLIPS = (4, 256), (2, 160)  # groups at most, and pixels along a side of their pictures
@@ -55,12 +55,16 @@ def _taken(step: TrainStep, session: Session) -> str:
 
 
 def factors_of(step: TrainStep, session: Session) -> dict[str, Float[Tensor, "N T H W"]]:
-    """The maps of a product, by the recipe's names; made once more, since training keeps only their product."""
+    """The maps of a product, by the recipe's names; made once more, since training keeps only their product.
+
+    Not that of a source which asks the generator: its weights are others since the update, and where they are sharded
+    every process would have to take part.
+    """
     source = session.trainer.map_source
     if not isinstance(source, Product):
         return {}
-    names = session.recipe.structuring.sources
-    return {name: _asked(part, step) for name, part in zip(names, source.sources, strict=True)}
+    named = zip(session.recipe.structuring.sources, source.sources, strict=True)
+    return {name: _asked(part, step) for name, part in named if not isinstance(part, TextRelevance)}
 
 
 def _cheap(step: TrainStep, session: Session) -> dict[str, Float[Tensor, "N T H W"]]:

@@ -7,9 +7,10 @@ forms it (Musco and Musco, arXiv 1504.05477), and in full where a picture's resi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +90,29 @@ def principal_components(features: Float[Tensor, "B D *grid"], components: int =
 @contextmanager
 def _exact_products() -> Iterator[None]:
     """float32 products in float32, whatever the program allows elsewhere: with TF32's ten bits the iteration settles
-    nowhere, and every picture is then solved in full, at twenty times the cost (measured on an H100)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    nowhere, and every picture is then solved in full, at twenty times the cost (measured on an H100).
+
+    torch has two ways to say so, and refuses the one where a program has used the other.
+    """
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        found: list[str] = [backend.fp32_precision for backend in backends]
+        restore = partial(_set_products, backends, found)
+        _set_products(backends, ["ieee"] * len(backends))
+    else:
+        restore = partial(torch.set_float32_matmul_precision, allowed)
+        torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        restore()
+
+
+def _set_products(backends: Sequence[Any], precisions: Sequence[str]) -> None:
+    for backend, precision in zip(backends, precisions, strict=True):
+        backend.fp32_precision = precision
 
 
 def _finished(solved: Solved, grid: torch.Size) -> Components:
