@@ -79,7 +79,7 @@ def test_every_file_is_one_of_accelerates_and_says_so_many_processes(config: Pat
     assert {key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)} <= where
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accelerates_launcher_starts_processes_that_train_together(tmp_path: Path, recipe: str) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "ddp-8gpu.yaml")]
     vipo = ["-m", "vipo", "train", recipe, "--allow-code", "--no-report", "--output", str(tmp_path / "run")]

@@ -304,7 +304,7 @@ def test_the_advice_is_what_the_recipe_does_not_do_yet_and_can_be_followed(
         assert remedy not in build(parse_recipe(changed)).trainer.health.remedies
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_fail_together_with_one_record(tmp_path: Path, raw: dict[str, Any]) -> None:
     recipe, folder = tiny.write_recipe(tmp_path / "recipe.yaml", constant(raw, tmp_path)), tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]

@@ -57,7 +57,11 @@ MATCHING = {"clip_range": 0.2, "loss": "matching", "matching_draws": 3}
 COMPARED = {"clip_range": 0.2, "kl_weight": 0.1}
 
 
-@pytest.mark.parametrize("objective", [GUARD, MATCHING, COMPARED], ids=["guard", "matching", "compared"])
+OBJECTIVES = [pytest.param(GUARD, id="guard"), pytest.param(COMPARED, id="compared", marks=pytest.mark.long)]
+OBJECTIVES += [pytest.param(MATCHING, id="matching", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_predicted_memory_is_what_any_loss_takes(recipe_of: Any, objective: dict[str, Any]) -> None:
     recipe = recipe_of(objective=objective, policy__kind="full", prompts__group_size=8, training__replay_batch_size=8)
     module = tiny.benchmark("plan_memory")

@@ -261,7 +261,7 @@ def test_two_ctrl_c_stop_a_run_whose_reward_hangs(tmp_path: Path, model_folder: 
     "what, code, says",
     [
         ("raise SystemExit(0)", 2, "raised SystemExit: 0"),
-        ("time.sleep(600)", 2, "has not answered in 1 seconds"),
+        pytest.param("time.sleep(600)", 2, "has not answered in 1 seconds", marks=pytest.mark.long),
     ],
 )
 def test_a_run_never_ends_well_without_its_reward(
