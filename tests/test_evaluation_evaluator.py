@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +130,21 @@ def test_ranks_share_the_prompts_and_all_know_every_score(prompts: int, at_once:
     idle = max(0, ranks - -(-prompts // at_once))  # they do the last part again, so that all call the network
     assert sampled == sorted([prompt.text for prompt in asked] + [asked[-1].text] * idle)
     assert all(sampler.sampled for sampler in samplers)
+
+
+@pytest.mark.parametrize(("prompts", "ranks"), [(7, 3), (5, 2), (2, 3)])
+def test_ranks_whose_network_is_cut_call_it_equally_often(prompts: int, ranks: int) -> None:
+    samplers = [Numbers() for _ in range(ranks)]
+
+    def work(rank: Thread) -> Evaluation:
+        sampler, cut = samplers[rank.team], replace(rank, in_step=True)
+        return Evaluator({"policy": nullcontext}, sampler, sampler.score, 1, ranks=cut)(
+            [Prompt(str(k)) for k in range(prompts)]
+        )
+
+    for found in together(ranks, work):
+        assert torch.equal(found.scores["policy"]["number"], torch.arange(2.0 * prompts))
+    assert {len(sampler.sampled) for sampler in samplers} == {-(-prompts // ranks)}  # or the others would wait for ever
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 8, 100, None])
