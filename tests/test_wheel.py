@@ -340,7 +340,7 @@ def test_what_an_extra_brings_is_refused_without_it(core: Fresh) -> None:
 def test_the_line_that_the_doctor_prints_installs_an_extra(another: Fresh, wheel: Path) -> None:
     another.install(f"vipo @ {wheel.as_uri()}")
     (line,) = (line for line in another("vipo", "doctor", "--offline").splitlines() if line.startswith("vipo[geneval]"))
-    assert line.endswith("lacks scipy: pip install 'vipo[geneval]'")
+    assert line.rstrip().endswith("lacks scipy: pip install 'vipo[geneval]'")
     another.install("vipo[geneval]")
     assert reported(another) == {"geneval"}
 
