@@ -89,13 +89,15 @@ def _document(found: Sequence[Need]) -> dict[str, Any]:
 
 
 def _table(found: Sequence[Need]) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table()
-    for heading in ("need", "for", "state", "size", "licence"):
-        table.add_column(heading, no_wrap=heading == "need", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading, width in (("need, and what for", None), ("state", 7), ("size", 8), ("licence", 16)):
+        table.add_column(heading, min_width=width, max_width=width, overflow="fold")
     for need in found:
-        table.add_row(need.name, "\n".join(need.used_by), need.state, _size(need), _licence(need))
+        named = f"{need.name}\n  for {', '.join(need.used_by)}"
+        table.add_row(named, need.state, _size(need), _licence(need))
     return table
 
 
