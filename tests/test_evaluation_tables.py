@@ -33,5 +33,5 @@ def test_an_evaluation_keeps_the_names_of_its_rewards(name: str) -> None:
 def test_the_evaluations_of_a_run_keep_them_too(name: str) -> None:
     scores = {name: torch.tensor([1.0, 2.0])}
     event = Evaluated(1, Evaluation((Prompt("a"), Prompt("b")), 1, {"policy": scores}))
-    said = printed(_evaluation(event, {name: torch.tensor([0.5, 1.5])}, 0))
+    said = printed(_evaluation(event, {name: torch.tensor([0.5, 1.5])}, 0, (name,)))
     assert name in said and "1.5000" in said and "+0.5000" in said

@@ -181,7 +181,7 @@ def test_parquet_rows_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> No
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"install vipo\[parquet\]"):
+    with pytest.raises(UserError, match=r"install 'vipo\[parquet\]"):
         read_prompts(write(tmp_path, "p.parquet", b"PAR1"))
 
 

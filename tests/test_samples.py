@@ -74,7 +74,7 @@ def test_an_mp4_shows_the_frames(tmp_path: Path) -> None:
 
 def test_mp4_without_pyav_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"install vipo\[video\], or take --video webp"):
+    with pytest.raises(UserError, match=r"install 'vipo\[video\]', or take --video webp"):
         save_samples(tmp_path, clip(2), ["a"], video="mp4")
 
 
