@@ -80,10 +80,8 @@ class RewardGradient:
         UserError: a reward has no gradient.
         """
         frames, height, width = rollout.latent_grid
-        index = torch.arange(len(rollout.media)).split(self.batch_size)
-        gradients = [
-            self._gradient(rollout.media[at[0] : at[-1] + 1], [rollout.prompts[i] for i in at.tolist()]) for at in index
-        ]
+        parts = [slice(at, at + self.batch_size) for at in range(0, len(rollout.media), self.batch_size)]
+        gradients = [self._gradient(rollout.media[part], rollout.prompts[part]) for part in parts]
         squared = torch.cat(gradients).square().mean(1)  # (N, F, Y, X)
         by_frame = F.adaptive_avg_pool2d(squared, (height, width)).sqrt()
         aligned = align_frames(by_frame, frames, temporal_stride=self.temporal_stride)
