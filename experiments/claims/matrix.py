@@ -91,6 +91,12 @@ def redness(*changes: str) -> Arm:
     return Arm(("optimizer.learning_rate=1e-3", *changes), recipe="redness.yaml", every=4, measures=structure)
 
 
+def clips(*changes: str) -> Arm:
+    """The clip recipe, 32 clips an iteration, at its own rate, judged on all of its evaluation prompts."""
+    keys = ("optimizer.learning_rate=1e-3", *changes)
+    return Arm(keys, recipe="quickstart-video.yaml", every=8, iterations=16, untrained="clips-untrained")
+
+
 WATCHED = "emoji_judge, emoji_layout, emoji_count, emoji_quality, emoji_flaws"
 LEVELS = {"iterations": 48, "every": 8}
 CREDITS: dict[str, tuple[str, ...]] = {
@@ -187,8 +193,13 @@ ARMS: dict[str, Arm] = {
     "groups-consensus-clean-2e-3": clean("consensus", "2e-3"),
     "groups-noise": control("noise"),
     "groups-shuffled": control("Shuffled"),
+    "clips-untrained": replace(clips(), trained=False, seeds=1),
+    "clips-sample": clips("credit=sample"),
+    "clips-vipo": clips(),
+    "clips-deviation": clips("structuring.sources=[deviation]"),
+    "clips-consensus": clips("structuring.sources=[consensus]"),
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 26, 29, len(ARMS) - 29, len(ARMS) - 10, len(ARMS))
+BLOCKS = (13, 22, 26, 29, len(ARMS) - 34, len(ARMS) - 15, len(ARMS) - 5, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""
