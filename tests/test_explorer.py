@@ -272,6 +272,18 @@ def test_a_clip_has_one_basis_for_all_frames_if_it_is_asked_for(photo: torch.Ten
     )
 
 
+@pytest.mark.parametrize("scope", ["frame", "clip"])
+def test_a_look_asks_the_backbone_once_for_each_frame(
+    photo: torch.Tensor, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, asked = settings_of({**LITE, "scope": scope}, 2), list[int]()
+    network = look.kept_source(settings).backbone
+    ask = type(network).__call__
+    monkeypatch.setattr(type(network), "__call__", lambda self, x: asked.append(len(x)) or ask(self, x))  # type: ignore[func-returns-value]
+    seen = look.look("clip.gif", photo[:, :, :64, :96].repeat(1, 3, 1, 1), settings)
+    assert asked == [3] and seen.frames == (0, 1)
+
+
 def test_what_changed_is_told_in_settings_numbers_and_a_picture(photo: torch.Tensor) -> None:
     one = look.look("photo.png", photo, settings_of(LITE))
     other = look.look("photo.png", photo, settings_of({**LITE, "components": 1, "smoothing_sigma": 2.0}))

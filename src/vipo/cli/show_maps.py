@@ -19,7 +19,7 @@ from vipo.media.pictures import save_png
 from vipo.media.reading import read_media
 from vipo.recipe import parse_section
 from vipo.schema import StructuringSection
-from vipo.structuring import PerceptualStructuring, oriented_components
+from vipo.structuring import PerceptualStructuring
 
 
 def show_maps(
@@ -88,7 +88,8 @@ def _names(name: str) -> Iterator[str]:
 
 def _sheet(name: str, clip: Float[Tensor, "1 3 F Y X"], source: PerceptualStructuring) -> Image.Image:
     stride = source.temporal_stride
-    maps = source(clip, map_grid(clip[0], stride))
+    grid = map_grid(clip[0], stride)
     if clip.shape[2] > 1:
-        return clip_map_sheet(clip, maps, [name], temporal_stride=stride)
-    return map_sheet(clip[:, :, 0], oriented_components(source, clip[:, :, 0]), maps[:, 0], [name])
+        return clip_map_sheet(clip, source(clip, grid), [name], temporal_stride=stride)
+    maps, seen = source.with_seen(clip[0], grid)
+    return map_sheet(clip[:, :, 0], seen.components, maps, [name])

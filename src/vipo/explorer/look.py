@@ -34,7 +34,7 @@ from vipo.media.map_sheets import (
 from vipo.media.pictures import save_png
 from vipo.media.reading import read_media
 from vipo.schema import StructuringSection
-from vipo.structuring import PerceptualStructuring, Seen
+from vipo.structuring import PerceptualStructuring
 from vipo.structuring.frames import flicker
 from vipo.types import Backbone
 
@@ -72,18 +72,10 @@ def look(name: str, clip: Float[Tensor, "3 F Y X"], settings: Settings) -> Looke
     """
     check_media(name, clip, settings.temporal_stride)
     begun, source = time.perf_counter(), kept_source(settings)
-    maps = source(clip[None], map_grid(clip, settings.temporal_stride))[0]
+    maps, seen = source.with_seen(clip, map_grid(clip, settings.temporal_stride))
     frames = shown_frames(len(maps), settings.temporal_stride)
-    seen = _seen(source, clip.transpose(0, 1), frames)
     taken = time.perf_counter() - begun
-    return Looked(name, settings, clip, maps, seen.components, seen.explained, tuple(frames), taken)
-
-
-def _seen(source: PerceptualStructuring, clip: Float[Tensor, "F 3 Y X"], shown: list[int]) -> Seen:
-    if source.scope == "frame":
-        return source.seen(clip[shown])
-    of_all = source.seen(clip)
-    return Seen(of_all.components[shown], of_all.explained[shown])
+    return Looked(name, settings, clip, maps, seen.components[frames], seen.explained[frames], tuple(frames), taken)
 
 
 def source_of(section: StructuringSection, temporal_stride: int) -> PerceptualStructuring:

@@ -65,11 +65,13 @@ def normalise(maps: Float[Tensor, "B *grid"], how: Normalization) -> Float[Tenso
 
 
 def structure(
-    features: Tensor, components: int, aggregation: Aggregation, smoothing_sigma: float, orientation: Orientation
-) -> Float[Tensor, "B *F h w"]:
-    """The smoothed S of each row of features, on the feature grid."""
-    found = principal_components(features, components)
-    return smooth(_aggregate(oriented(found, orientation), found.explained, aggregation), smoothing_sigma)
+    components: Float[Tensor, "B K *grid"],
+    explained: Float[Tensor, "B K"],
+    aggregation: Aggregation,
+    smoothing_sigma: float,
+) -> Float[Tensor, "B *grid"]:
+    """The smoothed S of oriented components, on the feature grid."""
+    return smooth(_aggregate(components, explained, aggregation), smoothing_sigma)
 
 
 @torch.no_grad()
@@ -99,7 +101,8 @@ def allocation_map(
     """
     if features.ndim != 4:
         raise ValueError(f"features {tuple(features.shape)} must be (B, D, h, w)")
-    smoothed = structure(features, components, aggregation, smoothing_sigma, orientation)
+    found = principal_components(features, components)
+    smoothed = structure(oriented(found, orientation), found.explained, aggregation, smoothing_sigma)
     return normalise(resample(smoothed, grid), normalization)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
@@ -14,7 +15,7 @@ from vipo.structuring.components import principal_components
 from vipo.structuring.frames import align_frames
 from vipo.structuring.maps import normalise, resample, structure
 from vipo.structuring.orientation import oriented
-from vipo.types import Backbone, Grid, LatentGrid
+from vipo.types import Backbone, LatentGrid
 
 
 class Seen(NamedTuple):
@@ -53,40 +54,47 @@ class PerceptualStructuring(MapOptions):
         """Maps for media in [0, 1]. A frame of one colour has no structure and gives ones (or the clip's floor)."""
         if media.ndim != 5 or media.shape[1] != 3 or 0 in media.shape:
             raise ValueError(f"media {tuple(media.shape)} must be (N, 3, F, Y, X); an image has F = 1")
-        latent_frames, *grid = latent_grid
-        by_row = self._by_frame if self.scope == "frame" else self._by_clip
-        maps = by_row(media, (grid[0], grid[1]))
-        aligned = align_frames(maps, latent_frames, temporal_stride=self.temporal_stride, causal=self.causal)
-        return aligned if self.scope == "frame" else normalise(aligned, self.normalization)
+        _, *grid = latent_grid
+        clips = media.transpose(1, 2)
+        parts = self._by_frame(clips.flatten(0, 1), grid) if self.scope == "frame" else self._by_clip(clips, grid)
+        maps = torch.cat([maps for maps, _ in parts]).unflatten(0, clips.shape[:2])
+        return self._aligned(maps, latent_grid)
 
     @torch.no_grad()
-    def seen(self, frames: Float[Tensor, "F 3 Y X"]) -> Seen:
-        """What the maps of these frames of one clip are made of, by its ``scope``: one basis for each, or for all."""
-        features = self._see_all(frames)
-        if self.scope == "frame":
-            found = principal_components(features, self.components)
-            return Seen(oriented(found, self.orientation), found.explained)
-        found = principal_components(features.transpose(0, 1)[None], self.components)
-        components = oriented(found, self.orientation)[0].transpose(0, 1)
-        return Seen(components, found.explained.expand(len(frames), -1))
+    def with_seen(self, clip: Float[Tensor, "3 F Y X"], latent_grid: LatentGrid) -> tuple[Float[Tensor, "T H W"], Seen]:
+        """The map of one clip, and of each of its frames what that is made of; the backbone is asked once."""
+        _, *grid = latent_grid
+        frames = clip.transpose(0, 1)
+        parts = list(self._by_frame(frames, grid) if self.scope == "frame" else self._by_clip(frames[None], grid))
+        maps = torch.cat([maps for maps, _ in parts])
+        components = torch.cat([seen.components for _, seen in parts])
+        explained = torch.cat([seen.explained for _, seen in parts])
+        return self._aligned(maps[None], latent_grid)[0], Seen(components, explained)
 
-    def _by_frame(self, media: Tensor, grid: Grid) -> Float[Tensor, "N F H W"]:
-        frames = media.transpose(1, 2).flatten(0, 1)
-        maps = [
-            normalise(self._map(self._see(part), grid), self.normalization) for part in frames.split(self.batch_size)
-        ]
-        return torch.cat(maps).unflatten(0, (media.shape[0], media.shape[2]))
+    def _by_frame(self, frames: Float[Tensor, "B 3 Y X"], grid: Sequence[int]) -> Iterator[tuple[Tensor, Seen]]:
+        """Each frame's map (B, H, W), so many at a time, and what it is made of."""
+        for part in frames.split(self.batch_size):
+            seen = self._seen(self._see(part))
+            yield normalise(self._map(seen, grid), self.normalization), seen
 
-    def _by_clip(self, media: Tensor, grid: Grid) -> Float[Tensor, "N F H W"]:
-        clips = []
-        for clip in media.transpose(1, 2):
-            features = self._see_all(clip)
-            clips.append(self._map(features.transpose(0, 1)[None], grid))
-        return torch.cat(clips)
+    def _by_clip(self, clips: Float[Tensor, "N F 3 Y X"], grid: Sequence[int]) -> Iterator[tuple[Tensor, Seen]]:
+        """Each clip's frames' maps (F, H, W), which are normalised together later, and what they are made of."""
+        for clip in clips:
+            seen = self._seen(self._see_all(clip).transpose(0, 1)[None])
+            by_frame = Seen(seen.components[0].transpose(0, 1), seen.explained.expand(len(clip), -1))
+            yield self._map(seen, grid)[0], by_frame
 
-    def _map(self, features: Tensor, grid: Grid) -> Tensor:
-        smoothed = structure(features, self.components, self.aggregation, self.smoothing_sigma, self.orientation)
-        return resample(smoothed, grid)
+    def _seen(self, features: Float[Tensor, "B D *F h w"]) -> Seen:
+        found = principal_components(features, self.components)
+        return Seen(oriented(found, self.orientation), found.explained)
+
+    def _map(self, seen: Seen, grid: Sequence[int]) -> Float[Tensor, "B *F H W"]:
+        summed = structure(seen.components, seen.explained, self.aggregation, self.smoothing_sigma)
+        return resample(summed, (grid[0], grid[1]))
+
+    def _aligned(self, maps: Float[Tensor, "N F H W"], latent_grid: LatentGrid) -> Float[Tensor, "N T H W"]:
+        aligned = align_frames(maps, latent_grid[0], temporal_stride=self.temporal_stride, causal=self.causal)
+        return aligned if self.scope == "frame" else normalise(aligned, self.normalization)
 
     def _see_all(self, clip: Float[Tensor, "F 3 Y X"]) -> Float[Tensor, "F D h w"]:
         return torch.cat([self._see(part) for part in clip.split(self.batch_size)])
