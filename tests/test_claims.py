@@ -39,6 +39,7 @@ WOBBLE = 0.01 * (-1.0) ** np.arange(PROMPTS)  # of mean 0
 def write(folder: Path, arm: str, seed: int, evaluations: Mapping[int, Mapping[str, Any]], **training: Any) -> None:
     stored = {str(k): {name: list(map(float, v)) for name, v in e.items()} for k, e in evaluations.items()}
     record = {"arm": arm, "seed": seed, "evaluations": stored, "training": training, "seconds": 60.0}
+    record |= {"recipe": ARMS[arm].recipe, "overrides": list(ARMS[arm].overrides)}
     (folder / f"{arm}-{seed}.json").write_text(json.dumps(record))
 
 
@@ -471,12 +472,17 @@ def test_pictures_are_those_of_the_last_shared_iteration_of_the_first_seed(tmp_p
         page.compared(tmp_path)
 
 
+EMPTY = {"arm": "vipo", "seed": 0, "evaluations": {}, "training": {}, "seconds": 1}
+EMPTY |= {"recipe": "quickstart.yaml", "overrides": []}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("vipo-0", "{", "is not JSON"),
         ("vipo-0", "{}", "is not the result of an arm"),
-        ("odd-0", '{"arm": "odd", "seed": 0, "evaluations": {}, "training": {}, "seconds": 1}', "matrix.py does not"),
+        ("odd-0", json.dumps(EMPTY | {"arm": "odd"}), "matrix.py does not"),
+        ("vipo-0", json.dumps(EMPTY | {"overrides": 3}), "is not the result of an arm"),
         ("gradient", "[", "is not JSON"),
     ],
 )
@@ -484,6 +490,32 @@ def test_files_that_are_no_results_are_named(tmp_path: Path, name: str, text: st
     (tmp_path / f"{name}.json").write_text(text)
     with pytest.raises(UserError, match=f"{name}.json.*{message}"):
         results.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": "average"}, "structuring.aggregation was the recipe's and is average; delete it and train it again"),
+        ({"arm": "vipo-rate-1e-3"}, "optimizer.learning_rate was 2e-3 and is 1e-3;.*--only vipo-rate-1e-3"),
+        ({"overrides": (*ARMS["vipo"].overrides, "credit=sample")}, "credit was sample and is the recipe's; delete"),
+        ({"recipe": "redness.yaml"}, "recipe was redness.yaml and is quickstart.yaml; delete"),
+        (
+            {"overrides": (*ARMS["vipo"].overrides, "rewards={emoji_clean: 1.0}")},
+            r"rewards was \{emoji_clean: 1.0\} and",
+        ),
+    ],
+)
+def test_a_result_that_was_trained_otherwise_than_its_arm_says_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "it.json").write_text(json.dumps(EMPTY | {"overrides": ARMS["vipo"].overrides} | changes))
+    with pytest.raises(UserError, match=f"it.json' was trained otherwise than matrix.py says of .* now: {message}"):
+        results.read(tmp_path)
+
+
+def test_what_is_published_was_trained_as_the_arms_say_and_a_later_pin_of_what_the_recipe_said_is_none() -> None:
+    found = results.read(Path(results.__file__).parent / "results")
+    assert {"vipo", "groups-sample-1e-3"} <= found.arms.keys()
 
 
 def test_arms_of_other_prompts_and_missing_files_are_errors(tmp_path: Path) -> None:

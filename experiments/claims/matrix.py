@@ -35,6 +35,8 @@ COMMON += (f"optimizer.learning_rate={RATE}",)
 """48 pictures an iteration instead of the quickstart's 96, so more arms for the same time; and the paper's map."""
 SCORED = {"quickstart.yaml": ("rewards={emoji_match: 1.0}", "judges=[emoji_judge, emoji_layout]")}
 """What arms of a recipe are trained on and judged by, unless they say otherwise: one reward, and two others watch."""
+UNPINNED = {"quickstart.yaml": ("rewards={emoji_match: 1.0}", "judges=[emoji_judge, emoji_layout]")}
+"""What a recipe itself said while arms did not pin it yet: so were results trained whose overrides do not name it."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matrix import ARMS, SETTING
+from matrix import ARMS, SETTING, UNPINNED, Arm
 from vipo import randomness
 from vipo.errors import UserError
 from vipo.evaluation.estimate import first_at
@@ -100,7 +100,8 @@ def read(folder: Path) -> Results:
     """Every result in ``folder``, and gradient.json and orientation.json where they are.
 
     Raises:
-        UserError: a file is damaged, names an unknown arm, or was evaluated on another number of prompts.
+        UserError: a file is damaged, names an unknown arm, was trained otherwise than matrix.py says of its arm now, or
+            was evaluated on another number of prompts.
     """
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; train the arms with `python experiments/claims/run.py`")
@@ -120,11 +121,31 @@ def _result(path: Path) -> Result:
         evaluations = {int(k): {n: _row(v) for n, v in e.items()} for k, e in stored["evaluations"].items()}
         training = {name: _row(values) for name, values in stored["training"].items()}
         result = Result(stored["arm"], stored["seed"], evaluations, training, float(stored["seconds"]))
+        recipe, trained = stored["recipe"], _last(UNPINNED.get(stored["recipe"], ()), stored["overrides"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{str(path)!r} is not the result of an arm: {error!r}; delete it and run the arm") from error
     if result.arm not in ARMS:
         raise UserError(f"{str(path)!r} is of the arm {result.arm!r}, which matrix.py does not have; delete it")
+    differs = _differs(recipe, trained, ARMS[result.arm])
+    if differs:
+        raise UserError(
+            f"{str(path)!r} was trained otherwise than matrix.py says of {result.arm!r} now: {'; '.join(differs)};"
+            f" delete it and train it again with `python experiments/claims/run.py --only {result.arm}`"
+        )
     return result
+
+
+def _last(*overrides: Iterable[str]) -> dict[str, str]:
+    """Key -> value, of several of a key the last, as a recipe takes them."""
+    return {key: value for given in overrides for key, _, value in (text.partition("=") for text in given)}
+
+
+def _differs(recipe: str, trained: Mapping[str, str], arm: Arm) -> list[str]:
+    """Key by key, what a result was trained with and what its arm says now."""
+    then, now = {"recipe": recipe, **trained}, {"recipe": arm.recipe, **_last(arm.overrides)}
+    keys = [key for key in dict.fromkeys((*then, *now)) if then.get(key) != now.get(key)]
+    unsaid = "the recipe's"
+    return [f"{key} was {then.get(key, unsaid)} and is {now.get(key, unsaid)}" for key in keys]
 
 
 def _row(values: list[float]) -> Tensor:
