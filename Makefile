@@ -29,7 +29,8 @@ install: $(VENV)/.installed ## Install vipo into .venv, at the tested versions
 install-dev: $(VENV)/.installed-dev ## The same with what the tests need
 
 quickstart: $(VENV)/.installed ## Post-train the embedded FLUX on this machine and write a report (minutes)
-	@rm -rf $(RUN)
+	@n=1; while [ -e $(RUN)-$$n ]; do n=$$((n + 1)); done; \
+	if [ -e $(RUN) ]; then mv $(RUN) $(RUN)-$$n && echo "Your earlier $(RUN) is $(RUN)-$$n now; nothing of it is lost."; fi
 	OMP_NUM_THREADS=$(THREADS) $(TUNING) $(BIN)/vipo train recipes/quickstart.yaml --output $(RUN)
 	@echo "Open $(RUN)/report.html; pictures are in $(RUN)/samples, maps in $(RUN)/maps."
 

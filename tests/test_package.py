@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
+import shutil
+import subprocess
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +18,7 @@ from vipo.backbones import BACKBONES
 from vipo.generators import GENERATORS
 from vipo.recipe import parse_recipe
 
+ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = {f"vipo.generators.{name}" for name in GENERATORS} | {f"vipo.backbones.{name}" for name in BACKBONES}
 HEAVY = {"peft", "diffusers", "transformers", "tensorboard", "torch.distributed.fsdp"}
 POLICY = """
@@ -68,3 +71,25 @@ def test_assembling_imports_no_part_before_it_is_named() -> None:
 @pytest.mark.parametrize(("kind", "needs"), [("full", False), ("lora", True)])
 def test_only_a_lora_needs_peft(kind: str, needs: bool) -> None:
     assert ("peft" in imported(POLICY, kind)) == needs
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not there")
+def test_the_quickstart_moves_an_earlier_run_aside_and_says_so(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / ".installed").touch()
+    (tmp_path / ".venv" / "bin" / "vipo").symlink_to(
+        shutil.which("true") or ""
+    )  # what it trains is not the matter here
+    run = tmp_path / "runs" / "quickstart"
+    told = []
+    for number in range(3):
+        told.append(
+            subprocess.run(["make", "quickstart"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        )
+        run.mkdir(parents=True)
+        (run / "mine.txt").write_text(str(number))
+    kept = {path.parent.name: path.read_text() for path in run.parent.glob("*/mine.txt")}
+    assert kept == {"quickstart-1": "0", "quickstart-2": "1", "quickstart": "2"}
+    assert "earlier" not in told[0] and "Your earlier runs/quickstart is runs/quickstart-2 now" in told[2]
