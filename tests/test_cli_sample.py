@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,22 +64,33 @@ def test_export_writes_what_training_wrote(vipo: Vipo, finished: Path, tmp_path:
 
 
 def test_sampling_goes_on_where_it_was_and_only_with_the_same_arguments(
-    vipo: Vipo, model_folder: Path, tmp_path: Path
+    vipo: Vipo, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = ["sample", model_folder, "--steps", 1, "--size", 32, "--count", 2, "--batch", 2, "--output", tmp_path / "s"]
-    plain += ["--prompts", "a cat", "--prompts", "a dog", "--prompts", "a car"]
-    assert_refused(vipo(*plain, "--resume"), "nothing in", "leave out --resume")
-    assert vipo(*plain).code == 0
-    files = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
-    for name in ("00001-1-a-dog.png", "sheet.png"):
-        (tmp_path / "s" / name).unlink()
+    plain = ["sample", model_folder, "--steps", 1, "--size", 32, "--count", 2, "--batch", 2]
+    plain += ["--prompts", "a cat", "--prompts", "a dog", "--prompts", "a car", "--output"]
+    assert vipo(*plain, tmp_path / "whole").code == 0
+    save = sampled.save_samples
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        save(*args, **options)
+        if (tmp_path / "s" / "00001-1-a-dog.png").exists():
+            raise CannotWrite("no space is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sampled, "save_samples", interrupted)
+        assert_refused(vipo(*plain, tmp_path / "s"), "no space is left")
+    record = tmp_path / ".s.samples.json"
+    assert record.is_file() and len(list((tmp_path / "s").iterdir())) == 4
     kept = tmp_path / "s" / "00000-0-a-cat.png"
     before = kept.stat().st_mtime_ns
-    assert_refused(vipo(*plain, "--resume", "--seed", 1), "its seed differ")
-    assert_refused(vipo(*plain, "--resume", "--prompts", "a hat"), "its prompts differ")
-    assert vipo(*plain, "--resume").code == 0
-    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == files
+    assert_refused(vipo(*plain, tmp_path / "s", "--resume", "--seed", 1), "its seed differ")
+    assert_refused(vipo(*plain, tmp_path / "s", "--resume", "--prompts", "a hat"), "its prompts differ")
+    assert vipo(*plain, tmp_path / "s", "--resume").code == 0
+    drawn, whole = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("s", "whole"))
+    assert drawn == whole and len(whole) == 8
     assert kept.stat().st_mtime_ns == before  # it was not drawn again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "whole"]  # nothing is left beside what is complete
+    assert_refused(vipo(*plain, tmp_path / "s", "--resume"), "nothing in", "leave out --resume")
 
 
 def test_samples_of_before_do_not_pass_for_new_ones_and_a_folder_may_be_all_that_is_writable(

@@ -59,7 +59,7 @@ def sample(
     ] = None,
     batch_size: Batch = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Draw only what --output lacks, with the same arguments as before.")
+        bool, typer.Option("--resume", help="Go on with an interrupted sampling into --output, by the same arguments.")
     ] = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -84,9 +84,9 @@ def sample(
     named = sample_names([prompt.text for prompt in texts], samples_per_prompt, names)
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "seed": seed}
     how |= {"batch_size": batch_size, "base_tail": base_tail, "resume": resume, "video": video, "fps": fps}
-    shown = sample_into(output, model, texts, named, **how)
     wanted = (len(named) > 1 and names == "number") if sheet is None else sheet  # programs read a folder whole
-    console.print(_said(output, len(named), shown.save(output / "sheet.png") if wanted else None), soft_wrap=True)
+    on_sheet = sample_into(output, model, texts, named, **how, sheet=wanted)
+    console.print(_said(output, len(named), on_sheet), soft_wrap=True)
 
 
 def _said(output: Path, count: int, on_sheet: int | None) -> str:

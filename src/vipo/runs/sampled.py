@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ def sample_into(
     video: VideoFormat,
     fps: float | None,
     resume: bool,
-) -> FirstSamples:
-    """Write a file for every sample, or with ``resume`` for those that are not there; the first of all, for a sheet.
+    sheet: bool,
+) -> int | None:
+    """Write a file for every sample, or with ``resume`` for those that are not there; how many are on the sheet.
 
     Args:
         names: of the files, one per sample, without their ending.
         fps: of video files; None takes the target's.
+        sheet: whether to write ``sheet.png`` of the first of all; None is returned without.
 
     Raises:
         UserError: as :class:`SampleFolder`, or as :meth:`vipo.runs.target.Target.sample`.
@@ -63,13 +66,16 @@ def sample_into(
         rows = slice(part.first_sample, part.first_sample + len(part.media))
         save_samples(root, part.media, names[rows], **files)
         shown.add(part.media, [prompt.text for prompt in part.prompts])
-    return shown
+    on_sheet = shown.save(root / "sheet.png") if sheet else None
+    folder.end()
+    return on_sheet
 
 
 class SampleFolder:
     """Which samples are there already, of those that the same arguments would draw now.
 
-    What they depend on is kept beside the folder, in a hidden file: whoever reads the folder finds samples alone in it.
+    What they depend on is kept beside the folder, in a hidden file, until all of them are there: whoever reads the
+    folder finds samples alone in it.
     Without ``resume`` files of the same names are removed before the first is drawn, else they would pass for new ones.
 
     Args:
@@ -87,7 +93,10 @@ class SampleFolder:
         if not resume:
             return
         if not kept.is_file():
-            raise UserError(f"there is nothing in {str(root)!r} to go on with; leave out --resume")
+            raise UserError(
+                f"there is nothing in {str(root)!r} to go on with, as no sampling into it was interrupted; leave out"
+                " --resume"
+            )
         try:
             before = dict(json.loads(kept.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
@@ -110,6 +119,11 @@ class SampleFolder:
             write_text(self._kept, self._settings)
         except CannotWrite as error:  # the folder itself may be all that can be written to, such as a mounted one
             log.warning("these samples cannot be gone on with by --resume: %s", error)
+
+    def end(self) -> None:
+        """All are there, so there is nothing to go on with."""
+        with suppress(OSError):  # where it could not be written, it cannot be removed
+            self._kept.unlink()
 
     def files(self, rows: range) -> list[Path]:
         """Those of these samples, if all of them are there to go on with; else none."""
