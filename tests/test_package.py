@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import shutil
 import subprocess
+import tomllib
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -93,3 +94,12 @@ def test_the_quickstart_moves_an_earlier_run_aside_and_says_so(tmp_path: Path) -
     kept = {path.parent.name: path.read_text() for path in run.parent.glob("*/mine.txt")}
     assert kept == {"quickstart-1": "0", "quickstart-2": "1", "quickstart": "2"}
     assert "earlier" not in told[0] and "Your earlier runs/quickstart is runs/quickstart-2 now" in told[2]
+
+
+def test_the_package_names_the_licence_of_each_file_that_ships_with_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    notices = [path for pattern in project["license-files"] for path in ROOT.glob(pattern)]
+    assert {ROOT / "LICENSE", *(ROOT / "src").rglob("README.md")} == set(notices)
+    sets = (ROOT / "src" / "vipo" / "prompts" / "sets" / "README.md").read_text()
+    of_sets = {line.split("|")[-2].strip() for line in sets.splitlines() if line.startswith("| `set:")}
+    assert of_sets | {"Apache-2.0"} == set(project["license"].split(" AND "))
