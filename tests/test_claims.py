@@ -18,6 +18,7 @@ from vipo.errors import UserError
 from vipo.media.sheets import save_sheet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "claims"))
+import coverage
 import page
 import plots
 import results
@@ -549,3 +550,12 @@ def test_the_pictures_to_a_level_are_read_off_the_curve(tmp_path: Path) -> None:
     never = results.reach(found, "groups-noise", base, "emoji_match")
     assert never is not None and never.times == never.high == 0
     assert results.reach(found, "groups-shuffled", base, "emoji_match") is None
+
+
+def test_coverage_is_measured_on_data_of_the_variances_that_it_finds() -> None:
+    wanted = torch.tensor([0.4, 0.3, 0.2], dtype=torch.double)
+    found = torch.stack([coverage.variances(coverage.made(wanted, 40, number)) for number in range(40)]).mean(0)
+    assert torch.allclose(found, wanted.float(), rtol=0.1)
+    only_seeds = coverage.covered(torch.tensor([1.0, 1e-6, 1e-6], dtype=torch.double), 3, 60)
+    assert only_seeds["t"][0] > 0.9 > 0.8 > only_seeds["now"][0]  # three draws say little of their own spread
+    assert only_seeds["now"][1] < only_seeds["stretched"][1] < only_seeds["t"][1]
