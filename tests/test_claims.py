@@ -556,6 +556,6 @@ def test_coverage_is_measured_on_data_of_the_variances_that_it_finds() -> None:
     wanted = torch.tensor([0.4, 0.3, 0.2], dtype=torch.double)
     found = torch.stack([coverage.variances(coverage.made(wanted, 40, number)) for number in range(40)]).mean(0)
     assert torch.allclose(found, wanted.float(), rtol=0.1)
-    only_seeds = coverage.covered(torch.tensor([1.0, 1e-6, 1e-6], dtype=torch.double), 3, 60)
-    assert only_seeds["t"][0] > 0.9 > 0.8 > only_seeds["now"][0]  # three draws say little of their own spread
+    only_seeds = coverage.covered(torch.tensor([1.0, 1e-6, 1e-6], dtype=torch.double), 3, 100)
+    assert only_seeds["t"][0] > 0.9 > 0.85 > only_seeds["now"][0]  # three draws say little of their own spread
     assert only_seeds["now"][1] < only_seeds["stretched"][1] < only_seeds["t"][1]
