@@ -552,6 +552,23 @@ def test_the_pictures_to_a_level_are_read_off_the_curve(tmp_path: Path) -> None:
     assert results.reach(found, "groups-shuffled", base, "emoji_match") is None
 
 
+def test_a_level_is_what_the_other_arm_had_gained_then_in_the_same_draw_of_seeds(tmp_path: Path) -> None:
+    """The other gains 0.1 by half time and 0.2 in the end; the arm twice each seed's, which differ a lot."""
+    write_untrained(tmp_path)
+    base, arm, gains = "groups-sample-1e-3", "groups-consensus-1e-3", {0: 0.02, 1: 0.2, 2: 0.38}
+    for name, times in ((base, 1.0), (arm, 2.0)):
+        for seed, gain in gains.items():
+            at = {k: {"emoji_match": START + times * gain * k / 24} for k in (12, 24)}
+            write(tmp_path, name, seed, at)
+    found = results.read(tmp_path)
+    for after in (12, 24):
+        reached = results.reach(found, arm, base, "emoji_match", after)
+        assert reached is not None  # of each draw's own level it always takes half, whichever seeds are drawn
+        assert (reached.times, reached.low, reached.high) == pytest.approx((2.0, 2.0, 2.0))
+    half = results.reach(found, base, base, "emoji_match", 12)
+    assert half is not None and half.times == pytest.approx(1.0)
+
+
 def test_coverage_is_measured_on_data_of_the_variances_that_it_finds() -> None:
     wanted = torch.tensor([0.4, 0.3, 0.2], dtype=torch.double)
     found = torch.stack([coverage.variances(coverage.made(wanted, 40, number)) for number in range(40)]).mean(0)

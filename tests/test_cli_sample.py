@@ -94,7 +94,7 @@ def test_sampling_goes_on_where_it_was_and_only_with_the_same_arguments(
 
 
 def test_samples_of_before_do_not_pass_for_new_ones_and_a_folder_may_be_all_that_is_writable(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = [tmp_path / "s" / f"{name}.png" for name in "ab"]
     paths[0].parent.mkdir()
@@ -114,16 +114,17 @@ def test_samples_of_before_do_not_pass_for_new_ones_and_a_folder_may_be_all_that
     assert again.files(range(1)) == paths[:1] and again.files(range(1, 2)) == []
     again.begin()
     assert paths[0].exists()
-    (tmp_path / ".s.samples.json").write_text("[1]")
-    with pytest.raises(UserError, match="leave out --resume"):
-        folder(True, seed=1)
-
-    def refuse(path: Path, _text: str) -> None:
-        raise CannotWrite(f"{path} cannot be written")
-
-    monkeypatch.setattr(sampled, "write_text", refuse)
-    folder(False, seed=2).begin()
-    assert "--resume" in caplog.text
+    for damage in (b"[1]", b"{", b"\xff", b"3", b"[" * 10**5):
+        (tmp_path / ".s.samples.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"is damaged .*leave out --resume"):
+            folder(True, seed=1)
+    long = tmp_path / ("s" * 245)  # a name that has no room for more: the folder is all that can be written to
+    long.mkdir()
+    paths = [long / "a.png"]
+    SampleFolder(long, {"seed": 2}, paths, resume=False).begin()
+    assert "cannot be gone on with by --resume" in caplog.text
+    with pytest.raises(UserError, match="nothing in"):
+        SampleFolder(long, {"seed": 2}, paths, resume=True)
 
 
 def test_a_sheet_of_samples_shows_the_first_that_fit_and_some_frames_of_a_clip(

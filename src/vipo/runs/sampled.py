@@ -92,14 +92,14 @@ class SampleFolder:
         self._kept, self._settings = kept, json.dumps(now, indent=2)
         if not resume:
             return
-        if not kept.is_file():
+        try:
+            before = dict(json.loads(kept.read_text(encoding="utf-8")))
+        except OSError as error:
             raise UserError(
                 f"there is nothing in {str(root)!r} to go on with, as no sampling into it was interrupted; leave out"
                 " --resume"
-            )
-        try:
-            before = dict(json.loads(kept.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            ) from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{str(kept)!r} is damaged ({error}); leave out --resume to draw all anew") from error
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
