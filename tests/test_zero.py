@@ -131,6 +131,4 @@ def test_a_refused_gradient_leaves_nothing_behind(raw: dict[str, Any], stage: in
         assert rank["norms"] == pytest.approx(one["norms"], rel=1e-3)
         assert furthest(rank["weights"], one["weights"]) < TOLERANCE
         for (said,) in (rank["events"], one["events"]):  # DeepSpeed does not tell one of the two from the other
-            assert re.match(
-                r"gradient norm is (nan|inf), first in '.*' \(66 of 66 trained .*\): update skipped", said
-            )
+            assert re.match(r"gradient norm is (nan|inf), first in '.*' \(66 of 66 trained .*\): update skipped", said)
