@@ -299,6 +299,8 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "average": 0.4,
         "reward-map": 0.1,
         "sample-clip-1e-4": 0.2,
+        "vipo-clip-1e-4": 0.1,
+        "detached-clip-1e-4": 0.2,
     }
     long = ("sample", "vipo", "source-deviation-perceptual")
     grouped = {
@@ -337,6 +339,7 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "m": "does not hold",
         "n": "holds",
         "o": "does not hold",
+        "p": "holds",
     }
     assert [part.verdict for part in found["b"].parts] == ["holds", "holds", "does not hold", "does not hold"]
     assert found["a"].parts[0].effect is not None and found["e"].parts[0].effect is not None

@@ -97,6 +97,7 @@ def groups_claims(results: Results) -> list[Claim]:
         _versus(results, "groups-quickstart-clean", "groups-sample-clean", name)
         for name in ("emoji_quality", "emoji_flaws")
     ]
+    ratio = _versus(results, f"detached-clip-{RANGE}", f"vipo-clip-{RANGE}", trained)
     on_clips = {
         credit: [_versus(results, f"clips-{credit}", SCALAR_CLIPS, score) for score in CLIP_SCORES[:2]]
         for credit in ("vipo", "deviation", "consensus")
@@ -114,6 +115,7 @@ def groups_claims(results: Results) -> list[Claim]:
             "Not the paper's: maps that compare a group's clips beat scalar GRPO there",
             (*on_clips["deviation"], *on_clips["consensus"]),
         ),
+        Claim("p", "Not the paper's: under its clip range a detached ratio learns more than its local one", (ratio,)),
     ]
 
 
