@@ -346,7 +346,7 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
     assert found["a"].parts[0].effect.mean == pytest.approx(0.3 - 0.2)
     assert found["e"].parts[0].effect.mean == pytest.approx(0.15 - 0.4)  # vipo at 12 iterations: the arm has no more
     assert "12 iterations" in found["e"].parts[0].what and "24 iterations" in found["a"].parts[0].what
-    assert page.summary(list(found.values())) == "The paper makes 6 claims: 4 hold, 2 do not hold."
+    assert page.summary(list(found.values())) == "The paper makes 7 claims: 5 hold, 2 do not hold."
 
 
 def test_markdown_keeps_everything_outside_the_markers() -> None:

@@ -17,7 +17,7 @@ STRUCTURE = ("edges_kept", "features_kept", "emoji_judge", "emoji_layout")
 RANGE = "1e-4"  # the published one; at a wide one clipping does not act, and a map of ones is scalar GRPO
 SHIPPED = "source-deviation-perceptual"  # what the recipes have as ``structuring.sources``
 LOWER = "-rate-1e-3"  # the better learning rate of the shipped map; the other one is scalar GRPO's better one
-FROM_PAPER = "abcdef"
+FROM_PAPER = "abcdefn"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Claim:
 
 
 def claims(results: Results) -> list[Claim]:
-    """(a) to (f) of the paper, and ours."""
+    """Those of the paper, and ours."""
     trained, judges = SCORES[0], SCORES[1:]
     held_out = [_versus(results, "vipo", "sample", score) for score in judges]
     fallen = [_below_start(results, "sample", score) for score in judges]
