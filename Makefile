@@ -10,7 +10,7 @@ TUNING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 WORKERS ?= $(shell test $(THREADS) -lt 4 && echo $(THREADS) || echo 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check docs wheel wheel-check clean
+.PHONY: help install install-dev quickstart claims claims-quick check test faults gpu-check zero-check docs wheel wheel-check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,10 @@ gpu-check: ## What this GPU does and whether a ratio became worse: nine minutes,
 
 faults: $(VENV)/.installed-dev ## Kills, full disks, damaged files and bad input by the hundred (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --run-long -m long
+
+zero-check: $(VENV)/.installed-dev ## DeepSpeed's ZeRO-2 and ZeRO-3 in two processes against one (minutes; installs the extra)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_zero.py tests/test_engine_files.py
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'

@@ -6,6 +6,7 @@ kind of processes that its state notes down, so that is what is put right here, 
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -38,6 +39,11 @@ def allow_fsdp_on_cpu() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = with_plugin  # type: ignore[method-assign]
+
+
+def spare_deepspeed_its_compiler() -> None:
+    """Let DeepSpeed talk over gloo alone: for processes of one CPU it would compile a way of its own for a minute."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def allow_context_parallel_on_cpu() -> None:

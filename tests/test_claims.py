@@ -32,7 +32,7 @@ from matrix import ARMS, SETTING
 PROMPTS = 12
 START = np.linspace(0.2, 0.8, PROMPTS)
 SLOPES = [1.0, 2.0, 3.0, 2.0, 1.5, 2.5, 0.5, 3.5]
-EVERY = (*tables.SCORES, *tables.JUDGES[2:])
+EVERY = (*dict.fromkeys((*tables.SCORES, *tables.JUDGES, *tables.CLIP_SCORES)),)
 PAIR = ("redness-sample", "redness-vipo")
 WOBBLE = 0.01 * (-1.0) ** np.arange(PROMPTS)  # of mean 0
 
@@ -57,7 +57,7 @@ def write_gains(
 
 
 def write_untrained(folder: Path) -> None:
-    for arm in ("untrained", "groups-untrained"):
+    for arm in ("untrained", "groups-untrained", "clips-untrained"):
         write(folder, arm, 0, {0: dict.fromkeys(EVERY, START)})
 
 
@@ -124,8 +124,8 @@ def test_every_arm_has_a_valid_recipe_with_its_changes() -> None:
 
 def test_every_arm_is_in_a_table_and_no_table_has_another() -> None:
     ablated = [arm for arms in tables.ABLATIONS.values() for arm in arms]
-    shown = {*tables.MAIN, *tables.SOURCES, *tables.CLIPPED, *tables.REDNESS, *tables.GROUPS, *ablated}
-    shown |= {"untrained", "groups-untrained"}
+    shown = {*tables.MAIN, *tables.SOURCES, *tables.CLIPPED, *tables.REDNESS, *tables.GROUPS, *tables.CLIPS, *ablated}
+    shown |= {"untrained", "groups-untrained", "clips-untrained"}
     assert shown == set(ARMS)
 
 
@@ -301,6 +301,8 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "average": 0.4,
         "reward-map": 0.1,
         "sample-clip-1e-4": 0.2,
+        "vipo-clip-1e-4": 0.1,
+        "detached-clip-1e-4": 0.2,
     }
     long = ("sample", "vipo", "source-deviation-perceptual")
     grouped = {
@@ -309,9 +311,13 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "flaw-map-1e-3": 0.1,
         "quickstart-clean": 0.3,
         "sample-clean": 0.3,
+        "noise": 0.4,
     }
     for arm, gain in grouped.items():
-        write_gains(tmp_path, f"groups-{arm}", dict.fromkeys(range(3), gain), iterations=48 if "clean" in arm else 16)
+        done = 48 if "clean" in arm or arm == "noise" else 16
+        write_gains(tmp_path, f"groups-{arm}", dict.fromkeys(range(3), gain), iterations=done)
+    for arm, gain in {"sample": 0.2, "vipo": 0.4, "deviation": 0.3, "consensus": 0.1}.items():
+        write_gains(tmp_path, f"clips-{arm}", dict.fromkeys(range(3), gain), iterations=16)
     for arm, gain in {**gains, "uniform-clip-1e-4": 0.1, "sample-clip-1e-2": 0.2, "uniform-clip-1e-2": 0.1}.items():
         write_gains(tmp_path, arm, dict.fromkeys(range(3), gain), iterations=24 if arm in long else 12)
     for seed in range(3):
@@ -332,13 +338,17 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "j": "not measured yet",
         "k": "holds",
         "l": "cannot be told apart",
+        "m": "does not hold",
+        "n": "holds",
+        "o": "does not hold",
+        "p": "holds",
     }
     assert [part.verdict for part in found["b"].parts] == ["holds", "holds", "does not hold", "does not hold"]
     assert found["a"].parts[0].effect is not None and found["e"].parts[0].effect is not None
     assert found["a"].parts[0].effect.mean == pytest.approx(0.3 - 0.2)
     assert found["e"].parts[0].effect.mean == pytest.approx(0.15 - 0.4)  # vipo at 12 iterations: the arm has no more
     assert "12 iterations" in found["e"].parts[0].what and "24 iterations" in found["a"].parts[0].what
-    assert page.summary(list(found.values())) == "The paper makes 6 claims: 4 hold, 2 do not hold."
+    assert page.summary(list(found.values())) == "The paper makes 7 claims: 5 hold, 2 do not hold."
 
 
 def test_markdown_keeps_everything_outside_the_markers() -> None:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import tiny
 import vipo
 from vipo import engine as engine_module
+from vipo import zero
 from vipo.cli.plan import plan as plan_command
 from vipo.engine import Engine
 from vipo.errors import UserError
@@ -70,29 +71,48 @@ def test_as_many_processes_as_were_started_are_right(monkeypatch: pytest.MonkeyP
     Engine(accelerator=engine())
 
 
-@pytest.mark.parametrize(("switch", "name"), [
-    ("ACCELERATE_USE_MEGATRON_LM", "Megatron"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")
-])  # fmt: skip
 def test_a_sharding_plugin_is_refused_before_its_library_is_asked_for(
-    tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch, switch: str, name: str
+    tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(switch, "true")
-    with pytest.raises(UserError, match=rf"^{name} is not .* FSDP2 cuts .*training\.sharding=fsdp2"):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(UserError, match=r"^Megatron is not .* FSDP2 cuts .*training\.sharding=fsdp2"):
         Run(parse_recipe(raw), tmp_path / "run")
-    with pytest.raises(UserError, match=rf"^{name} is not"):
+    with pytest.raises(UserError, match=r"^Megatron is not"):
         Engine()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_for_an_engine_that_is_not_there_says_why() -> None:
-    with pytest.raises(UserError, match=r"--engine zero3: .* DeepSpeed, .* gradient guard .* take --engine fsdp2"):
-        plan_command("quickstart", engine="zero3")
-    with pytest.raises(UserError, match=r"--engine fsdp1 is not known; take ddp or fsdp2"):
+def test_of_a_launchers_deepspeed_its_stage_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert engine_module._sharding("none") == "zero3" and engine_module._sharding("zero2") == "zero2"
+    assert Engine().stage == 0 and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"  # of one process nothing is cut
+    with pytest.raises(UserError, match=r"\(ACCELERATE_USE_DEEPSPEED beside training.sharding=fsdp2\): .*torchrun and"):
+        Engine(sharding="fsdp2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    with pytest.raises(UserError, match=r"\(ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE beside"):
+        Engine()
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    with pytest.raises(UserError, match=r"\(ACCELERATE_DEEPSPEED_ZERO_STAGE=1 beside"):
+        Engine()
+
+
+def test_without_deepspeed_its_stages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "find_spec", lambda _: None)
+    own = engine(num_processes=2, distributed_type=DistributedType.MULTI_GPU)
+    with pytest.raises(UserError, match=r"training.sharding=zero3 needs DeepSpeed.*pip install 'vipo\[deepspeed\]'"):
+        Engine(sharding="zero3", accelerator=own)
+    Engine(sharding="zero3", accelerator=engine())  # of one process nothing is cut
+
+
+def test_an_engine_that_a_plan_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--engine fsdp1 is not known; take ddp, fsdp2, zero2 or zero3"):
         plan_command("quickstart", engine="fsdp1")
 
 
 def test_an_engine_of_a_callers_own_is_refused_if_it_shards_otherwise(raw: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^DeepSpeed is not"):
+    with pytest.raises(UserError, match=r"^vipo drives DeepSpeed itself"):
         vipo.assemble(parse_recipe(raw), engine=Engine(accelerator=engine(distributed_type=DistributedType.DEEPSPEED)))
     with pytest.raises(UserError, match="shards with FSDP1; give its plugin fsdp_version=2"):
         Engine(accelerator=engine(distributed_type=DistributedType.FSDP, is_fsdp2=False))

@@ -15,7 +15,7 @@ from rich.console import Console
 import tiny
 from vipo.errors import UserError
 from vipo.generators.flux import FluxText
-from vipo.options import Solver, Window
+from vipo.options import BUCKET, Solver, Window
 from vipo.plan import Ledger, Machine, Plan, advise, plan, propose
 from vipo.plan.account import Accountant
 from vipo.plan.batches import HEADROOM
@@ -174,12 +174,33 @@ def test_sharding_divides_what_belongs_to_the_network(recipe_of: Any, ledger: Le
     assert apart.resident == parts.resident and apart.phases == parts.phases
     assert apart.seconds["communicate"] == pytest.approx(9 * parts.seconds["communicate"])  # 450 GB/s against 50
     alone = plan(cut, Machine(), ledger)
-    assert not alone.sharded and alone.launch == f"vipo train {cut.name}"
+    assert alone.sharding == "none" and alone.launch == f"vipo train {cut.name}"
     assert whole.launch == f"torchrun --nproc_per_node 8 -m vipo train {cut.name}"
     assert apart.launch == (
         "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 4 -m vipo train"
         f" {cut.name} training.sharding=fsdp2"
     )
+
+
+def test_zero_cuts_what_the_optimiser_keeps_and_with_stage_3_the_weights(recipe_of: Any, ledger: Ledger) -> None:
+    def planned(sharding: str) -> Any:
+        recipe = recipe_of(policy__kind="full", prompts__per_iteration=8, training__sharding=sharding)
+        return plan(recipe, Machine(gpus=8), ledger)
+
+    whole, second, third, fsdp = (planned(name) for name in ("none", "zero2", "zero3", "fsdp2"))
+    weights = whole.resident["trained weights"]
+    assert second.resident["trained weights"] == weights and third.resident == {
+        **second.resident, "trained weights": fsdp.resident["trained weights"],
+        **{name: fsdp.resident[name] for name in ("reference copy", "moving average") if name in fsdp.resident},
+    }  # fmt: skip
+    for cut in (second, third):
+        assert cut.resident["AdamW state"] == fsdp.resident["AdamW state"]
+        assert cut.resident["weights to step"] == cut.phases["update"]["gradients"] == pytest.approx(weights / 8, abs=1)
+        assert cut.resident["gradient buckets"] == 4 * BUCKET
+    assert "gathered weights" not in second.phases["update"]
+    assert third.phases["update"]["gathered weights"] == fsdp.phases["update"]["gathered weights"]
+    assert whole.seconds["communicate"] < third.seconds["communicate"] == fsdp.seconds["communicate"]
+    assert second.launch.endswith(" training.sharding=zero2")
 
 
 def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: Ledger) -> None:

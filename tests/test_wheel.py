@@ -257,6 +257,17 @@ def ui(env: Fresh) -> None:
         assert server.wait(60) == 0
 
 
+def deepspeed(env: Fresh) -> None:
+    """Two processes on a CPU, where DeepSpeed compiles for a minute first."""
+    line = [env.root / "bin" / "torchrun", "--nproc_per_node", "2", "-m", "vipo", "train", "quickstart", *SHORT]
+    own = {**env.environment, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    for stage in ("zero2", "zero3"):
+        command = [*line, "--no-report", "--output", stage, f"training.sharding={stage}"]
+        subprocess.run(command, cwd=env.work, env=own, check=True)
+        parts = sorted((env.work / stage / "checkpoints").rglob("optimizer-*.safetensors"))
+        assert len(parts) == 2 and all(part.stat().st_size > 1000 for part in parts)
+
+
 def docs(env: Fresh) -> None:
     env("mkdocs", "build", "--strict", "--site-dir", env.work / "site", cwd=ROOT)
     assert (env.work / "site" / "index.html").is_file()
@@ -266,7 +277,7 @@ USES: Mapping[str, Callable[[Fresh], None]] = {
     use.__name__: use
     for use in (
         bitsandbytes, torchao, quantization, parquet, datasets, ocr, geneval, trackio, wandb, swanlab, tracking, pandas,
-        video, ui, docs,
+        video, ui, deepspeed, docs,
     )
 }  # fmt: skip
 WITHOUT: Mapping[str, tuple[str, ...]] = {

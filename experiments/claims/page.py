@@ -219,6 +219,7 @@ def render(results: Results, pictures: Path | None) -> str:
         tables={table.name: table for table in tables(results)},
         gain_panels=plots.gain_panels(results),
         group_panels=plots.group_panels(results),
+        clip_panels=plots.clip_panels(results),
         structure_panels=plots.structure_panels(results),
         clipping_panels=plots.clipping_panels(results),
         forest=plots.forest(results),

@@ -9,7 +9,7 @@ import torch
 from markupsafe import Markup, escape
 
 from results import SCALAR, Results, Signal, Spread, gain, levels, paired, signals, spread
-from tables import CLIPPED, REDNESS, SCORES, SOURCES, STRUCTURE, clipped_share, last, rival
+from tables import CLIP_SCORES, CLIPPED, REDNESS, SCORES, SOURCES, STRUCTURE, clipped_share, last, rival
 from vipo.report.figures import Panel
 from vipo.report.svg import Band, Line, chart, fixed, number, signed
 
@@ -47,7 +47,12 @@ def gain_panels(results: Results) -> list[Panel]:
     return panels
 
 
-WORDS = {"sample": "scalar GRPO", "perceptual": "the paper's map", "quickstart": "deviation x the paper's map"}
+WORDS = {
+    "sample": "scalar GRPO",
+    "perceptual": "the paper's map",
+    "vipo": "the paper's map",
+    "quickstart": "deviation x the paper's map",
+}
 GROUP_STYLES = {"sample": "s1", "perceptual": "s0", "quickstart": "s2", "consensus": "s3"}
 GROUP_PANELS = (  # heading, score, arms' ending
     ("emoji_match, trained on, 1e-3", "emoji_match", "1e-3"),
@@ -58,22 +63,46 @@ GROUP_PANELS = (  # heading, score, arms' ending
     ("emoji_quality, + emoji_clean", "emoji_quality", "clean"),
 )
 PICTURES = 96  # an iteration
+CLIP_STYLES = {"sample": "s1", "vipo": "s0", "deviation": "s2", "consensus": "s3"}
+CLIPS_SEEN = 32  # an iteration
 
 
 def group_panels(results: Results) -> list[Panel]:
     """Gains against the pictures seen, full groups; one rate and one reward a panel."""
-    panels = []
-    for title, score, ending in GROUP_PANELS:
-        curves = []
-        for credit, style in GROUP_STYLES.items():
-            found = _gain_curve(results, f"groups-{credit}-{ending}", style, score, across=PICTURES)
-            if found:
-                seeds = found.name.rpartition("(")[2]
-                curves.append(replace(found, name=f"{WORDS.get(credit, credit)} ({seeds}"))
-        if curves:
-            svg = plot(curves, across="pictures seen", label=described(curves, f"Gain in {title}"))
-            panels.append(Panel(title, "", svg, tuple((c.style, c.name) for c in curves)))
-    return panels
+    found = [
+        _seen(results, title, score, {f"groups-{credit}-{ending}": credit for credit in GROUP_STYLES}, GROUP_STYLES)
+        for title, score, ending in GROUP_PANELS
+    ]
+    return [panel for panel in found if panel]
+
+
+def clip_panels(results: Results) -> list[Panel]:
+    """Gains against the clips seen, a panel per score."""
+    arms = {f"clips-{credit}": credit for credit in CLIP_STYLES}
+    found = [_seen(results, score, score, arms, CLIP_STYLES, "clips", CLIPS_SEEN) for score in CLIP_SCORES]
+    return [panel for panel in found if panel]
+
+
+def _seen(
+    results: Results,
+    title: str,
+    score: str,
+    arms: Mapping[str, str],
+    styles: Mapping[str, str],
+    what: str = "pictures",
+    each: int = PICTURES,
+) -> Panel | None:
+    """Gain in a score against what was seen; ``arms`` are in the words of their credits. None if none is trained."""
+    curves = []
+    for arm, credit in arms.items():
+        found = _gain_curve(results, arm, styles[credit], score, across=each)
+        if found:
+            seeds = found.name.rpartition("(")[2]
+            curves.append(replace(found, name=f"{WORDS.get(credit, credit)} ({seeds}"))
+    if not curves:
+        return None
+    svg = plot(curves, across=f"{what} seen", label=described(curves, f"Gain in {title}"))
+    return Panel(title, "", svg, tuple((c.style, c.name) for c in curves))
 
 
 def best_sources(results: Results) -> list[str]:

@@ -162,13 +162,16 @@ def _json(path: Path) -> Any:
 
 
 def _check_prompts(results: Iterable[Result]) -> None:
-    counts: dict[int, str] = {}
+    """Arms of one recipe, which are compared, share their evaluation's prompts."""
+    counts: dict[str, dict[int, str]] = {}
     for result in results:
+        seen = counts.setdefault(ARMS[result.arm].recipe, {})
         for scores in result.evaluations.values():
-            counts |= {len(values): f"{result.arm}-{result.seed}" for values in scores.values()}
-    if len(counts) > 1:
-        found = ", ".join(f"{count} prompts ({name})" for count, name in sorted(counts.items()))
-        raise UserError(f"the arms were evaluated on different prompts: {found}; run them with one --prompts")
+            seen |= {len(values): f"{result.arm}-{result.seed}" for values in scores.values()}
+    for seen in counts.values():
+        if len(seen) > 1:
+            found = ", ".join(f"{count} prompts ({name})" for count, name in sorted(seen.items()))
+            raise UserError(f"the arms were evaluated on different prompts: {found}; run them with one --prompts")
 
 
 @lru_cache

@@ -49,6 +49,10 @@ SOURCES = tuple(arm for arm in ARMS if arm.startswith("source-"))
 REDNESS = tuple(arm for arm in ARMS if arm.startswith("redness-"))
 GROUPS = tuple(arm for arm in ARMS if arm.startswith("groups-") and ARMS[arm].trained)
 CONTROLS = ("groups-noise", "groups-shuffled")
+CLIPS = tuple(arm for arm in ARMS if arm.startswith("clips-") and ARMS[arm].trained)
+CLIP_SCORES = ("emoji_motion", "emoji_match", "emoji_motion_judge", "emoji_judge", "emoji_layout")
+"""The first two are trained on."""
+SCALAR_CLIPS = "clips-sample"
 LEVELS_AFTER = (16, 32, 48)
 JUDGES = tuple(WATCHED.split(", "))
 SCALAR_GROUPS = "groups-sample-1e-3"
@@ -67,7 +71,10 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 
 def tables(results: Results) -> list[Table]:
     builders: tuple[Callable[[Results], Table], ...] = (main, ablations, clipping, collapse, agreement, orientation)
-    return [*(build(results) for build in builders), sources(results), full_groups(results), watched(results)]
+    return [
+        *(build(results) for build in builders),
+        *(sources(results), full_groups(results), watched(results), clips(results)),
+    ]
 
 
 PAIRED = (
@@ -131,6 +138,16 @@ def watched(results: Results) -> Table:
     return Table("judges", "What judges see", note, columns, tuple(lines))
 
 
+def clips(results: Results) -> Table:
+    note = (
+        PAIRED
+        + "32 clips of 17 frames an iteration; the first two scores are trained on, each normalised in its groups."
+    )
+    columns = (*HEAD, "minus scalar GRPO", "Ranges")
+    lines = by_iteration(results, CLIPS, (SCALAR_CLIPS,), CLIP_SCORES)
+    return Table("clips", "Clips: ViPO, scalar GRPO and maps of our own", note, columns, lines)
+
+
 def sources(results: Results) -> Table:
     note = PAIRED + "Each arm takes its map from somewhere else than the paper's components, or from both."
     columns = (*HEAD, "minus ViPO", "minus scalar GRPO", "Ranges")
@@ -164,28 +181,32 @@ def last(results: Results, arm: str) -> int | None:
     return found[-1] if found else None
 
 
-def by_iteration(results: Results, arms: Sequence[str], bases: Sequence[str]) -> tuple[tuple[Cell, ...], ...]:
+def by_iteration(
+    results: Results, arms: Sequence[str], bases: Sequence[str], scores: Sequence[str] = SCORES
+) -> tuple[tuple[Cell, ...], ...]:
     """A block of lines for each iteration that an arm was evaluated at, then the arms still missing."""
     lines: list[tuple[Cell, ...]] = []
     for iteration in sorted({k for arm in arms for k in results.iterations(arm)}):
         lines.append(((f"After {iteration} iterations", ""),))
         for arm in arms:
             if iteration in results.iterations(arm):
-                lines += _lines(results, arm, bases, iteration)
+                lines += _lines(results, arm, bases, iteration, scores)
     missing = [arm for arm in arms if not results.iterations(arm)]
     return (*lines, *(_not_trained(arm, len(HEAD) + len(bases) + 1) for arm in missing))
 
 
-def _lines(results: Results, arm: str, bases: Sequence[str], iteration: int | None) -> list[tuple[Cell, ...]]:
-    """A line per score, the arm named in the first."""
+def _lines(
+    results: Results, arm: str, bases: Sequence[str], iteration: int | None, scores: Sequence[str] = SCORES
+) -> list[tuple[Cell, ...]]:
+    """A line per score, the arm named in the first; ranges are beside those of the last of ``bases``, scalar GRPO."""
     if iteration is None:
         return [_not_trained(arm, len(HEAD) + len(bases) + 1)]
     lines = []
-    for score in SCORES:
+    for score in scores:
         found = gain(results, arm, score, iteration)
-        head = (arm_cell(arm), seeds_cell(results, arm, iteration)) if score == SCORES[0] else (("", ""), ("", ""))
+        head = (arm_cell(arm), seeds_cell(results, arm, iteration)) if score == scores[0] else (("", ""), ("", ""))
         differences = [_difference(results, arm, base, score, iteration) for base in bases]
-        ranges = _ranges(results, arm, found, score, iteration)
+        ranges = _ranges(results, arm, rival(arm, bases[-1]), found, score, iteration)
         lines.append((*head, (score, ""), gain_cell(found), *differences, (ranges, "")))
     return lines
 
@@ -209,8 +230,7 @@ def _difference(results: Results, arm: str, base: str, score: str, iteration: in
     return text, seeds if other == base or not seeds else f"{seeds}; from {other}"
 
 
-def _ranges(results: Results, arm: str, found: Spread | None, score: str, iteration: int) -> str:
-    other = rival(arm, "sample")
+def _ranges(results: Results, arm: str, other: str, found: Spread | None, score: str, iteration: int) -> str:
     theirs = gain(results, other, score, iteration) if other != arm else None
     if found is None or theirs is None or min(found.seeds, theirs.seeds) < 2:
         return NONE

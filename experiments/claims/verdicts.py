@@ -7,7 +7,7 @@ from typing import Literal
 
 from cells import Cell, Table, effect_cell
 from results import Results, Spread, gain, levels, paired
-from tables import SCALAR_GROUPS, SCALAR_REDNESS, SCORES, kept_more
+from tables import CLIP_SCORES, SCALAR_CLIPS, SCALAR_GROUPS, SCALAR_REDNESS, SCORES, kept_more
 from vipo.report.svg import signed
 
 Verdict = Literal["holds", "does not hold", "cannot be told apart", "not measured yet"]
@@ -17,7 +17,7 @@ STRUCTURE = ("edges_kept", "features_kept", "emoji_judge", "emoji_layout")
 RANGE = "1e-4"  # the published one; at a wide one clipping does not act, and a map of ones is scalar GRPO
 SHIPPED = "source-deviation-perceptual"  # what the recipes have as ``structuring.sources``
 LOWER = "-rate-1e-3"  # the better learning rate of the shipped map; the other one is scalar GRPO's better one
-FROM_PAPER = "abcdef"
+FROM_PAPER = "abcdefn"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Claim:
 
 
 def claims(results: Results) -> list[Claim]:
-    """(a) to (f) of the paper, and ours."""
+    """Those of the paper, and ours."""
     trained, judges = SCORES[0], SCORES[1:]
     held_out = [_versus(results, "vipo", "sample", score) for score in judges]
     fallen = [_below_start(results, "sample", score) for score in judges]
@@ -92,16 +92,30 @@ def groups_claims(results: Results) -> list[Claim]:
     dense = (*against("flaw-map", 48), *against("dense-reward", 48), *against("signed-consensus", 48))
     kept = ("emoji_count", "emoji_quality", "emoji_flaws", "emoji_judge", "emoji_layout")
     lost = [_below_start(results, "groups-quickstart-clean", name, above=True) for name in kept]
+    beyond = [_versus(results, "groups-quickstart-clean", "groups-noise", name) for name in kept]
     mapped = [
         _versus(results, "groups-quickstart-clean", "groups-sample-clean", name)
         for name in ("emoji_quality", "emoji_flaws")
     ]
+    ratio = _versus(results, f"detached-clip-{RANGE}", f"vipo-clip-{RANGE}", trained)
+    on_clips = {
+        credit: [_versus(results, f"clips-{credit}", SCALAR_CLIPS, score) for score in CLIP_SCORES[:2]]
+        for credit in ("vipo", "deviation", "consensus")
+    }
     return [
         Claim("h", "Not the paper's: consensus is ahead of scalar GRPO early", against("consensus", 8, 16)),
         Claim("i", "Not the paper's: consensus is ahead of scalar GRPO in the end", against("consensus", 48)),
         Claim("j", "Not the paper's: dense credit beats scalar GRPO in the end", dense),
         Claim("k", "What the quickstart ships raises every judge", tuple(lost)),
         Claim("l", "Trained on clean pictures too, its map keeps more of what judges of flaws see", tuple(mapped)),
+        Claim("m", "It raises every judge more than a reward that teaches nothing does", tuple(beyond)),
+        Claim("n", "ViPO beats scalar GRPO on clips, in both rewards", tuple(on_clips["vipo"])),
+        Claim(
+            "o",
+            "Not the paper's: maps that compare a group's clips beat scalar GRPO there",
+            (*on_clips["deviation"], *on_clips["consensus"]),
+        ),
+        Claim("p", "Not the paper's: under its clip range a detached ratio learns more than its local one", (ratio,)),
     ]
 
 

@@ -395,7 +395,7 @@ def engine_of(recipe: Recipe) -> Engine:
 
 def _check_sharded(recipe: Recipe, engine: Engine) -> None:
     """Raises:
-    UserError: FSDP2 cuts weights and moments of 16 and 32 bits only.
+    UserError: what cuts weights cuts those and moments of 16 and 32 bits only; or ZeRO beside what is not its own.
     """
     fewer = {
         f"generator.quantization={recipe.generator.quantization}": recipe.generator.quantization != "none",
@@ -404,8 +404,13 @@ def _check_sharded(recipe: Recipe, engine: Engine) -> None:
     asked = [key for key, is_asked in fewer.items() if is_asked]
     if engine.in_step and asked:
         raise UserError(
-            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding=fsdp2 cuts them; leave out one"
-            " of the two"
+            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding={recipe.training.sharding} cuts"
+            " them; leave out one of the two"
+        )
+    if engine.stage and recipe.training.context_parallel > 1:
+        raise UserError(
+            f"training.context_parallel={recipe.training.context_parallel} shares samples among processes that have all"
+            " weights, or parts of FSDP2's; take training.sharding=fsdp2"
         )
 
 

@@ -38,13 +38,15 @@ from vipo.errors import RunFailed, UserError
 from vipo.options import TIMEOUT, ContextExchange, Sharding
 from vipo.sharding import whole, wrapped_blocks
 from vipo.workload import teams_of
+from vipo.zero import ZeroOptimizer, check_installed
 
 T = TypeVar("T")
 
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate, mpirun
-FSDP = "ACCELERATE_USE_FSDP"
-REFUSED = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron": "ACCELERATE_USE_MEGATRON_LM"}
-REFUSED_KINDS = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.MEGATRON_LM: "Megatron"}
+FSDP, DEEPSPEED, MEGATRON = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
+STAGES: Mapping[Sharding, int] = {"zero2": 2, "zero3": 3}
+STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+OFFLOADS = tuple(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE" for kind in ("OPTIMIZER", "PARAM"))
 OFFLOAD = "FSDP_OFFLOAD_PARAMS"
 
 
@@ -53,8 +55,9 @@ class Engine:
 
     Args:
         precision: of autocast, ``no`` or ``bf16``; trained weights stay float32.
-        sharding: ``fsdp2`` cuts weights, gradients and optimiser state over the processes; so does a launcher that asks
-            for FSDP, whichever version it names. Of one process nothing is cut.
+        sharding: ``fsdp2`` and ``zero3`` cut weights, gradients and optimiser state over the processes, ``zero2`` the
+            last two; so does a launcher that asks for FSDP, whichever version it names, or for DeepSpeed. Of one
+            process nothing is cut.
         context_parallel: processes of a team.
         timeout: seconds that processes wait for each other before the job ends.
         accelerator: one that exists already, instead of a new one.
@@ -75,16 +78,22 @@ class Engine:
         accelerator: Accelerator | None = None,
     ) -> None:
         _check_supported(None)  # the plugin of a library that is missing raises on its own
+        sharding = _sharding(sharding)
         self.accelerator = accelerator or _accelerator(precision, sharding, timeout)
         _check_supported(self.accelerator.distributed_type)
         _check_processes(self)
         self.timeout, self.context_parallel = timeout, context_parallel
         self.teams = teams_of(self.ranks, context_parallel)
-        self.in_step = self.accelerator.distributed_type == DistributedType.FSDP
-        self._check_sharded(asked=sharding == "fsdp2" and accelerator is None)
+        self.stage = STAGES.get(sharding, 0) if self.ranks > 1 else 0
+        self.zero: ZeroOptimizer | None = None
+        is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        self.in_step = is_fsdp or self.stage > 0
+        self._check_sharded(is_fsdp, asked=sharding == "fsdp2" and accelerator is None)
 
-    def _check_sharded(self, *, asked: bool) -> None:
-        if self.in_step and not self.accelerator.is_fsdp2:
+    def _check_sharded(self, is_fsdp: bool, *, asked: bool) -> None:
+        if self.stage:
+            check_installed(self.stage)
+        if is_fsdp and not self.accelerator.is_fsdp2:
             raise UserError("this Accelerator shards with FSDP1; give its plugin fsdp_version=2")
         if asked and self.ranks > 1 and not self.in_step:
             raise UserError(
@@ -133,12 +142,24 @@ class Engine:
         if self.in_step:
             # FSDP2 casts by a policy of its own; autocast, as without it, goes around the forward pass first.
             network = self.accelerator.prepare_model(network, evaluation_mode=True)
+        if self.stage:
+            self.zero = ZeroOptimizer(network, optimizer, stage=self.stage, timeout=self.timeout)
+            return self.zero.network, self.zero
+        if self.in_step:
             _settle_plugin(self.accelerator.state.fsdp_plugin, network)
         network, optimizer = self.accelerator.prepare(network, optimizer)
         return network, optimizer
 
-    def backward(self, loss: Float[Tensor, ""]) -> None:
-        self.accelerator.backward(loss)
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Add to the gradient.
+
+        Args:
+            last: before its step.
+        """
+        if self.zero:
+            self.zero.backward(loss, last=last)
+        else:
+            self.accelerator.backward(loss)
 
     def syncing(self, network: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are reduced over processes once per optimiser step, with its last batch.
@@ -149,6 +170,8 @@ class Engine:
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
         """Clip the gradient to ``max_norm``; what is returned is its norm before, over all shards."""
+        if self.zero:
+            return self.zero.clip(max_norm)
         norm = self.accelerator.clip_grad_norm_(list(parameters), max_norm)
         return whole(torch.as_tensor(norm, device=self.device).detach())
 
@@ -251,12 +274,13 @@ def _accelerator(precision: str, sharding: Sharding, timeout: float) -> Accelera
         other = (state.distributed_type == DistributedType.FSDP) != sharded and state.num_processes > 1
         if other or state.mixed_precision != precision:
             AcceleratorState._reset_state(reset_partial_state=other)  # Accelerate has no public way
-    with _as_found(FSDP):
+    with _as_found(FSDP), _as_found(DEEPSPEED):
+        os.environ.pop(DEEPSPEED, None)  # Accelerate would take its backward, which steps
         try:
             # Autocast's cache would hold a copy of every gathered weight to the end of a forward pass.
             handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
             plugin = _plugin() if sharded else None
-            caching = [AutocastKwargs(cache_enabled=False)] if sharded else []
+            caching = [AutocastKwargs(cache_enabled=False)] if sharded or sharding == "zero3" else []
             return Accelerator(mixed_precision=precision, fsdp_plugin=plugin, kwargs_handlers=[*handlers, *caching])
         except ValueError as error:
             if "precision" not in str(error):
@@ -310,8 +334,9 @@ def _as_found(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(name, None)
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _said(error: RuntimeError) -> str:
@@ -326,15 +351,32 @@ def _is_of_processes(error: BaseException | None) -> TypeGuard[RuntimeError]:
     return plain or isinstance(error, torch.distributed.DistError)
 
 
-def _check_supported(kind: DistributedType | None) -> None:
-    asked = [name for name, switch in REFUSED.items() if _is_on(switch)]
-    if kind in REFUSED_KINDS:
-        asked.append(REFUSED_KINDS[kind])
-    if asked:
+def _sharding(asked: Sharding) -> Sharding:
+    """What cuts weights: the recipe's word, or where it says nothing the stage of a launcher that asks for DeepSpeed.
+
+    Of a launcher's file for DeepSpeed that is all that counts: the rest of it is the recipe's to say, or not done.
+    """
+    if not _is_on(DEEPSPEED) or asked in STAGES:
+        return asked
+    kept_off = [name for name in OFFLOADS if os.environ.get(name, "none") != "none"]
+    stage = next((name for name, number in STAGES.items() if str(number) == os.environ.get(STAGE)), None)
+    if stage is None or kept_off or asked != "none":
+        given = kept_off[0] if kept_off else DEEPSPEED if stage else f"{STAGE}={os.environ.get(STAGE, 'nothing')}"
         raise UserError(
-            f"{asked[0]} is not what vipo shards with: FSDP2 cuts weights, gradients and optimiser state as ZeRO-3"
-            " does; start it with torchrun and training.sharding=fsdp2"
+            f"the launcher asks for DeepSpeed in a way that vipo does not train in ({given} beside training.sharding="
+            f"{asked}): start it with torchrun and training.sharding=zero2 or zero3"
         )
+    return stage
+
+
+def _check_supported(kind: DistributedType | None) -> None:
+    if _is_on(MEGATRON) or kind == DistributedType.MEGATRON_LM:
+        raise UserError(
+            "Megatron is not what vipo shards with: FSDP2 cuts weights, gradients and optimiser state; start it with"
+            " torchrun and training.sharding=fsdp2"
+        )
+    if kind == DistributedType.DEEPSPEED:
+        raise UserError("vipo drives DeepSpeed itself: give an Accelerator without its plugin and sharding='zero3'")
 
 
 def _check_processes(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vipo.errors import UserError
-from vipo.sharding import is_sharded, local, settle, spread_like, whole
+from vipo.sharding import is_whole, local, own_part, settle, shape_of, spread_like, stored, whole
 from vipo.types import Generator, LoraLayer
 
 if TYPE_CHECKING:  # only a LoRA needs PEFT, which takes seconds to import
@@ -127,11 +127,13 @@ class Policy:
 
     def begin(self) -> Policy:
         """Keep the copies that the present weights are the start of: the reference, and the moving average."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()} if self.keep_reference else {}
-        self.base = kept
-        averages = self.ema_decay is not None
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if averages else {}
+        self.base = self._copied() if self.keep_reference else {}
+        self.ema = self._copied() if self.ema_decay is not None else {}
         return self
+
+    def _copied(self) -> dict[str, Tensor]:
+        """This process's parts of the trained weights, by name."""
+        return {name: own_part(parameter).clone() for name, parameter in self.parameters.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -169,8 +171,7 @@ class Policy:
 
     @contextmanager
     def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        live = self.parameters
-        kept = {name: live[name].detach().clone() for name in weights}
+        kept = self._copied() if weights else {}
         self._write(weights)
         try:
             yield
@@ -178,10 +179,10 @@ class Policy:
             self._write(kept)
 
     @torch.no_grad()
-    def _write(self, weights: Mapping[str, Tensor]) -> None:
+    def _write(self, parts: Mapping[str, Tensor]) -> None:
         live = self.parameters
-        for name, value in weights.items():
-            live[name].copy_(spread_like(value, live[name]))
+        for name, part in parts.items():
+            own_part(live[name]).copy_(part)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -189,7 +190,7 @@ class Policy:
         live = self.parameters if self.ema else {}
         for name, average in self.ema.items():
             assert self.ema_decay is not None
-            average.lerp_(live[name], 1 - self.ema_decay)
+            average.lerp_(own_part(live[name]), 1 - self.ema_decay)
 
     @torch.no_grad()
     def fingerprint(self) -> tuple[int, ...]:
@@ -212,11 +213,18 @@ class Policy:
 
     def state(self) -> dict[str, Tensor]:
         """The trained weights by name, whole."""
-        return {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
+        return {name: whole(parameter).detach() for name, parameter in self.parameters.items()}
 
     def averages(self) -> dict[str, Tensor]:
         """The moving average by name, whole; empty if none is kept."""
-        return {name: whole(average) for name, average in self.ema.items()}
+        live = self.parameters if self.ema else {}
+        return {name: whole(average, live[name]) for name, average in self.ema.items()}
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The trained weights and their moving average as a checkpoint takes them: tensors in use, or cut in rows."""
+        live = self.parameters
+        weights = {name: stored(parameter, parameter) for name, parameter in live.items()}
+        return weights, {name: stored(average, live[name]) for name, average in self.ema.items()}
 
     def load(self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None = None) -> None:
         """Put trained weights back.
@@ -224,14 +232,15 @@ class Policy:
         Raises:
             UserError: the names or shapes are not those of this policy.
         """
-        ours = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        live = self.parameters
+        ours = {name: shape_of(p) for name, p in live.items()}
         theirs = {name: tuple(w.shape) for name, w in weights.items()}
         if ours != theirs:
             odd = sorted(ours.items() ^ theirs.items())[:3]
             raise UserError(f"these weights do not fit this policy (was the recipe changed?); they differ in {odd}")
-        self._write(weights)
+        self._write({name: spread_like(value, live[name]) for name, value in weights.items()})
         for name, value in (ema or {}).items():
-            self.ema[name].copy_(spread_like(value, self.ema[name]))
+            self.ema[name].copy_(spread_like(value, live[name]))
 
     def export(self, generator: Generator, folder: Path | None, *, dtype: torch.dtype | None = None) -> None:
         """Write the (averaged) weights so that plain diffusers loads them.
@@ -261,10 +270,10 @@ class Policy:
         """
         settle(self.network)
         found = {}
-        for name, tensor in self.network.state_dict().items():
-            value = whole(tensor)
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            value = whole(tensor).detach()
             if keep:
-                found[name] = value.cpu() if is_sharded(tensor) else value
+                found[name] = value if is_whole(tensor) else value.cpu()
         return found
 
     def _lora_layers(self) -> dict[str, Tensor]:
@@ -272,7 +281,8 @@ class Policy:
         from peft import get_peft_model_state_dict
 
         scales = {f"{name}.lora_B.weight": layer.scaling[ADAPTER] for name, layer in _adapters(self.network).items()}
-        layers = {name: whole(value) for name, value in get_peft_model_state_dict(self.network).items()}
+        held = get_peft_model_state_dict(self.network, self.network.state_dict(keep_vars=True))
+        layers = {name: whole(value).detach() for name, value in held.items()}
         return {name: value * scales.get(name, 1.0) for name, value in layers.items()}
 
 

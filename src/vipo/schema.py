@@ -257,7 +257,9 @@ class TrainingSection(Section):
     iterations: Count = Field(description="in all")
     precision: Precision = Field("bf16", description="autocast: no or bf16; trained weights stay float32")
     sharding: Sharding = Field(
-        "none", description="over several processes: none (each has all weights), or fsdp2 (each has a part)"
+        "none",
+        description="over several processes: none (each has all weights), fsdp2 or zero3 (each has a part), or zero2"
+        " (each has all weights and a part of what the optimiser keeps)",
     )
     context_parallel: Count = Field(
         1, description="processes that share each sample, each with its part of the tokens; see docs/scale.md"

@@ -10,22 +10,17 @@ from vipo.cli.arguments import Json, Overrides, Recipe
 from vipo.cli.consoles import show
 from vipo.errors import UserError
 
-SHARDING = {"ddp": "none", "fsdp2": "fsdp2"}
+SHARDING = {"ddp": "none", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 """How weights lie on several accelerators, and what a recipe calls it."""
-DEEPSPEED = ("zero2", "zero3", "zero-2", "zero-3", "deepspeed")
 
 
 def _sharding(engine: str) -> str:
     """Raises:
     UserError: there is no such engine.
     """
-    if engine.lower() in DEEPSPEED:
-        raise UserError(
-            f"--engine {engine}: vipo does not train with DeepSpeed, whose backward steps the optimiser before the"
-            " gradient guard has looked (docs/scale.md); take --engine fsdp2, which cuts what ZeRO-3 cuts"
-        )
     if engine not in SHARDING:
-        raise UserError(f"--engine {engine} is not known; take {' or '.join(SHARDING)}")
+        *most, last = SHARDING
+        raise UserError(f"--engine {engine} is not known; take {', '.join(most)} or {last}")
     return SHARDING[engine]
 
 
@@ -39,7 +34,10 @@ def plan(
     tflops: Annotated[float, typer.Option(min=0.001, help="Peak rate of each; 989 is an H100 SXM in bf16.")] = 989.0,
     engine: Annotated[
         str | None,
-        typer.Option(help="ddp: all weights on each; fsdp2: a part on each. Default: the recipe's training.sharding."),
+        typer.Option(
+            help="ddp: all weights on each; fsdp2 or zero3: a part on each; zero2: a part of what the optimiser keeps."
+            " Default: the recipe's training.sharding."
+        ),
     ] = None,
     batches: Annotated[bool, typer.Option("--batches", help="Propose batch sizes for the memory there is.")] = False,
     as_json: Json = False,

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from vipo.generators import context
+from vipo.options import BUCKET, Sharding
 from vipo.plan.blueprint import adapter_name, conditioning, is_own
 from vipo.plan.judging import Judge, judges_of
 from vipo.plan.ledger import Ledger
@@ -76,7 +77,7 @@ class Plan:
 
     recipe: str
     machine: Machine
-    sharded: bool  # weights, gradients and optimiser state are cut over the processes (FSDP2), else each has all
+    sharding: Sharding  # what is cut over the processes; none where there is one
     context_parallel: int  # processes that share each sample
     resident: Items
     phases: Mapping[str, Items]  # what each phase adds to that
@@ -111,7 +112,8 @@ class Plan:
     @property
     def launch(self) -> str:
         """How to start it; on several nodes the same on each, with an address that all of them reach."""
-        machine, sharding = self.machine, " training.sharding=fsdp2" if self.sharded else ""
+        machine = self.machine
+        sharding = "" if self.sharding == "none" else f" training.sharding={self.sharding}"
         if self.context_parallel > 1:
             sharding += f" training.context_parallel={self.context_parallel}"
         if machine.processes == 1:
@@ -125,7 +127,7 @@ class Plan:
         return {
             "recipe": self.recipe,
             "machine": {field.name: getattr(self.machine, field.name) for field in fields(Machine)},
-            "sharded": self.sharded,
+            "sharding": self.sharding,
             "context_parallel": self.context_parallel,
             "launch": self.launch,
             "resident_bytes": dict(self.resident),
@@ -161,8 +163,9 @@ class Accountant:
             masked = getattr(self.drawn.generator, "masks_text", False)
             context.check(self.drawn.network, self.team, recipe.training.context_exchange, masked=masked)
         self.judges, self.uncounted = judges_of(recipe)
-        self.sharded = machine.processes > 1 and recipe.training.sharding == "fsdp2"
-        self.over = machine.processes if self.sharded else 1  # processes that share the network
+        self.sharding: Sharding = recipe.training.sharding if machine.processes > 1 else "none"
+        self.sharded = self.sharding in ("fsdp2", "zero3")  # the network's weights
+        self.is_zero = self.sharding in ("zero2", "zero3")
 
     def plan(self) -> Plan:
         notes = [f"not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
@@ -173,7 +176,7 @@ class Accountant:
         return Plan(
             recipe=self.recipe.name,
             machine=self.machine,
-            sharded=self.sharded,
+            sharding=self.sharding,
             context_parallel=self.team,
             resident=_present(self.resident()),
             phases={name: _present(items) for name, items in self.phases().items()},
@@ -195,21 +198,27 @@ class Accountant:
         each = [n + FLOAT * math.ceil(n / SCALED) if n >= LEAST else FLOAT * n for n in sizes]
         return ADAM_STATES * sum(each)
 
+    def cut(self, size: int) -> int:
+        """This process's part of gradients and of what the optimiser keeps."""
+        return math.ceil(size / (1 if self.sharding == "none" else self.machine.processes))
+
     def shared(self, size: int) -> int:
-        """This process's part of what belongs to the network."""
-        return math.ceil(size / self.over)
+        """This process's part of what is cut as the network's weights are."""
+        return self.cut(size) if self.sharded else size
 
     def resident(self) -> dict[str, int]:
         policy, pipeline = self.drawn.policy, self.drawn.generator.pipeline
         frozen = [tensor for tensor in self.drawn.network.parameters() if not tensor.requires_grad]
-        several = self.machine.processes > 1 and not self.sharded
+        several = self.machine.processes > 1 and self.sharding == "none"
         return {
             "frozen weights": self.shared(_bytes(frozen)),
             "trained weights": self.shared(self.trained_bytes),
-            "AdamW state": self.shared(self.adam_bytes),
+            "AdamW state": self.cut(self.adam_bytes),
+            "weights to step": self.cut(self.trained_bytes) if self.is_zero else 0,  # ZeRO's, beside the network's
             "reference copy": self.shared(_bytes(policy.base.values())),
             "moving average": self.shared(_bytes(policy.ema.values())),
-            "gradient buckets": self.trained_bytes if several else 0,  # DDP's own copy, for its messages
+            # DDP's own copy of them, for its messages; ZeRO fills one bucket after the other.
+            "gradient buckets": self.trained_bytes if several else FLOAT * BUCKET * self.is_zero,
             "autoencoder": _bytes(pipeline.vae.parameters()),
             "text encoders": 0 if self.recipe.generator.offload_text else self.encoder_bytes,
             "rewards and judges": sum(
@@ -253,7 +262,7 @@ class Accountant:
         return min(int(self.recipe.generator.options.get("decode_batch_size", usual)), self.work.samples)
 
     def phases(self) -> dict[str, dict[str, int]]:
-        held = {"gradients": self.shared(self.trained_bytes), "drawn rows": self.drawn_rows}
+        held = {"gradients": self.cut(self.trained_bytes), "drawn rows": self.drawn_rows}
         media = self.work.samples * self.media_bytes
         decoding = self.cost("decoding", self.decoded_at_once).bytes
         return {
@@ -270,7 +279,11 @@ class Accountant:
                 **self.gathered(2),
             },
             # AdamW over lists of tensors, as accelerators run it, takes the square roots of all second moments at once.
-            "step": {**held, "square roots": self.shared(self.trained_bytes)},
+            "step": {
+                **held,
+                "square roots": self.cut(self.trained_bytes),
+                "gradients in a row": self.cut(self.trained_bytes) if self.sharding == "zero2" else 0,
+            },
         }
 
     def update_bytes(self) -> int:
@@ -287,7 +300,10 @@ class Accountant:
         return 0 if loss.keep_steps else self.work.samples * loss.rows_per_sample * row_bytes(self.drawn)
 
     def gathered(self, kinds: int) -> dict[str, int]:
-        """What FSDP has whole: everything outside the blocks, this block and the next; twice with gradients."""
+        """What FSDP has whole: everything outside the blocks, this block and the next; twice with gradients.
+
+        ZeRO-3 gathers layer by layer, so that is more than it needs.
+        """
         if not self.sharded:
             return {}
         sizes = [_bytes(block.parameters()) for block in self.drawn.blocks]
@@ -310,11 +326,12 @@ class Accountant:
     def communication(self) -> float:
         """Seconds for messages between accelerators, if nothing is computed meanwhile."""
         others = 1 - 1 / self.machine.processes
-        if not self.sharded:
-            return 2 * others * self.trained_bytes * self.recipe.optimizer.per_iteration / self.machine.slowest_link
+        steps, gradients, replays = self.recipe.optimizer.per_iteration, self.trained_bytes, self.work.replays
+        if self.sharding == "none":
+            return 2 * others * gradients * steps / self.machine.slowest_link
+        if self.sharding == "zero2":  # reduced with every pass; what was stepped is gathered
+            return others * gradients * (replays + steps) / self.machine.slowest_link
         whole = _bytes(self.drawn.network.parameters())
-        gradients = self.trained_bytes
-        replays = self.work.replays
         gathers = self.work.calls + (3 if self.recipe.objective.kl_weight else 2) * replays
         return others * (whole * gathers + gradients * replays) / self.machine.slowest_link
 

@@ -95,7 +95,7 @@ def advise(recipe: Recipe, machine: Machine, ledger: Ledger | None = None) -> Ad
 def _faster(recipe: Recipe, machine: Machine, ledger: Ledger, base: Plan) -> list[Change]:
     """What can be turned off, the largest saving first."""
     chosen: list[Change] = []
-    savers = [Change(SHARDING, "none")] if recipe.training.sharding == "fsdp2" else []
+    savers = [Change(SHARDING, "none")] if recipe.training.sharding != "none" else []
     if recipe.training.gradient_checkpointing:
         savers.insert(0, Change(("training", "gradient_checkpointing"), False))
     for change in savers:

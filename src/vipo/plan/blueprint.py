@@ -97,7 +97,7 @@ def draw(recipe: Recipe) -> Blueprint:
             parameter.requires_grad_(name in trained)
         _leave_text_blank(generator)
         if recipe.training.precision == "bf16":
-            _autocast(network, cached=recipe.training.sharding == "none")
+            _autocast(network, cached=recipe.training.sharding in ("none", "zero2"))
         model.policy.begin()
     return Blueprint(recipe, mode, replace(model, generator=generator))
 

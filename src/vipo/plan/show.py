@@ -92,7 +92,8 @@ def _time(found: Plan) -> Table:
 def sentences(found: Plan, advice: Advice) -> list[str]:
     """What fits, what to change, how long it takes."""
     machine, verdict = found.machine, "fits" if found.fits else "does not fit"
-    where = f"{'sharded over' if found.sharded else 'on each of'} {machine.processes} GPU(s), in phase {found.worst!r}"
+    lies = "on each of" if found.sharding == "none" else "sharded over"
+    where = f"{lies} {machine.processes} GPU(s), in phase {found.worst!r}"
     rate = f"{machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s"
     lines = [
         f"{found.recipe} {verdict}: {gigabytes(found.peak)} of {gigabytes(machine.memory)} {where}.",

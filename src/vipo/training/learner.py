@@ -172,10 +172,11 @@ class Learner:
         largest = torch.zeros((), device=credit.local.device)
         for number, index in enumerate(update.batches):
             part = len(index) / update.total
-            with self.engine.syncing(self.generator.network, last=number == len(update.batches) - 1):
+            last = number == len(update.batches) - 1
+            with self.engine.syncing(self.generator.network, last=last):
                 cost = self._cost(conditioning, update.rows.take(index) if len(index) else update.spare, credit)
                 # Processes' gradients are averaged. Those of a team have a part of the tokens' each: they are summed.
-                self.engine.backward(cost.loss * (part * self.engine.ranks))
+                self.engine.backward(cost.loss * (part * self.engine.ranks), last=last)
             if len(index):
                 largest = torch.maximum(largest, cost.deviation)
             for key, value in cost.numbers.items():
@@ -184,7 +185,10 @@ class Learner:
         norm = self.engine.clip(self.policy.parameters.values(), self.options.max_grad_norm)
         values = torch.stack([*sums.values(), largest, norm, credit.sound.to(norm)])  # one wait for the accelerator
         report = self._joined(list(sums), values.tolist())
-        return report, "" if math.isfinite(report["grad_norm"]) else where_not_finite(self._everyones_peaks(peaks))
+        if math.isfinite(report["grad_norm"]):
+            return report, ""
+        zero = self.engine.zero
+        return report, where_not_finite(zero.peaks(self.policy.parameters) if zero else self._everyones_peaks(peaks))
 
     def _joined(self, names: list[str], values: list[float]) -> dict[str, float]:
         """Sums over all processes, the largest log-ratio of any, and the norm, which is one for all.

@@ -17,6 +17,7 @@ from vipo.errors import UserError
 from vipo.options import OptimizerKind, OptimizerOptions
 from vipo.pretrained import quiet
 from vipo.sharding import spread_like
+from vipo.zero import ZeroOptimizer
 
 COUNT = "step"  # the slot that counts steps
 TABLES = ("qmap1", "qmap2")  # what the 256 codes of each moment stand for
@@ -49,6 +50,8 @@ def _class(kind: OptimizerKind) -> Any:
 
 def state(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """What the optimiser remembers, cut as the weights are, under flat names: ``<parameter>|<slot>``."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.slots(parameters)
     return {
         f"{name}|{slot}": _tensor(slot, value)
         for name, parameter in parameters.items()
@@ -64,7 +67,11 @@ def _tensor(slot: str, value: Any) -> Tensor:
 
 
 def restore(optimizer: Any, parameters: Mapping[str, nn.Parameter], slots: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`state` gave, made whole."""
+    """Put back what :func:`state` gave, made whole, once the weights are back."""
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.adopt()
+        optimizer.restore(parameters, slots)
+        return
     order, found = list(parameters), dict[str, dict[str, Any]]()
     for key, value in slots.items():
         name, slot = key.rsplit("|", 1)

@@ -291,10 +291,11 @@ class Trainer:
 
     def state(self) -> TrainState:
         """What a checkpoint holds, as this process has it: tensors in use, not copies of them."""
+        weights, averages = self.policy.stored()
         return TrainState(
             self.iteration,
-            {name: parameter.detach() for name, parameter in self.policy.parameters.items()},
-            dict(self.policy.ema),
+            weights,
+            averages,
             self.learner.optimizer_state(),
             list(self.learner.guard.norms),
             replace(self.health.record),
