@@ -166,7 +166,7 @@ def test_nearly_all_of_a_published_network_is_in_its_blocks(model: str) -> None:
     part = table("models")[model]["transformer"]
     with torch.device("meta"):
         network = empty_network(table("parts")[part] if isinstance(part, str) else part, torch.bfloat16)
-    names = quantization.layers(network)
+    names = quantization.layers(network, "nf4", torch.bfloat16)
     inside = sum(network.get_submodule(name).weight.numel() for name in names)
     assert inside > 0.9 * sum(p.numel() for p in network.parameters())
     assert not {"proj_out", "x_embedder", "context_embedder", "norm_out.linear"} & set(names)
