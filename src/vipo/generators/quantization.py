@@ -11,8 +11,8 @@ computed, is computed in that dtype: a layer's weight is made whole for the mome
 ``float8_storage`` e4m3 floats without a scale, cast for each pass       none
 =============== ======================================================== =============
 
-Text encoders, which transformers loads, can be ``nf4`` or ``int8`` too (``generator.text_quantization``). A T5 casts the
-input of its ``wo`` to whatever dtype that weight has: as ``nf4``, whose dtype is a storage's, it stays whole, and so it
+Text encoders, which transformers loads, can be ``nf4`` or ``int8`` too (``generator.text_quantization``). A T5 casts
+the input of its ``wo`` to whatever dtype that weight has: as ``nf4``, whose dtype is a storage's, it stays whole, and so it
 does in float16, where its class keeps it in float32. torchao's tensors have the dtype that they stand for.
 
 ``float8_storage`` is diffusers' layerwise casting, which leaves what a class lists in

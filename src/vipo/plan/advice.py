@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vipo.generators import options
+from vipo.generators import in_parts, options
 from vipo.plan.account import Accountant, Machine, Plan, plan
 from vipo.plan.blueprint import adapter_name, is_own
 from vipo.plan.ledger import Ledger
@@ -158,14 +158,15 @@ def _free(recipe: Recipe, machine: Machine) -> Iterator[Change]:
 def _costly(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     if not recipe.training.gradient_checkpointing:
         yield Change(("training", "gradient_checkpointing"), True, helps=("update",))
-    whole = recipe.generator.quantization == "none" and recipe.optimizer.kind == "adamw"  # others cannot be cut
-    if machine.processes > 1 and recipe.training.sharding == "none" and whole:
+    can_be_cut = recipe.generator.quantization in ("none", *in_parts.KINDS) and recipe.optimizer.kind == "adamw"
+    if machine.processes > 1 and recipe.training.sharding == "none" and can_be_cut:
         yield Change(SHARDING, "fsdp2")
 
 
 def _other_training(recipe: Recipe) -> Iterator[Change]:
+    is_zero = recipe.training.sharding in ("zero2", "zero3")  # which cuts no quantised base
     yield from _fewer_text_bits(recipe, "int8", "prompts read in 8 bits")
-    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none" and recipe.training.sharding == "none":
+    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none" and not is_zero:
         yield Change(("generator", "quantization"), "nf4", warning="a LoRA on a base in 4 bits")
     yield from _fewer_text_bits(recipe, "nf4", "prompts read in 4 bits")
     if recipe.policy.kind == "full":
