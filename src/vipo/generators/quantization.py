@@ -12,8 +12,8 @@ computed, is computed in that dtype: a layer's weight is made whole for the mome
 =============== ======================================================== =============
 
 Text encoders, which transformers loads, can be ``nf4`` or ``int8`` too (``generator.text_quantization``). A T5 casts
-the input of its ``wo`` to whatever dtype that weight has: as ``nf4``, whose dtype is a storage's, it stays whole, and so it
-does in float16, where its class keeps it in float32. torchao's tensors have the dtype that they stand for.
+the input of its ``wo`` to whatever dtype that weight has: as ``nf4``, whose dtype is a storage's, it stays whole, and
+so it does in float16, where its class keeps it in float32. torchao's tensors have the dtype that they stand for.
 
 ``float8_storage`` is diffusers' layerwise casting, which leaves what a class lists in
 ``_skip_layerwise_casting_patterns`` as it is: in FLUX all modulation, a quarter of its weights.
