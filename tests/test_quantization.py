@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from torch import nn
 import adapters
 import tiny
 import tiny_wan
+from vipo import assemble
 from vipo.assemble import build_generator
 from vipo.errors import UserError
 from vipo.generators import quantization
@@ -193,6 +196,24 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
 def test_weights_that_are_trained_are_not_quantised(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quantization=nf4 is for weights that stay.*policy\.kind=lora"):
         recipe_of(model_folder, tmp_path, generator__quantization="nf4", policy__kind="full")
+
+
+@pytest.mark.parametrize(
+    "key, value, stage, refused",
+    [
+        ("generator__quantization", "nf4", 0, False),
+        ("generator__quantization", "float8_storage", 0, True),
+        ("generator__quantization", "nf4", 3, True),
+        ("optimizer__kind", "adamw8bit", 0, True),
+    ],
+)
+def test_what_cannot_be_cut_is_told_before_anything_is_loaded(
+    model_folder: Path, tmp_path: Path, key: str, value: str, stage: int, refused: bool
+) -> None:
+    recipe, engine = recipe_of(model_folder, tmp_path, **{key: value}), SimpleNamespace(stage=stage, in_step=True)
+    told = pytest.raises(UserError, match=rf"={value} is for weights that lie whole.*take training\.sharding=none")
+    with told if refused else nullcontext():
+        assemble._check_sharded(recipe, engine)  # type: ignore[arg-type]
 
 
 def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) -> None:

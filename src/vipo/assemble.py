@@ -398,17 +398,17 @@ def _check_sharded(recipe: Recipe, engine: Engine) -> None:
     UserError: FSDP2 cuts neither weights that are cast for each pass nor moments of 8 bits, ZeRO no quantised ones.
     """
     kind, sharding = recipe.generator.quantization, recipe.training.sharding
-    asked = {
-        f"generator.quantization={kind}": kind not in (("none",) if engine.stage else ("none", *in_parts.KINDS)),
-        f"optimizer.kind={recipe.optimizer.kind}": recipe.optimizer.kind != "adamw",
+    cut = ("none",) if engine.stage else ("none", *in_parts.KINDS)
+    keys = {
+        f"generator.quantization={kind}": kind in cut,
+        f"optimizer.kind={recipe.optimizer.kind}": recipe.optimizer.kind == "adamw",
     }
-    if engine.in_step and any(asked.values()):
-        key = next(key for key, is_asked in asked.items() if is_asked)
-        cut = kind in in_parts.KINDS and recipe.optimizer.kind == "adamw"
-        others = f"fsdp2 cuts {', '.join(in_parts.KINDS)}; or " if cut or key.endswith("float8_storage") else ""
+    asked = [key for key, can_be_cut in keys.items() if not can_be_cut]
+    if engine.in_step and asked:
         raise UserError(
-            f"{key} is for weights that lie whole on a GPU, and training.sharding={sharding} cuts them; {others}take"
-            " training.sharding=none (a copy on each GPU), or leave it out"
+            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding={sharding} cuts them; take"
+            " training.sharding=none, a copy on each GPU, or leave it out (training.sharding=fsdp2 takes"
+            f" generator.quantization={', '.join(in_parts.KINDS)}, and optimizer.kind=adamw)"
         )
     if engine.stage and recipe.training.context_parallel > 1:
         raise UserError(
