@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from torch import nn
 import adapters
 import tiny
 import tiny_wan
+from vipo import assemble
 from vipo.assemble import build_generator
 from vipo.errors import UserError
 from vipo.generators import quantization
@@ -25,6 +30,7 @@ from vipo.generators.lora import attach_lora
 from vipo.generators.wan import WanGenerator
 from vipo.options import OptimizerOptions
 from vipo.plan import Ledger, Machine, advise, plan
+from vipo.plan.advice import Change
 from vipo.plan.blueprint import empty_network, empty_pipeline
 from vipo.plan.published import table
 from vipo.pretrained import fingerprint
@@ -166,7 +172,7 @@ def test_nearly_all_of_a_published_network_is_in_its_blocks(model: str) -> None:
     part = table("models")[model]["transformer"]
     with torch.device("meta"):
         network = empty_network(table("parts")[part] if isinstance(part, str) else part, torch.bfloat16)
-    names = quantization.layers(network)
+    names = quantization.layers(network, "nf4", torch.bfloat16)
     inside = sum(network.get_submodule(name).weight.numel() for name in names)
     assert inside > 0.9 * sum(p.numel() for p in network.parameters())
     assert not {"proj_out", "x_embedder", "context_embedder", "norm_out.linear"} & set(names)
@@ -192,6 +198,24 @@ def test_weights_that_are_trained_are_not_quantised(model_folder: Path, tmp_path
         recipe_of(model_folder, tmp_path, generator__quantization="nf4", policy__kind="full")
 
 
+@pytest.mark.parametrize(
+    "key, value, stage, refused",
+    [
+        ("generator__quantization", "nf4", 0, False),
+        ("generator__quantization", "float8_storage", 0, True),
+        ("generator__quantization", "nf4", 3, True),
+        ("optimizer__kind", "adamw8bit", 0, True),
+    ],
+)
+def test_what_cannot_be_cut_is_told_before_anything_is_loaded(
+    model_folder: Path, tmp_path: Path, key: str, value: str, stage: int, refused: bool
+) -> None:
+    recipe, engine = recipe_of(model_folder, tmp_path, **{key: value}), SimpleNamespace(stage=stage, in_step=True)
+    told = pytest.raises(UserError, match=rf"={value} is for weights that lie whole.*take training\.sharding=none")
+    with told if refused else nullcontext():
+        assemble._check_sharded(recipe, engine)  # type: ignore[arg-type]
+
+
 def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) -> None:
     policy = tiny.lora(generator_of(model_folder, "float8_storage"))
     drawn = next(value for name, value in policy.state().items() if "lora_A" in name)
@@ -202,35 +226,52 @@ def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) ->
 # Text encoders
 
 
-@pytest.mark.usefixtures("eight_bit")
-def test_two_iterations_with_prompts_read_in_4_bits(model_folder: Path, tmp_path: Path) -> None:
-    fewer = {"generator__text_quantization": "nf4", "generator__dtype": "bfloat16", "generator__offload_text": True}
+@pytest.fixture(params=["nf4", "int8"])
+def text_kind(request: pytest.FixtureRequest) -> str:
+    needs(quantization.LIBRARIES[request.param])
+    return str(request.param)
+
+
+def test_two_iterations_with_prompts_read_in_fewer_bits(model_folder: Path, tmp_path: Path, text_kind: str) -> None:
+    fewer = {"generator__text_quantization": text_kind, "generator__dtype": "bfloat16", "generator__offload_text": True}
     list(Run(recipe_of(model_folder, tmp_path, **fewer, training__precision="bf16", **TRAINED), tmp_path / "run"))
     for metrics in tiny.lines(tmp_path / "run" / "metrics.jsonl"):
         assert metrics["ratio_deviation"] == 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
     generator: Any = open_run(tmp_path / "run")[1].generator  # as it trained
     found = [n for part in generator.text_encoders for n, m in part.named_modules() if quantization.is_quantised(m)]
-    assert len(found) == 6 + 5 and not any(name.endswith("wo") for name in found)  # CLIP's, and T5's but for one
+    assert len(found) == 6 + (5 if text_kind == "nf4" else 6)  # CLIP's, and T5's
+    assert any(name.endswith("wo") for name in found) == (text_kind == "int8")
     assert not any(quantization.is_quantised(module) for module in generator.network.modules())
 
 
-@pytest.mark.usefixtures("eight_bit")
-def test_prompts_read_in_4_bits_are_near_the_whole_ones_and_planned_for(model_folder: Path) -> None:
-    sizes = {"path": str(model_folder), "height": tiny.HEIGHT, "width": tiny.WIDTH}
-    sections = [GeneratorSection(**sizes, text_quantization=kind) for kind in ("none", "nf4")]
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.mark.parametrize("family, dtype", [("flux", "float32"), ("wan", "bfloat16"), ("wan", "float16")])
+def test_prompts_read_in_fewer_bits_are_near_the_whole_ones_and_planned_for(
+    model_folder: Path, wan_folder: Path, text_kind: str, family: str, dtype: str
+) -> None:
+    sizes: dict[str, Any] = {"path": str(model_folder), "height": tiny.HEIGHT, "width": tiny.WIDTH}
+    if family == "wan":
+        height, width = tiny_wan.SIZES["2.1"]
+        sizes = {"path": str(wan_folder), "height": height, "width": width, "frames": tiny_wan.FRAMES}
+    sections = [GeneratorSection(**sizes, dtype=dtype, text_quantization=kind) for kind in ("none", text_kind)]
     whole, fewer = (build_generator(section, device="cpu") for section in sections)
     theirs, ours = ([*vars(generator.encode(tiny.PROMPTS[:2])).values()] for generator in (whole, fewer))
     for one, other in zip(theirs, ours, strict=True):
-        assert 0 < (one.float() - other.float()).norm() / one.float().norm() < 0.6  # 16 wide, and of random weights
+        error = (one.float() - other.float()).norm() / one.float().norm()  # 16 wide, and of random weights
+        assert 0 < error < {"nf4": 0.6, "int8": 0.03}[text_kind]
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        drawn = [empty_pipeline(section) for section in sections]
-    planned, real = ([g.text_encoder_2, g.text_encoder] for g in (drawn[1], fewer.pipeline))
-    for place, encoder in enumerate(real):
+        drawn = empty_pipeline(sections[1])
+    names = [name for name in ("text_encoder", "text_encoder_2") if hasattr(drawn, name)]
+    for planned, encoder in ((getattr(drawn, name), getattr(fewer.pipeline, name)) for name in names):
         linear = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
         held = sum(map(storage, linear)) - sum(table_bytes(m) for m in linear)
         held += sum(p.numel() * p.element_size() for p in encoder.parameters())
         held -= sum(m.weight.numel() * m.weight.element_size() for m in linear)
-        assert sum(p.numel() * p.element_size() for p in planned[place].parameters()) == held
+        assert sum(p.numel() * p.element_size() for p in planned.parameters()) == held
 
 
 def table_bytes(module: nn.Module) -> int:
@@ -375,21 +416,35 @@ def test_the_24_gb_recipe_fits_24_gb_with_room(overrides: list[str]) -> None:
     assert found.worst == "read" and found.phases["read"]["text encoders"] > 9e9  # before they leave for good
 
 
+SMALLEST = {
+    "generator__dtype": "bfloat16",
+    "generator__offload_text": True,
+    "generator__options": {"decode_batch_size": 1},
+    "training__gradient_checkpointing": True,
+    "training__replay_batch_size": 1,
+    "training__rollout_batch_size": 1,
+}
+
+
 def test_advice_quantises_before_it_gives_up(model_folder: Path, tmp_path: Path) -> None:
-    ledger = Ledger()
-    fitted = recipe_of(
-        model_folder,
-        tmp_path,
-        generator__dtype="bfloat16",
-        generator__offload_text=True,
-        generator__options={"decode_batch_size": 1},
-        training__gradient_checkpointing=True,
-        training__replay_batch_size=1,
-        training__rollout_batch_size=1,
-    )
+    ledger, fitted = Ledger(), recipe_of(model_folder, tmp_path, **SMALLEST)
     room = plan(fitted, Machine(), ledger).peak - 1
     found = advise(fitted, Machine(memory=room), ledger)
     assert any("generator.quantization=nf4" in str(change) for change in found.changes)
+
+
+def test_advice_reads_prompts_in_8_bits_before_it_reads_them_in_4(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "wordy")
+    config = tmp_path / "wordy" / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "d_kv": 4096}))  # the most of all then
+    wordy = recipe_of(tmp_path / "wordy", tmp_path, **SMALLEST, generator__quantization="nf4")
+    ledger, key = Ledger(), ("generator", "text_quantization")
+    eight = Change(key, "int8", ("read",), "prompts read in 8 bits")
+    room = plan(eight.apply(wordy), Machine(), ledger).peak
+    assert advise(wordy, Machine(memory=room), ledger).changes == (eight,)
+    for less in (room - 1, 1):  # where nothing fits, too, it is said once
+        (four,) = advise(wordy, Machine(memory=less), ledger).changes
+        assert (four.path, four.value) == (key, "nf4")
 
 
 @pytest.mark.needs_gpu

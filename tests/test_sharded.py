@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 import tiny
 import tiny_wan
@@ -22,9 +24,13 @@ from vipo.assemble import build
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
 from vipo.files import write_text
+from vipo.generators import in_parts
+from vipo.generators.quantization import LIBRARIES
+from vipo.plan import Ledger, Machine, plan
 from vipo.recipe import parse_recipe
 from vipo.runs.agreement import check_agreed
 from vipo.runs.run import Run
+from vipo.sharding import local, settle
 from vipo.training.saved import list_checkpoints
 from vipo.types import TrainStep
 
@@ -187,6 +193,49 @@ def test_a_sharded_run_is_saved_in_parts_and_goes_on_in_any_number_of_processes(
             assert ours == pytest.approx(theirs, abs=1e-4)
     events = [event for line in tiny.lines(root / "metrics.jsonl") for event in line["events"]]
     assert events == ["resumed at iteration 1 with processes 2 -> 4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", in_parts.KINDS)
+def test_a_quantised_base_is_cut_too(model_folder: Path, tmp_path: Path, kind: str) -> None:
+    if importlib.util.find_spec(LIBRARIES[kind]) is None:
+        pytest.skip(f"{LIBRARIES[kind]} is not installed")
+    training = {"iterations": 2, "precision": "no", "rollout_batch_size": 2, "checkpoint_every": 1}
+    lora = {"kind": "lora", "rank": 2}
+    raw = flux(model_folder, tmp_path, policy=lora, training=training, generator__quantization=kind)
+    raw["evaluation"] |= {"limit": 2, "every": None}
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    one = run(raw, alone)
+    half = together(first_half, 2, {**raw, "training": {**training, "sharding": "fsdp2"}}, both)
+    for rank in half:
+        assert rank["sharded"] and rank["gathered"] == 0  # between passes
+        assert rank["frozen"] == pytest.approx(rank["planned"], rel=0.02)
+    end = run(raw, both, resume=True)
+    assert tiny.lines(both / "metrics.jsonl")[0]["reward"] == tiny.lines(alone / "metrics.jsonl")[0]["reward"]
+    assert furthest(end["weights"], one["weights"]) < TOLERANCE
+    FluxPipeline.from_pretrained(model_folder).load_lora_weights(str(both / "export"))
+
+
+def first_half(raw: dict[str, Any], root: Path) -> dict[str, Any]:
+    """One iteration; bytes of the base that this process keeps, that are gathered, and that a plan says it keeps."""
+    going = Run(parse_recipe(raw), root)
+    for event in going:
+        going.stop.asked = isinstance(event, TrainStep)
+    network, recipe = going.session.model.generator.network, parse_recipe(raw)
+    settle(network)
+    frozen = [local(p) for p in network.parameters() if not p.requires_grad]
+    gathered = [getattr(part, "_unsharded_param", None) for part in fsdp_parameters(network)]
+    return {
+        "sharded": going.engine.in_step,
+        "frozen": sum(p.numel() * p.element_size() for p in frozen),
+        "gathered": sum(p.untyped_storage().nbytes() for p in gathered if p is not None),
+        "planned": plan(recipe, Machine(gpus=2), Ledger()).resident["frozen weights"],
+    }
+
+
+def fsdp_parameters(network: Any) -> list[Any]:
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in network.modules() if isinstance(m, FSDPModule)]
+    return [parameter for group in groups if group for parameter in group.fsdp_params]
 
 
 def resumed(raw: dict[str, Any], root: Path) -> dict[str, Any]:

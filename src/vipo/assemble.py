@@ -18,7 +18,7 @@ from vipo.backbones.perceptual import perceptual
 from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.evaluation.estimate import FEWEST_PROMPTS
-from vipo.generators import attention, compiled, context
+from vipo.generators import attention, compiled, context, in_parts
 from vipo.generators.folder import pipeline_class
 from vipo.generators.own import build as build_own
 from vipo.options import CreditKind, Solver, needs_sources
@@ -395,17 +395,20 @@ def engine_of(recipe: Recipe) -> Engine:
 
 def _check_sharded(recipe: Recipe, engine: Engine) -> None:
     """Raises:
-    UserError: what cuts weights cuts those and moments of 16 and 32 bits only; or ZeRO beside what is not its own.
+    UserError: FSDP2 cuts neither weights that are cast for each pass nor moments of 8 bits, ZeRO no quantised ones.
     """
-    fewer = {
-        f"generator.quantization={recipe.generator.quantization}": recipe.generator.quantization != "none",
-        f"optimizer.kind={recipe.optimizer.kind}": recipe.optimizer.kind != "adamw",
+    kind, sharding = recipe.generator.quantization, recipe.training.sharding
+    cut = ("none",) if engine.stage else ("none", *in_parts.KINDS)
+    keys = {
+        f"generator.quantization={kind}": kind in cut,
+        f"optimizer.kind={recipe.optimizer.kind}": recipe.optimizer.kind == "adamw",
     }
-    asked = [key for key, is_asked in fewer.items() if is_asked]
+    asked = [key for key, can_be_cut in keys.items() if not can_be_cut]
     if engine.in_step and asked:
         raise UserError(
-            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding={recipe.training.sharding} cuts"
-            " them; leave out one of the two"
+            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding={sharding} cuts them; take"
+            " training.sharding=none, a copy on each GPU, or leave it out (training.sharding=fsdp2 takes"
+            f" generator.quantization={', '.join(in_parts.KINDS)}, and optimizer.kind=adamw)"
         )
     if engine.stage and recipe.training.context_parallel > 1:
         raise UserError(
@@ -464,6 +467,8 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     held_out = build_rewards(recipe.judges, fps=fps)
     located = _asked_for_evidence(recipe, scorer)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
+    if engine.ranks > 1:
+        in_parts.take_apart(model.generator.network)
     if training.compile:  # with the adapters on it, and before the engine wraps it
         compiled.install(model.generator.network, engine.device)
     _share_samples(recipe, model, engine)

@@ -96,7 +96,9 @@ class GeneratorSection(Section):
         " float8_storage (no library, coarser); computed in dtype",
     )
     text_quantization: TextQuantization = Field(
-        "none", description="of the text encoders' blocks: nf4 (4 bits, bitsandbytes); a LoRA learns to read those then"
+        "none",
+        description="of the text encoders' blocks: int8 (torchao) or nf4 (4 bits, bitsandbytes); a LoRA learns to read"
+        " those then",
     )
     options: dict[str, Any] = Field({}, description="the adapter's own, e.g. guidance_scale")
     attention: str = Field(

@@ -11,8 +11,9 @@ computed, is computed in that dtype: a layer's weight is made whole for the mome
 ``float8_storage`` e4m3 floats without a scale, cast for each pass       none
 =============== ======================================================== =============
 
-Text encoders, which transformers loads, can be ``nf4`` too (``generator.text_quantization``). What their class keeps in
-float32 stays whole: T5's ``wo``, whose input is cast to whatever dtype its weight has.
+Text encoders, which transformers loads, can be ``nf4`` or ``int8`` too (``generator.text_quantization``). A T5 casts
+the input of its ``wo`` to whatever dtype that weight has: as ``nf4``, whose dtype is a storage's, it stays whole, and
+so it does in float16, where its class keeps it in float32. torchao's tensors have the dtype that they stand for.
 
 ``float8_storage`` is diffusers' layerwise casting, which leaves what a class lists in
 ``_skip_layerwise_casting_patterns`` as it is: in FLUX all modulation, a quarter of its weights.
@@ -55,9 +56,19 @@ def check(kind: Quantization, key: str = "quantization") -> None:
         )
 
 
-def layers(network: nn.Module) -> list[str]:
-    """The names of a network's linear layers in its repeated blocks, but for those that its class keeps in float32."""
-    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+def kept_in_float32(network: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Last names of the modules that stay float32 where a network is loaded in ``dtype``, as its class says.
+
+    diffusers means always, transformers in float16 only, whose range they would leave.
+    """
+    listed = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    always = not type(network).__module__.startswith("transformers.")
+    return listed if always or dtype == torch.float16 else set()
+
+
+def layers(network: nn.Module, kind: Quantization, dtype: torch.dtype) -> list[str]:
+    """The names of a network's linear layers in its repeated blocks, but for those that stay whole."""
+    kept = kept_in_float32(network, torch.float16 if kind == "nf4" else dtype)
     kinds = set(getattr(network, "_no_split_modules", None) or ())
     blocks = [f"{name}." for name, module in network.named_modules() if type(module).__name__ in kinds]
     return [n for n in _linear(network) if n.startswith(tuple(blocks)) and not kept & set(n.split("."))]
@@ -87,7 +98,7 @@ def load(
         return loaded, report
     with torch.device("meta"):
         empty = network.from_config(network.load_config(str(place)))
-    wanted = layers(empty)
+    wanted = layers(empty, kind, dtype)
     if kind == "nf4":
         loaded, report = _read_nf4(read, [n for n in _linear(empty) if n not in set(wanted)], dtype, device)
     else:
@@ -104,20 +115,36 @@ def load_text(
     Raises:
         RuntimeError: something else was quantised than should be.
     """
-    from transformers import BitsAndBytesConfig
-
     with torch.device("meta"):
         empty = network(network.config_class.from_pretrained(str(place)))
-    wanted = layers(empty)
-    outside = [name for name in _linear(empty) if name not in set(wanted)]
-    config = BitsAndBytesConfig(
+    wanted = layers(empty, kind, dtype)
+    with quiet(LIBRARIES[kind]):
+        config = _text_config(kind, wanted, [name for name in _linear(empty) if name not in set(wanted)], dtype)
+        loaded, report = read(quantization_config=config, device_map={"": device})
+        _quantise_rest(loaded, kind, wanted)
+    _check_quantised(loaded, wanted, f"generator.text_quantization={kind}")
+    _settle(loaded)
+    return loaded, report
+
+
+def _text_config(kind: TextQuantization, wanted: list[str], outside: list[str], dtype: torch.dtype) -> Any:
+    """What transformers is to do; by itself it leaves out more, such as an encoder's last layer."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if kind == "int8":
+        return TorchAoConfig(_by_name(kind, wanted), modules_to_not_convert=[])
+    return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=outside
     )
-    with quiet("bitsandbytes"):
-        loaded, report = read(quantization_config=config, device_map={"": device})
-    _check_quantised(loaded, wanted, f"generator.text_quantization={kind}")
-    _settle_four_bit(loaded)
-    return loaded, report
+
+
+def _quantise_rest(network: nn.Module, kind: TextQuantization, wanted: list[str]) -> None:
+    """What transformers leaves out for being kept in float32, which in ``int8`` it is not."""
+    rest = {name for name in wanted if not is_quantised(network.get_submodule(name))}
+    if rest and kind == "int8":
+        from torchao.quantization import quantize_
+
+        quantize_(network, _torchao_config(kind), filter_fn=lambda _, name: name in rest)
 
 
 def _check_quantised(network: nn.Module, wanted: list[str], said: str) -> None:
@@ -145,7 +172,7 @@ def _read_nf4(read: Callable[..., Loaded], outside: list[str], dtype: torch.dtyp
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     with _four_bit(outside, device), quiet("bitsandbytes"):
         loaded, report = read(quantization_config=config, device_map={"": device})
-    _settle_four_bit(loaded)
+    _settle(loaded)
     return loaded, report
 
 
@@ -153,14 +180,27 @@ def _read_torchao(read: Callable[..., Loaded], kind: Quantization, wanted: list[
     from diffusers import TorchAoConfig
 
     with quiet("torchao"):
-        from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
-
-        each = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-        # By full name: in modules_to_not_convert "proj_out" would also be the one in every block.
-        config = TorchAoConfig(FqnToConfig(OrderedDict.fromkeys(wanted, each)))
+        config = TorchAoConfig(_by_name(kind, wanted))
         # To diffusers a map to the CPU says that weights are offloaded, and these it does not quantise.
         there = {} if _is_cpu(device) else {"device_map": {"": device}}
         return read(quantization_config=config, **there)
+
+
+def _by_name(kind: Quantization, wanted: list[str]) -> Any:
+    """torchao's kind for the weights of the layers ``wanted``.
+
+    By full name: "proj_out" would also be the one in every block. And a layer's own name would be its bias's too, which
+    transformers then quantises and torchao cannot add.
+    """
+    from torchao.quantization import FqnToConfig
+
+    return FqnToConfig(OrderedDict.fromkeys([f"{name}.weight" for name in wanted], _torchao_config(kind)))
+
+
+def _torchao_config(kind: Quantization) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
 def _is_cpu(device: str) -> bool:
@@ -196,7 +236,7 @@ def _four_bit(outside: list[str], device: str) -> Iterator[None]:
         KNOWN["bitsandbytes_4bit"] = usual
 
 
-def _settle_four_bit(network: Any) -> None:
+def _settle(network: Any) -> None:
     """Undo what stands in the way of training on the device where the weights are.
 
     PEFT's ``prepare_model_for_kbit_training`` is not called: a policy freezes and thaws by itself, and casting what is

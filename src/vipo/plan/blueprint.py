@@ -22,6 +22,7 @@ from vipo import generators
 from vipo.assemble import Model, build_generator, model_path, open_to_train
 from vipo.errors import UserError
 from vipo.generators.folder import one_line, refuse_quantised
+from vipo.generators.quantization import kept_in_float32
 from vipo.options import Solver
 from vipo.plan.published import model_config
 from vipo.plan.quantised import quantise
@@ -224,19 +225,25 @@ def _component(entry: Any, dtype: torch.dtype) -> Any:
 def empty_network(entry: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """A network from its class and config. Modules that its class keeps in float32 stay there, as when it is loaded."""
     with _default_dtype(dtype):
-        if entry["library"] == "transformers":
-            import transformers
-
-            cls = getattr(transformers, entry["class"])
-            network: nn.Module = cls(cls.config_class.from_dict(dict(entry["config"])))
-            return network
-        import diffusers
-
-        network = getattr(diffusers, entry["class"]).from_config(dict(entry["config"]))
-    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        network = _from_config(entry)
+    kept = kept_in_float32(network, dtype)
     for name, parameter in network.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
+    return network
+
+
+def _from_config(entry: Mapping[str, Any]) -> nn.Module:
+    network: nn.Module
+    if entry["library"] == "transformers":
+        import transformers
+
+        cls = getattr(transformers, entry["class"])
+        network = cls(cls.config_class.from_dict(dict(entry["config"])))
+    else:
+        import diffusers
+
+        network = getattr(diffusers, entry["class"]).from_config(dict(entry["config"]))
     return network
 
 

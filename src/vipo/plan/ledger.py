@@ -24,20 +24,21 @@ class Ledger:
 
     def __init__(self, *, like_cuda: bool = True) -> None:
         self.like_cuda = like_cuda
-        self._drawn: dict[str, Blueprint] = {}
+        self._drawn: dict[tuple[str, str], Blueprint] = {}
         self._costs: dict[tuple[Any, ...], Cost] = {}
 
     def drawn(self, recipe: Recipe) -> tuple[str, Blueprint]:
         """The blueprint, and a name for all that its passes depend on."""
-        generator = recipe.generator.model_dump(exclude={"offload_text", "text_cache"})
+        generator = recipe.generator.model_dump(exclude={"offload_text", "text_cache", "text_quantization"})
         generator["options"].pop("decode_batch_size", None)
         training = recipe.training
         settings = [recipe.credit == "sample", training.precision, training.gradient_checkpointing, training.sharding]
         parts = [generator, recipe.policy.model_dump(), asdict(recipe.solver), asdict(recipe.objective), settings]
         key = json.dumps(parts, default=str)
-        if key not in self._drawn:
-            self._drawn[key] = draw(recipe)
-        return key, self._drawn[key]
+        drawing = key, recipe.generator.text_quantization  # passes are the network's: prompts are encoded before
+        if drawing not in self._drawn:
+            self._drawn[drawing] = draw(recipe)
+        return key, self._drawn[drawing]
 
     def cost(self, recipe: Recipe, what: str, batch: int) -> Cost:
         """Of :func:`passes.sampling`, ``replaying`` or ``decoding``."""

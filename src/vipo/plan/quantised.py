@@ -99,7 +99,7 @@ def quantise(network: nn.Module, kind: Quantization, dtype: torch.dtype) -> None
     """Do to a network without weights what loading it quantised does to one with them."""
     if kind == "none":
         return
-    names = quantization.layers(network)
+    names = quantization.layers(network, kind, dtype)
     if kind == "float8_storage":
         quantization.store_in_float8(network, dtype)
         names = [name for name, m in network.named_modules() if isinstance(m, nn.Linear) and _is_stored(m)]
