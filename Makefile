@@ -36,13 +36,13 @@ quickstart: $(VENV)/.installed ## Post-train the embedded FLUX on this machine a
 
 CLAIMS := runs/claims
 
-claims: $(VENV)/.installed ## Rerun every table of docs/results.md into runs/claims (hours; goes on where it was stopped)
+claims: $(VENV)/.installed-dev ## Rerun every table of docs/results.md into runs/claims (hours; goes on where it was stopped)
 	$(BIN)/python experiments/claims/run.py --out $(CLAIMS)/results --pictures $(CLAIMS)
 	test -f $(CLAIMS)/results/gradient.json || $(BIN)/python experiments/claims/gradient.py --out $(CLAIMS)/results/gradient.json \
 		--directions $(CLAIMS)/sample-rate-1e-3-0.safetensors $(CLAIMS)/vipo-rate-1e-3-0.safetensors
 	$(BIN)/python experiments/claims/page.py --results $(CLAIMS)/results --pictures $(CLAIMS) --html $(CLAIMS)/results.html
 
-claims-quick: $(VENV)/.installed ## The same machinery with one seed and two iterations (minutes); the figures mean nothing
+claims-quick: $(VENV)/.installed-dev ## The same machinery with one seed and two iterations (minutes); the figures mean nothing
 	$(BIN)/python experiments/claims/run.py --quick --out $(CLAIMS)-quick/results --pictures $(CLAIMS)-quick
 	$(BIN)/python experiments/claims/gradient.py --iterations 2 --out $(CLAIMS)-quick/results/gradient.json \
 		--directions $(CLAIMS)-quick/sample-0.safetensors $(CLAIMS)-quick/vipo-0.safetensors

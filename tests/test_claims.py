@@ -408,7 +408,7 @@ PANELS: tuple[Callable[[results.Results], list[Any]], ...] = (
 def test_nothing_trained_yet_is_a_page_too(tmp_path: Path) -> None:
     check_cells(results.read(tmp_path))
     text = page.render(results.read(tmp_path), None)
-    assert "6 not measured yet" in text and "0 of " in text
+    assert "7 not measured yet" in text and "0 of " in text
     assert all(not panels(results.read(tmp_path)) for panels in PANELS)
 
 

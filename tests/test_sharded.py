@@ -210,6 +210,8 @@ def test_a_quantised_base_is_cut_too(model_folder: Path, tmp_path: Path, kind: s
     for rank in half:
         assert rank["sharded"] and rank["gathered"] == 0  # between passes
         assert rank["frozen"] == pytest.approx(rank["planned"], rel=0.02)
+    copies = together(trained, 2, [(raw, "none", 1)])
+    assert copies[0][0]["metrics"][0]["reward"] == tiny.lines(alone / "metrics.jsonl")[0]["reward"]  # nothing is sent
     end = run(raw, both, resume=True)
     assert tiny.lines(both / "metrics.jsonl")[0]["reward"] == tiny.lines(alone / "metrics.jsonl")[0]["reward"]
     assert furthest(end["weights"], one["weights"]) < TOLERANCE

@@ -61,6 +61,11 @@ def effect_cell(found: Spread | None) -> Cell:
     return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]", remark
 
 
+def t_cell(found: Spread | None) -> Cell:
+    """The interval that knows how few seeds there are."""
+    return (NONE, "") if found is None or found.t is None else (f"[{signed(found.t[0])}, {signed(found.t[1])}]", "")
+
+
 def bounded_cell(found: Spread | None) -> Cell:
     """A mean with its interval."""
     return (NONE, "") if found is None else (f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]", "")

@@ -11,9 +11,8 @@ median, the upper quartile and a tenth above are tried. Intervals:
 ``stretched``   the same, with each seed's effect times sqrt(S / (S - 1)) first (Davison and Hinkley, Bootstrap Methods
                 and their Application, 1997, section 3.8)
 ``bca``         bias-corrected and accelerated, over the seeds' means (``scipy.stats.bootstrap``)
-``t``           Student's t over the seeds' means
-``anova``       Student's t with the variance (MSA + MSB - MSE) / (S P) of a mean over both, at least MSA / (S P), and
-                Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946), at least S - 1
+``t``         Student's t over the seeds' means
+``anova``     Student's t with a variance over both (``intervals.anova``), which verdicts ask as well
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from scipy import stats
 from torch import Tensor
 
 import results
+from intervals import Interval, anova, squares, student
 from matrix import ARMS
 from tables import SCALAR_GROUPS
 from vipo import randomness
@@ -36,17 +36,6 @@ from vipo import randomness
 HERE = Path(__file__).resolve().parent
 SCORE, PROMPTS, SEEDS = "emoji_match", 64, (3, 4, 5)
 QUANTILES = (0.25, 0.5, 0.75, 0.9)
-Interval = tuple[float, float]
-
-
-def squares(table: Tensor) -> tuple[float, float, float]:
-    """Mean squares of the seeds, of the prompts and of the rest, of differences (S, P)."""
-    count, prompts = table.shape
-    mean = table.mean()
-    seed, prompt = table.mean(1) - mean, table.mean(0) - mean
-    rest = table - mean - seed[:, None] - prompt
-    of_rest = float(rest.square().sum()) / ((count - 1) * (prompts - 1))
-    return prompts * float(seed.var()), count * float(prompt.var()), of_rest
 
 
 def variances(table: Tensor) -> Tensor:
@@ -99,22 +88,6 @@ def bca(table: Tensor) -> Interval:
         warnings.simplefilter("ignore")  # of few seeds it says that it is degenerate
         found = stats.bootstrap((table.mean(1).numpy(),), lambda x, axis: x.mean(axis), n_resamples=999, rng=0)
     return tuple(found.confidence_interval)
-
-
-def student(table: Tensor) -> Interval:
-    return _around(table, float(table.mean(1).var()) / len(table), len(table) - 1)
-
-
-def anova(table: Tensor) -> Interval:
-    (of_seeds, of_prompts, rest), (count, prompts) = squares(table), table.shape
-    variance = max(of_seeds + of_prompts - rest, of_seeds)
-    parts = of_seeds**2 / (count - 1) + of_prompts**2 / (prompts - 1) + rest**2 / ((count - 1) * (prompts - 1))
-    return _around(table, variance / table.numel(), max(variance**2 / parts, count - 1))
-
-
-def _around(table: Tensor, variance: float, freedom: float) -> Interval:
-    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return float(table.mean()) - reach, float(table.mean()) + reach
 
 
 INTERVALS: dict[str, Callable[[Tensor], Interval]] = {

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intervals import Interval, anova
 from matrix import ARMS, SETTING, UNPINNED, Arm
 from vipo import randomness
 from vipo.errors import UserError
@@ -44,12 +45,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds and prompts: each seed's own mean, their standard deviation, and a 95 % interval."""
+    """A mean over seeds and prompts: each seed's own mean, their standard deviation, and a 95 % interval.
+
+    ``t`` is another one, which knows how few seeds there are; of one seed, and where a seed lacks a prompt, it is None.
+    """
 
     mean: float
     per_seed: Mapping[int, float]
     low: float
     high: float
+    t: Interval | None = None
 
     @property
     def seeds(self) -> int:
@@ -192,7 +197,9 @@ def spread(values: Mapping[int, Tensor]) -> Spread | None:
     seeds, prompts = draws(len(table), "seeds"), draws(table.shape[1], "prompts")
     total = ((seeds @ table.nan_to_num(0.0)) * prompts).sum(1)
     low, high = (total / ((seeds @ present) * prompts).sum(1)).nanquantile(SIDES).tolist()
-    return Spread(float(table.nanmean()), {seed: float(row.nanmean()) for seed, row in known.items()}, low, high)
+    means = {seed: float(row.nanmean()) for seed, row in known.items()}
+    t = anova(table) if len(table) > 1 and table.shape[1] > 1 and bool(present.all()) else None
+    return Spread(float(table.nanmean()), means, low, high, t)
 
 
 def scores(results: Results, arm: str, score: str, iteration: int) -> dict[int, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cells import Cell, Table, effect_cell
+from cells import Cell, Table, effect_cell, t_cell
 from results import Results, Spread, gain, levels, paired
 from tables import CLIP_SCORES, SCALAR_CLIPS, SCALAR_GROUPS, SCALAR_REDNESS, SCORES, kept_more
 from vipo.report.svg import signed
@@ -32,10 +32,11 @@ class Part:
     def verdict(self) -> Verdict:
         if self.effect is None:
             return "not measured yet"
-        sides = (self.effect.low, self.effect.high) if self.above else (-self.effect.high, -self.effect.low)
-        if self.effect.seeds < FEWEST_SEEDS or sides[0] <= 0 <= sides[1]:
+        t = self.effect.t or (self.effect.low, self.effect.high)
+        low, high = min(self.effect.low, t[0]), max(self.effect.high, t[1])
+        if self.effect.seeds < FEWEST_SEEDS or low <= 0 <= high:
             return "cannot be told apart"
-        return "holds" if sides[0] > 0 else "does not hold"
+        return "holds" if (low > 0) == self.above else "does not hold"
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,17 @@ def _kept(results: Results) -> tuple[Part, ...]:
 
 
 def claims_table(found: list[Claim]) -> Table:
-    note = "A difference whose 95 % interval (bootstrap over seeds and prompts) holds zero, or that rests on one seed, "
-    note += "cannot be told from none. A claim of several parts holds if all do, and does not if one does not."
+    note = "A difference cannot be told from none where one of its 95 % intervals holds zero, or where it rests on one "
+    note += (
+        "seed. In brackets a bootstrap over seeds and prompts; t is Student's, which knows how few seeds there are. "
+    )
+    note += "A claim of several parts holds if all do, and does not if one does not."
     lines: list[tuple[Cell, ...]] = []
     for claim in found:
         for number, part in enumerate(claim.parts):
             head = ((f"({claim.letter}) {claim.text}", ""), (claim.verdict, "")) if number == 0 else (("", ""),) * 2
             seeds = str(part.effect.seeds) if part.effect else "0"
-            lines.append((*head, (part.what, ""), effect_cell(part.effect), (seeds, ""), (part.verdict, "")))
-    columns = ("Claim", "Verdict", "Difference", "Mean [95 %]", "Seeds", "By itself")
+            found = (effect_cell(part.effect), t_cell(part.effect), (seeds, ""))
+            lines.append((*head, (part.what, ""), *found, (part.verdict, "")))
+    columns = ("Claim", "Verdict", "Difference", "Mean [95 %]", "t [95 %]", "Seeds", "By itself")
     return Table("claims", "The claims", note, columns, tuple(lines))

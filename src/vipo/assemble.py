@@ -467,7 +467,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     held_out = build_rewards(recipe.judges, fps=fps)
     located = _asked_for_evidence(recipe, scorer)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
-    if engine.ranks > 1:
+    if engine.in_step:
         in_parts.take_apart(model.generator.network)
     if training.compile:  # with the adapters on it, and before the engine wraps it
         compiled.install(model.generator.network, engine.device)

@@ -147,6 +147,8 @@ class Engine:
             return self.zero.network, self.zero
         if self.in_step:
             _settle_plugin(self.accelerator.state.fsdp_plugin, network)
+        elif self.ranks > 1:
+            _leave_alone(network)
         network, optimizer = self.accelerator.prepare(network, optimizer)
         return network, optimizer
 
@@ -321,6 +323,15 @@ def _settle_plugin(plugin: Any, network: nn.Module) -> None:
         )
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
     plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _leave_alone(network: nn.Module) -> None:
+    """Let DDP send no frozen weights from the first process to the others, which have read the same.
+
+    Those of a quantised base are in types that not every way of sending knows.
+    """
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
 
 
 def _is_on(switch: str) -> bool:
