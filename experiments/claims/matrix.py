@@ -132,9 +132,9 @@ def control(reward: str) -> Arm:
     return full_groups("sample", "1e-3", rewards, judges=f"emoji_match, {WATCHED}")
 
 
-def clean(credit: str, learning_rate: str) -> Arm:
+def clean(credit: str, learning_rate: str, seeds: int | None = None) -> Arm:
     """Trained on ``emoji_clean`` as well, whose optimum is one whole copy of each thing on a clean ground."""
-    return full_groups(credit, learning_rate, "rewards={emoji_match: 1.0, emoji_clean: 2.0}")
+    return full_groups(credit, learning_rate, "rewards={emoji_match: 1.0, emoji_clean: 2.0}", seeds=seeds)
 
 
 SCALAR, PAPER = Arm(("credit=sample",)), Arm()
@@ -189,9 +189,9 @@ ARMS: dict[str, Arm] = {
     **{f"groups-{credit}-1e-3": full_groups(credit, "1e-3", seeds=5) for credit in CREDITS},
     **{f"groups-{credit}-2e-3": full_groups(credit, "2e-3", seeds=5) for credit in CREDITS},
     **{f"groups-{credit}-5e-4": full_groups(credit, "5e-4") for credit in SLOW},
-    "groups-sample-clean": clean("sample", "1e-3"),
+    "groups-sample-clean": clean("sample", "1e-3", seeds=5),
     "groups-consensus-clean": clean("consensus", "1e-3"),
-    "groups-quickstart-clean": clean("quickstart", "1e-3"),
+    "groups-quickstart-clean": clean("quickstart", "1e-3", seeds=5),
     "groups-consensus-clean-2e-3": clean("consensus", "2e-3"),
     "groups-noise": control("noise"),
     "groups-shuffled": control("Shuffled"),
