@@ -33,6 +33,7 @@ from accelerate.utils import (
 )
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vipo.errors import RunFailed, UserError
 from vipo.options import TIMEOUT, ContextExchange, Sharding
@@ -148,7 +149,7 @@ class Engine:
         if self.in_step:
             _settle_plugin(self.accelerator.state.fsdp_plugin, network)
         elif self.ranks > 1:
-            _leave_alone(network)
+            _leave_quantised(network)
         network, optimizer = self.accelerator.prepare(network, optimizer)
         return network, optimizer
 
@@ -325,13 +326,18 @@ def _settle_plugin(plugin: Any, network: nn.Module) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def _leave_alone(network: nn.Module) -> None:
-    """Let DDP send no frozen weights from the first process to the others, which have read the same.
+def _leave_quantised(network: nn.Module) -> None:
+    """Let DDP not send a quantised base from the first process to the others, which have made the same.
 
-    Those of a quantised base are in types that not every way of sending knows.
+    Its tensors are of types that not every way of sending knows: torchao's have no ``aten.view``, gloo has no float8.
     """
-    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
+    odd = [name for name, parameter in network.named_parameters() if _is_quantised(parameter)]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, odd)
+
+
+def _is_quantised(parameter: Tensor) -> bool:
+    is_float8 = parameter.is_floating_point() and parameter.element_size() == 1
+    return not parameter.requires_grad and (is_float8 or is_traceable_wrapper_subclass(parameter))
 
 
 def _is_on(switch: str) -> bool:
