@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ import tiny
 import tiny_wan
 from vipo import assemble
 from vipo.assemble import build_generator
+from vipo.engine import Engine
 from vipo.errors import UserError
 from vipo.generators import quantization
 from vipo.generators.lora import attach_lora
@@ -210,10 +211,10 @@ def test_weights_that_are_trained_are_not_quantised(model_folder: Path, tmp_path
 def test_what_cannot_be_cut_is_told_before_anything_is_loaded(
     model_folder: Path, tmp_path: Path, key: str, value: str, stage: int, refused: bool
 ) -> None:
-    recipe, engine = recipe_of(model_folder, tmp_path, **{key: value}), SimpleNamespace(stage=stage, in_step=True)
+    recipe, engine = recipe_of(model_folder, tmp_path, **{key: value}), Mock(spec=Engine, stage=stage, in_step=True)
     told = pytest.raises(UserError, match=rf"={value} is for weights that lie whole.*take training\.sharding=none")
     with told if refused else nullcontext():
-        assemble._check_sharded(recipe, engine)  # type: ignore[arg-type]
+        assemble._check_sharded(recipe, engine)
 
 
 def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) -> None:

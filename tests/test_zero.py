@@ -34,7 +34,7 @@ def zero_trained(cases: list[Case]) -> list[dict[str, Any]]:
 
 def cases_of(model_folder: Path, wan_folder: Path, scratch: Path) -> dict[str, Case]:
     lora = {"kind": "lora", "rank": 2, "ema_decay": 0.5}
-    updates = {"learning_rate": 1e-3, "per_iteration": 2}
+    updates = {"learning_rate": 1e-3, "per_iteration": 2, "max_grad_norm": 1e-3, "schedule": "linear", "warmup": 1}
     several = flux(model_folder, scratch, optimizer=updates, solver__train_fraction=0.5)
     adapted = flux(model_folder, scratch, policy=lora, training__gradient_checkpointing=True)
     return {
