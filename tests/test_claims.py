@@ -340,7 +340,7 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "l": "cannot be told apart",
         "m": "does not hold",
         "n": "holds",
-        "o": "does not hold",
+        "o": "holds",
         "p": "holds",
     }
     assert [part.verdict for part in found["b"].parts] == ["holds", "holds", "does not hold", "does not hold"]

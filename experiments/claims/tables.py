@@ -144,8 +144,20 @@ def clips(results: Results) -> Table:
         + "32 clips of 17 frames an iteration; the first two scores are trained on, each normalised in its groups."
     )
     columns = (*HEAD, "minus scalar GRPO", "Ranges")
-    lines = by_iteration(results, CLIPS, (SCALAR_CLIPS,), CLIP_SCORES)
+    lines = by_iteration(results, CLIPS, (SCALAR_CLIPS,), CLIP_SCORES) + _sooner(results)
     return Table("clips", "Clips: ViPO, scalar GRPO and maps of our own", note, columns, lines)
+
+
+def _sooner(results: Results) -> tuple[tuple[Cell, ...], ...]:
+    """How many times fewer clips each arm needs to where scalar GRPO ends."""
+    lines: list[tuple[Cell, ...]] = []
+    for arm in CLIPS:
+        for score in CLIP_SCORES[:2]:
+            found = reach(results, arm, SCALAR_CLIPS, score) if arm != SCALAR_CLIPS else None
+            if found is not None and found.seeds > 2:  # of two, a resample may have one that gained nothing
+                times = interval_cell(found.times, found.low, found.high)
+                lines.append(((arm, ""), (str(found.seeds), ""), (score, ""), times, (NONE, ""), (NONE, "")))
+    return ((("Times fewer clips to what scalar GRPO has in the end", ""),), *lines) if lines else ()
 
 
 def sources(results: Results) -> Table:
