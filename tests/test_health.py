@@ -257,7 +257,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[int], bool]) -> No
 
     def learn(self: Learner, rollout: Rollout, credit: Credit, kept: Tensor, iteration: int) -> Any:
         factor = torch.nan if spoiled(iteration) else 1.0
-        monkeypatch.setattr(self.engine, "backward", lambda loss: (loss * factor).backward())
+        monkeypatch.setattr(self.engine, "backward", lambda loss, **_: (loss * factor).backward())
         return original(self, rollout, credit, kept, iteration)
 
     monkeypatch.setattr(Learner, "learn", learn)
