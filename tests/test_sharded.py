@@ -195,7 +195,7 @@ def test_a_sharded_run_is_saved_in_parts_and_goes_on_in_any_number_of_processes(
     assert events == ["resumed at iteration 1 with processes 2 -> 4"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", in_parts.KINDS)
 def test_a_quantised_base_is_cut_too(model_folder: Path, tmp_path: Path, kind: str) -> None:
     if importlib.util.find_spec(LIBRARIES[kind]) is None:
