@@ -211,8 +211,12 @@ def test_weights_that_are_trained_are_not_quantised(model_folder: Path, tmp_path
 def test_what_cannot_be_cut_is_told_before_anything_is_loaded(
     model_folder: Path, tmp_path: Path, key: str, value: str, stage: int, refused: bool
 ) -> None:
+    sharding = f"zero{stage}" if stage else "fsdp2"  # as a launcher may ask for it: the recipe says none
     recipe, engine = recipe_of(model_folder, tmp_path, **{key: value}), Mock(spec=Engine, stage=stage, in_step=True)
-    told = pytest.raises(UserError, match=rf"={value} is for weights that lie whole.*take training\.sharding=none")
+    engine.sharding = sharding
+    told = pytest.raises(
+        UserError, match=rf"={value} is for .* sharding={sharding} cuts them; take training\.sharding=n"
+    )
     with told if refused else nullcontext():
         assemble._check_sharded(recipe, engine)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from gloo import together
 from test_sharded import ITERATIONS, TOLERANCE, Case, assert_exported, assert_same, flux, furthest, run, trained, wan
 from test_sharded import wan_folder as wan_folder
 from vipo.assemble import build
+from vipo.engine import Engine
+from vipo.errors import RunFailed
 from vipo.recipe import parse_recipe
 from vipo.training.learner import Learner
 from vipo.training.saved import list_checkpoints
@@ -132,3 +135,29 @@ def test_a_refused_gradient_leaves_nothing_behind(raw: dict[str, Any], stage: in
         assert furthest(rank["weights"], one["weights"]) < TOLERANCE
         for (said,) in (rank["events"], one["events"]):  # DeepSpeed does not tell one of the two from the other
             assert re.match(r"gradient norm is (nan|inf), first in '.*' \(66 of 66 trained .*\): update skipped", said)
+
+
+def left_waiting(stage: int) -> tuple[str, float]:
+    """Rank 1 hangs where gradients are summed up; what rank 0 says of it, and after how many seconds."""
+    gloo.spare_deepspeed_its_compiler()
+    engine, network = Engine(sharding=f"zero{stage}", timeout=3), torch.nn.Linear(8, 8)
+    network, _ = engine.prepare(network, torch.optim.AdamW(network.parameters()))
+    engine.backward(network(torch.ones(2, 8)).sum(), last=True)
+    engine.wait()
+    begin = time.monotonic()
+    if engine.rank == 1:
+        time.sleep(8)
+        return "", 0.0
+    try:
+        with engine.waiting():
+            engine.clip([], 1.0)
+    except RunFailed as error:
+        return str(error), time.monotonic() - begin
+    return "nothing", 0.0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_process_that_hangs_ends_the_others_within_its_time_out(stage: int) -> None:
+    """DeepSpeed's own groups of processes would wait for half an hour."""
+    said, seconds = together(left_waiting, 2, stage, grouped=False)[0]
+    assert seconds < 7 and "did not answer for training.timeout=3 seconds" in said

@@ -397,7 +397,7 @@ def _check_sharded(recipe: Recipe, engine: Engine) -> None:
     """Raises:
     UserError: FSDP2 cuts neither weights that are cast for each pass nor moments of 8 bits, ZeRO no quantised ones.
     """
-    kind, sharding = recipe.generator.quantization, recipe.training.sharding
+    kind = recipe.generator.quantization
     cut = ("none",) if engine.stage else ("none", *in_parts.KINDS)
     keys = {
         f"generator.quantization={kind}": kind in cut,
@@ -406,7 +406,7 @@ def _check_sharded(recipe: Recipe, engine: Engine) -> None:
     asked = [key for key, can_be_cut in keys.items() if not can_be_cut]
     if engine.in_step and asked:
         raise UserError(
-            f"{asked[0]} is for weights that lie whole on a GPU, and training.sharding={sharding} cuts them; take"
+            f"{asked[0]} is for weights that lie whole on a GPU, and sharding={engine.sharding} cuts them; take"
             " training.sharding=none, a copy on each GPU, or leave it out (training.sharding=fsdp2 takes"
             f" generator.quantization={', '.join(in_parts.KINDS)}, and optimizer.kind=adamw)"
         )

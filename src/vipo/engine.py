@@ -85,16 +85,17 @@ class Engine:
         _check_processes(self)
         self.timeout, self.context_parallel = timeout, context_parallel
         self.teams = teams_of(self.ranks, context_parallel)
-        self.stage = STAGES.get(sharding, 0) if self.ranks > 1 else 0
-        self.zero: ZeroOptimizer | None = None
         is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
-        self.in_step = is_fsdp or self.stage > 0
-        self._check_sharded(is_fsdp, asked=sharding == "fsdp2" and accelerator is None)
+        several = sharding if sharding in STAGES and self.ranks > 1 else "none"
+        self.sharding: Sharding = "fsdp2" if is_fsdp else several  # what there is, a launcher's too
+        self.stage, self.in_step = STAGES.get(self.sharding, 0), self.sharding != "none"
+        self.zero: ZeroOptimizer | None = None
+        self._check_sharded(asked=sharding == "fsdp2" and accelerator is None)
 
-    def _check_sharded(self, is_fsdp: bool, *, asked: bool) -> None:
+    def _check_sharded(self, *, asked: bool) -> None:
         if self.stage:
             check_installed(self.stage)
-        if is_fsdp and not self.accelerator.is_fsdp2:
+        if self.sharding == "fsdp2" and not self.accelerator.is_fsdp2:
             raise UserError("this Accelerator shards with FSDP1; give its plugin fsdp_version=2")
         if asked and self.ranks > 1 and not self.in_step:
             raise UserError(

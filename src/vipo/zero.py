@@ -55,7 +55,7 @@ class ZeroOptimizer:
         check_installed(stage)
         import deepspeed
 
-        self.stage, given = stage, optimizer
+        self.stage = stage
         own = {
             "stage": stage,
             "reduce_bucket_size": BUCKET,
@@ -64,7 +64,7 @@ class ZeroOptimizer:
         }
         config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": own}
         self.network, self._zero, _, _ = deepspeed.initialize(
-            model=network, optimizer=given, config=config, dist_init_required=False
+            model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
         for group in _groups(self._zero, stage):
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
