@@ -1,4 +1,4 @@
-"""Several processes over gloo, for tests: a function's in each of them, or a command line's; with FSDP2 on a CPU.
+"""Several processes over gloo, for tests: a function's in each of them, or `vipo`'s own; with FSDP2 on a CPU.
 
 Accelerate 1.15 takes an FSDP plugin on accelerators only. All that keeps its FSDP2 code from running over gloo is the
 kind of processes that its state notes down, so that is what is put right here, and nothing else.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -103,21 +104,10 @@ def together(
     Args:
         grouped: join them in a group before; without it ``work`` does, as under a launcher.
     """
-    context = forks()
-    with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = None if grouped else probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as scratch:
+        port = None if grouped else _free_port()
         places = [(rank, processes, port, Path(scratch)) for rank in range(processes)]
-        children = [context.Process(target=_one, args=(work, place, given), daemon=True) for place in places]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(seconds)
-        failed = [child.exitcode for child in children]
-        hung = [rank for rank, child in enumerate(children) if child.is_alive()]
-        for rank in hung:
-            children[rank].kill()
+        failed, hung = _all_ended([(_one, (work, place, given)) for place in places], seconds)
         told = {rank: (Path(scratch) / f"{rank}.error") for rank in range(processes)}
         errors = "\n".join(f"rank {rank}: {file.read_text()}" for rank, file in told.items() if file.exists())
         assert not any(failed), f"exit codes {failed}, hung: {hung}\n{errors}"
@@ -126,20 +116,88 @@ def together(
         return [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended and what it said."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+def vipo(*words: str | Path, processes: int = 2, seconds: float = 150, **environment: str) -> list[Ended]:
+    """How ``vipo WORDS`` ended in each of so many processes, by rank, started as a launcher starts them on a CPU.
+
+    They are forks of one that has imported everything: what a real launcher does is tested in ``test_engine_files``.
+    Unlike a launcher it ends none for another's failure.
+    """
+    port, given = _free_port(), list(map(str, words))
+    with tempfile.TemporaryDirectory() as scratch:
+        places = [(rank, processes, port, Path(scratch)) for rank in range(processes)]
+        codes, hung = _all_ended([(_command, (given, place, environment)) for place in places], seconds)
+        assert not hung, f"vipo {given} still goes on in {hung} after {seconds} s"
+        said = [[Path(scratch, f"{rank}.{stream}").read_text() for stream in STREAMS] for rank in range(processes)]
+    return [Ended(code, *both) for code, both in zip(codes, said, strict=True)]
+
+
+STREAMS = ("out", "err")
+
+
+def _all_ended(
+    calls: list[tuple[Callable[..., None], tuple[Any, ...]]], seconds: float
+) -> tuple[list[int | None], list[int]]:
+    """Exit codes of one fork per call, and which had to be killed, being there still after ``seconds``."""
+    children = [forks().Process(target=target, args=given, daemon=True) for target, given in calls]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(seconds)
+    codes = [child.exitcode for child in children]
+    hung = [rank for rank, child in enumerate(children) if child.is_alive()]
+    for rank in hung:
+        children[rank].kill()
+    return codes, hung
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _place_in_environment(rank: int, processes: int, port: int | None) -> None:
+    """What a launcher tells each process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if port is not None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _command(words: list[str], place: tuple[int, int, int, Path], environment: dict[str, str]) -> None:
+    """The command in one process of several."""
+    import torch
+
+    rank, processes, port, scratch = place
+    for number, stream in enumerate(STREAMS, start=1):
+        os.dup2(os.open(scratch / f"{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    _place_in_environment(rank, processes, port)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    sys.argv = ["vipo", *words]
+    importlib.import_module("vipo.cli").main()
+
+
 def _one(work: Callable[..., Any], place: tuple[int, int, int | None, Path], given: tuple[Any, ...]) -> None:
     """One process of several."""
     import torch
 
     rank, processes, port, scratch = place
     if processes > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+        _place_in_environment(rank, processes, port)
     torch.set_num_threads(1)
     try:
         allow_fsdp_on_cpu()
-        if port is not None:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        elif processes > 1:
+        if port is None and processes > 1:
             store = f"file://{scratch / 'store'}"
             torch.distributed.init_process_group(
                 "gloo", init_method=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import gloo
 import tiny
 import vipo
 from vipo import engine as engine_module
@@ -161,10 +160,8 @@ def test_what_the_main_process_decides_or_refuses_holds_for_all(monkeypatch: pyt
 @pytest.mark.slow
 def test_two_separate_processes_are_refused_by_both(tmp_path: Path, raw: dict[str, Any]) -> None:
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
-    command = [*launcher, "train", str(recipe), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
-    assert done.returncode != 0 and "vipo: WORLD_SIZE=2" in done.stderr and "exitcode  : 2" in done.stderr
+    for ended in gloo.vipo("train", recipe, "--output", tmp_path / "run", ACCELERATE_USE_CPU="0"):
+        assert ended.code == 2 and "vipo: WORLD_SIZE=2" in ended.stderr, ended.stderr[-3000:]
     assert not (tmp_path / "run").exists()
 
 

@@ -6,8 +6,6 @@ import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import tiny
+import gloo
 from vipo.errors import UserError
 from vipo.evaluation.evaluator import Evaluator
 from vipo.evaluation.folder import EvaluationFolder, _csv
@@ -224,19 +222,17 @@ def test_two_processes_fill_one_folder_with_what_one_would(model_folder: Path, t
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {k}" for k in range(5)))
     plain = [str(model_folder), "--size", "32", "--steps", "1", "--rewards", "redness", "--prompts", str(prompts)]
-    command = ["-m", "vipo", "evaluate", *plain, "--batch", "2", "--pictures", "--json", "--output"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["evaluate", *plain, "--batch", "2", "--pictures", "--json", "--output"]
 
-    def vipo(*words: str) -> str:
-        environment = tiny.on_cpu()
-        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+    def told(processes: int, *words: str | Path) -> str:
+        first, *others = gloo.vipo(*command, *words, processes=processes)
+        assert first.code == 0 and all(other.code == 0 and not other.stdout for other in others), first.stderr[-3000:]
+        return first.stdout
 
     both, alone = tmp_path / "both", tmp_path / "alone"
-    told = vipo(*launch, *command, str(both))
-    assert json.loads(told) == json.loads(vipo(*command, str(alone)))  # one process speaks
+    by_both = told(2, both)
+    assert json.loads(by_both) == json.loads(told(1, alone))  # one process speaks
     assert contents(both) == contents(alone) and len(list((both / "parts").iterdir())) == 5
     shutil.rmtree(both / "parts" / "000001")
     shutil.rmtree(both / "parts" / "000004")
-    assert vipo(*launch, *command, str(both), "--resume") == told and contents(both) == contents(alone)
+    assert told(2, both, "--resume") == by_both and contents(both) == contents(alone)

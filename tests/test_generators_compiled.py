@@ -27,13 +27,8 @@ from vipo.types import TrainStep
 Graphs = list[Any]
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Graphs]:  # noqa: ARG001 - see below
-    """Every graph that is made, and run as it is instead of being compiled.
-
-    Without the run-time checks of shapes, which a graph would take for a reason to be for one shape only.
-    """
-    made: Graphs = []
+def graphs_alone(made: Graphs) -> Callable[..., Any]:
+    """In place of ``torch.compile``: Dynamo's graphs are kept, and run as they are."""
     real = torch.compile
 
     def keep(graph: Any, _: Any) -> Any:
@@ -43,7 +38,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Graphs]
     def uncompiled(function: Callable[..., Any], *, options: Any, **given: Any) -> Any:  # noqa: ARG001 - of Inductor
         return real(function, backend=keep, **given)
 
-    monkeypatch.setattr(torch, "compile", uncompiled)
+    return uncompiled
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Graphs]:  # noqa: ARG001 - see below
+    """Every graph that is made, and run as it is instead of being compiled.
+
+    Without the run-time checks of shapes, which a graph would take for a reason to be for one shape only.
+    """
+    made: Graphs = []
+    monkeypatch.setattr(torch, "compile", graphs_alone(made))
     torch._dynamo.reset()
     yield made
     torch._dynamo.reset()

@@ -203,6 +203,19 @@ def test_zero_cuts_what_the_optimiser_keeps_and_with_stage_3_the_weights(recipe_
     assert second.launch.endswith(" training.sharding=zero2")
 
 
+def test_what_training_refuses_is_neither_planned_nor_advised(recipe_of: Any, ledger: Ledger) -> None:
+    two = Machine(gpus=2)
+    compiled = recipe_of(training__compile=True, training__sharding="zero3")
+    with pytest.raises(UserError, match=r"training\.compile=true .* sharding=zero3"):
+        plan(compiled, two, ledger)
+    assert plan(compiled, Machine(), ledger).sharding == "none"  # one process cuts nothing
+    least = Machine(gpus=2, memory=1)  # everything is tried
+    for sharding, offered in (("none", True), ("fsdp2", False), ("zero3", False)):
+        recipe = recipe_of(training__sharding=sharding, training__compile=sharding != "zero3")
+        advised = map(str, advise(recipe, least, ledger).changes)
+        assert any("generator.quantization=nf4" in change for change in advised) == offered
+
+
 def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: Ledger) -> None:
     recipe = recipe_of(prompts__group_size=8)
     machine = Machine(memory=int(plan(recipe, Machine(), ledger).peak * 0.7))
@@ -211,7 +224,7 @@ def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: L
     for left_out in found.changes:
         changed = recipe
         for change in found.changes:
-            changed = changed if change is left_out else change.apply(changed, machine)[0]
+            changed = changed if change is left_out else change.apply(changed)
         assert not plan(changed, machine, ledger).fits, str(left_out)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,14 +21,12 @@ from torch import nn
 import adapters
 import tiny
 import tiny_wan
-from vipo import assemble
-from vipo.assemble import build_generator
-from vipo.engine import Engine
+from vipo.assemble import build_generator, check_sharding
 from vipo.errors import UserError
 from vipo.generators import quantization
 from vipo.generators.lora import attach_lora
 from vipo.generators.wan import WanGenerator
-from vipo.options import OptimizerOptions
+from vipo.options import OptimizerOptions, Sharding
 from vipo.plan import Ledger, Machine, advise, plan
 from vipo.plan.advice import Change
 from vipo.plan.blueprint import empty_network, empty_pipeline
@@ -200,25 +197,29 @@ def test_weights_that_are_trained_are_not_quantised(model_folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "key, value, stage, refused",
+    "changes, sharding, refused",
     [
-        ("generator__quantization", "nf4", 0, False),
-        ("generator__quantization", "float8_storage", 0, True),
-        ("generator__quantization", "nf4", 3, True),
-        ("optimizer__kind", "adamw8bit", 0, True),
+        ({"generator__quantization": "nf4"}, "fsdp2", ""),
+        ({"generator__quantization": "nf4"}, "zero3", "cuts"),
+        ({"generator__quantization": "float8_storage"}, "fsdp2", "cuts"),
+        ({"generator__quantization": "float8_storage"}, "none", ""),
+        ({"optimizer__kind": "adamw8bit"}, "fsdp2", "cuts"),
+        ({"optimizer__kind": "adamw8bit"}, "none", ""),
+        ({"training__compile": True}, "zero2", ""),
+        ({"training__compile": True}, "zero3", r"sharding=zero3 gathers .* or training\.sharding=fsdp2$"),
+        ({"training__compile": True, "generator__quantization": "int8"}, "fsdp2", ""),
+        ({"training__compile": True, "generator__quantization": "nf4"}, "none", ""),
+        ({"training__compile": True, "generator__quantization": "nf4"}, "fsdp2", r"or generator\.quantization=int8$"),
     ],
 )
 def test_what_cannot_be_cut_is_told_before_anything_is_loaded(
-    model_folder: Path, tmp_path: Path, key: str, value: str, stage: int, refused: bool
+    model_folder: Path, tmp_path: Path, changes: dict[str, Any], sharding: Sharding, refused: str
 ) -> None:
-    sharding = f"zero{stage}" if stage else "fsdp2"  # as a launcher may ask for it: the recipe says none
-    recipe, engine = recipe_of(model_folder, tmp_path, **{key: value}), Mock(spec=Engine, stage=stage, in_step=True)
-    engine.sharding = sharding
-    told = pytest.raises(
-        UserError, match=rf"={value} is for .* sharding={sharding} cuts them; take training\.sharding=n"
-    )
-    with told if refused else nullcontext():
-        assemble._check_sharded(recipe, engine)
+    recipe = recipe_of(model_folder, tmp_path, **changes)
+    if refused == "cuts":
+        refused = rf"is for .* sharding={sharding} cuts them; take training\.sharding=n"
+    with pytest.raises(UserError, match=refused) if refused else nullcontext():
+        check_sharding(recipe, sharding)
 
 
 def test_a_lora_on_float8_starts_as_finely_as_on_any_base(model_folder: Path) -> None:

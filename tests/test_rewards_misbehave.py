@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import faults
+import gloo
 import tiny
 from scripted import Reply, scripted
 from vipo import secrets
@@ -268,10 +269,7 @@ def test_a_run_never_ends_well_without_its_reward(
     tmp_path: Path, model_folder: Path, what: str, code: int, says: str
 ) -> None:
     recipe = _own_recipe(tmp_path, model_folder, what, training__reward_timeout=1.0)
-    run = tiny.command_line("train", recipe, "--allow-code", "--output", tmp_path / "run")
-    assert _ends(run, 120)[0] == code
-    again = tiny.command_line("train", recipe, "--allow-code", "--output", tmp_path / "again")
-    got, said = _ends(again, 120)
+    got, said = faults.call(tmp_path / "said.txt", "train", recipe, "--allow-code", "--output", tmp_path / "run")
     assert got == code and says in said and "Traceback" not in said
     assert not (tmp_path / "run" / "export").exists()
 
@@ -281,13 +279,9 @@ def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, mod
     what = "import os\n    assert os.environ['RANK'] == '0' or len(media) < 3, 'only here'\n"
     what += "    return media.mean((1, 2, 3, 4))"
     recipe = _own_recipe(tmp_path, model_folder, what)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
-    words = ["train", str(recipe), "--allow-code", "--output", str(tmp_path / "run")]
-    begin = time.monotonic()
-    done = subprocess.run([*torchrun, *words], env=tiny.on_cpu(), capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0 and time.monotonic() - begin < 150
-    assert "raised AssertionError: only here" in done.stderr
-    assert "a reward failed in another process" in done.stderr
+    healthy, failing = gloo.vipo("train", recipe, "--allow-code", "--output", tmp_path / "run")
+    assert healthy.code and failing.code and "raised AssertionError: only here" in failing.stderr
+    assert "a reward failed in another process" in healthy.stderr
 
 
 class Two:

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image, ImageSequence
 from rich.console import Console
 from safetensors.torch import load_file
 
+import gloo
 import tiny
 import tiny_wan
 from vipo.assemble import Model, Session
@@ -314,14 +314,14 @@ def test_two_processes_keep_one_run_directory_like_that_of_one(tmp_path: Path, r
     raw["training"] |= {"keep_best": next(iter(raw["rewards"])), "checkpoint_every": 4, "keep_checkpoints": 1}
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
     both, alone = tmp_path / "both", tmp_path / "alone"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vipo"]
-    command = [*launch, "train", str(recipe), "--allow-code", "--no-report", "--output", str(both)]
-    done = subprocess.run(command, env=tiny.on_cpu(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("4/4 reward") == done.stdout.count("2 processes.") == 1  # one process speaks
+    command = ("train", recipe, "--allow-code", "--no-report", "--output", both)
+    first, second = gloo.vipo(*command)
+    assert first.code == second.code == 0, first.stderr[-3000:] + second.stderr[-3000:]
+    assert first.stdout.count("4/4 reward") == first.stdout.count("2 processes.") == 1 and not second.stdout
     assert json.loads((both / "environment.json").read_text())["processes"] == 2
-    again = subprocess.run(command, env=tiny.on_cpu(), capture_output=True, text=True)
-    assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stdout
+    for again in gloo.vipo(*command):
+        assert again.code == 2 and "Traceback" not in again.stderr
+        assert "already holds a run" in again.stderr
     tiny.run_all(raw, alone)
     for key, tolerance in (("reward", 1e-3), ("ratio_deviation", 1e-6)):
         ours, theirs = ([line[key] for line in tiny.lines(folder / "metrics.jsonl")] for folder in (both, alone))

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 import tiny
 import tiny_wan
 from gloo import together
+from test_generators_compiled import graphs_alone
 from vipo.assemble import build
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
@@ -140,6 +141,27 @@ def test_processes_train_as_one(model_folder: Path, wan_folder: Path, tmp_path: 
     together_, alone = together(trained, processes, list(cases.values())), trained(list(cases.values()))
     for place, (name, one) in enumerate(zip(cases, alone, strict=True)):
         assert_same([rank[place] for rank in together_], one, split=name.startswith("split"))
+
+
+def compiled(cases: list[Case]) -> list[dict[str, Any]]:
+    """As ``trained``, by graphs of blocks whose weights an engine cuts."""
+    real, made = torch.compile, list[Any]()
+    torch.compile = graphs_alone(made)  # type: ignore[assignment]
+    try:
+        found = trained(cases)
+    finally:
+        torch.compile = real
+    assert made and all(one["metrics"][0]["ratio_deviation"] == 0 for one in found)
+    return found
+
+
+@pytest.mark.long
+def test_compiled_blocks_are_cut_too(model_folder: Path, tmp_path: Path) -> None:
+    raw = flux(model_folder, tmp_path, training__compile=True)
+    cases = [(raw, "fsdp2", 2), ({**raw, "policy": {"kind": "lora", "rank": 2, "ema_decay": 0.5}}, "fsdp2", 2)]
+    (alone,), both = together(compiled, 1, cases), together(compiled, 2, cases)
+    for place, one in enumerate(alone):
+        assert_same([rank[place] for rank in both], one, split=False)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor
 
+import gloo
 import tiny
 from vipo import objective
 from vipo.errors import UserError
@@ -394,37 +392,20 @@ def test_a_credit_that_needs_maps_says_so(model_folder: Path) -> None:
         tiny.trainer(model_folder, credit="advantage_map", map_source=None).step()
 
 
-TWO_ITERATIONS = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-import tiny
-trainer = tiny.same_calls(tiny.trainer(Path({model!r}), credit="advantage_map", learning_rate=1e-4))
-rank = trainer.engine.rank
-steps = [trainer.step() for _ in range(2)]
-kept = {{f"media{{k}}": step.rollout.media for k, step in enumerate(steps)}}
-kept |= {{f"scores{{k}}": step.scores.total for k, step in enumerate(steps)}}
-kept |= {{f"advantage{{k}}": tiny.advantage_of(trainer, step) for k, step in enumerate(steps)}}
-kept["reward"] = torch.tensor([step.metrics["reward"] for step in steps], dtype=torch.float64)
-kept |= {{f"weights/{{n}}": value.contiguous() for n, value in trainer.policy.state().items()}}
-save_file({{n: v.contiguous() for n, v in kept.items()}}, Path({out!r}) / f"rank{{rank}}.safetensors")
-"""
+def two_iterations(model_folder: Path) -> dict[str, Tensor]:
+    """What one process of several saw, scored, credited and learned."""
+    trainer = tiny.same_calls(tiny.trainer(model_folder, credit="advantage_map", learning_rate=1e-4))
+    steps = [trainer.step() for _ in range(2)]
+    kept = {f"media{k}": step.rollout.media for k, step in enumerate(steps)}
+    kept |= {f"scores{k}": step.scores.total for k, step in enumerate(steps)}
+    kept |= {f"advantage{k}": tiny.advantage_of(trainer, step) for k, step in enumerate(steps)}
+    kept["reward"] = torch.tensor([step.metrics["reward"] for step in steps], dtype=torch.float64)
+    return kept | {f"weights/{name}": value.clone() for name, value in trainer.policy.state().items()}
 
 
 @pytest.mark.long
-def test_two_processes_train_as_one(model_folder: Path, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        TWO_ITERATIONS.format(tests=str(Path(__file__).parent), model=str(model_folder), out=str(tmp_path))
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(torchrun, env=tiny.on_cpu(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
-
+def test_two_processes_train_as_one(model_folder: Path) -> None:
+    ranks = gloo.together(two_iterations, 2, model_folder, grouped=False)
     trainer = tiny.same_calls(tiny.trainer(model_folder, credit="advantage_map", learning_rate=1e-4))
     steps = [trainer.step() for _ in range(2)]
     both = {name: torch.cat([rank[name] for rank in ranks]) for name in ("media0", "media1", "scores0", "advantage0")}

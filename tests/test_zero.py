@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import time
@@ -15,7 +16,19 @@ from safetensors.torch import load_file
 
 import gloo
 from gloo import together
-from test_sharded import ITERATIONS, TOLERANCE, Case, assert_exported, assert_same, flux, furthest, run, trained, wan
+from test_sharded import (
+    ITERATIONS,
+    TOLERANCE,
+    Case,
+    assert_exported,
+    assert_same,
+    compiled,
+    flux,
+    furthest,
+    run,
+    trained,
+    wan,
+)
 from test_sharded import wan_folder as wan_folder
 from vipo.assemble import build
 from vipo.engine import Engine
@@ -56,6 +69,18 @@ def test_processes_train_as_one(model_folder: Path, wan_folder: Path, tmp_path: 
     alone, both = trained(list(cases.values())), together(zero_trained, 2, list(cases.values()))
     for place, one in enumerate(alone):
         assert_same([rank[place] for rank in both], one, split=False)
+
+
+def zero_compiled(cases: list[Case]) -> list[dict[str, Any]]:
+    gloo.spare_deepspeed_its_compiler()
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # compiles a function while it is imported
+    return compiled(cases)
+
+
+def test_compiled_blocks_train_under_stage_2(model_folder: Path, tmp_path: Path) -> None:
+    cases: list[Case] = [(flux(model_folder, tmp_path, training__compile=True), "zero2", 2)]
+    (alone,), both = together(compiled, 1, cases), together(zero_compiled, 2, cases)
+    assert_same([rank[0] for rank in both], alone[0], split=False)
 
 
 def zero_run(raw: dict[str, Any], root: Path, *given: Any, **more: Any) -> dict[str, Any]:

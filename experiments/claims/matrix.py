@@ -163,8 +163,8 @@ ARMS: dict[str, Arm] = {
     "minmax": structuring(normalization="minmax"),
     "stride-16": backbone(16, 128),
     "stride-32": backbone(32, 224),
-    "sample-clip-1e-4": clipped("sample", "1e-4"),
-    "uniform-clip-1e-4": clipped("uniform", "1e-4"),
+    "sample-clip-1e-4": clipped("sample", "1e-4", seeds=5),
+    "uniform-clip-1e-4": clipped("uniform", "1e-4", seeds=5),
     "vipo-clip-1e-4": clipped("advantage_map", "1e-4"),
     "detached-clip-1e-4": clipped("advantage_map", "1e-4", "objective.ratio=detached"),
     "redness-sample": redness("credit=sample"),
@@ -200,8 +200,11 @@ ARMS: dict[str, Arm] = {
     "clips-vipo": clips(),
     "clips-deviation": clips("structuring.sources=[deviation]"),
     "clips-consensus": clips("structuring.sources=[consensus]"),
+    "clips-sample-rate-2e-3": rate(clips("credit=sample"), "2e-3"),
+    "clips-vipo-rate-2e-3": rate(clips(), "2e-3"),
+    "clips-deviation-rate-2e-3": rate(clips("structuring.sources=[deviation]"), "2e-3"),
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 26, 29, len(ARMS) - 34, len(ARMS) - 15, len(ARMS) - 5, len(ARMS))
+BLOCKS = (13, 22, 26, 29, len(ARMS) - 37, len(ARMS) - 18, len(ARMS) - 8, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""

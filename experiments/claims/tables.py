@@ -43,7 +43,7 @@ from vipo.report.svg import fixed, signed
 
 SCORES = ("emoji_match", "emoji_judge", "emoji_layout")
 """The first is trained on, the others only watch."""
-MAIN = tuple(arm for arm in ARMS if arm in ("sample", "vipo") or re.search(r"^stride-|-rate-", arm))
+MAIN = tuple(arm for arm in ARMS if arm in ("sample", "vipo") or re.search(r"^stride-|^(?!clips).*-rate-", arm))
 CLIPPED = tuple(arm for arm in ARMS if "-clip-" in arm)
 SOURCES = tuple(arm for arm in ARMS if arm.startswith("source-"))
 REDNESS = tuple(arm for arm in ARMS if arm.startswith("redness-"))

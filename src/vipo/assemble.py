@@ -15,13 +15,13 @@ import torch
 
 from vipo import embedded, generators, rewards
 from vipo.backbones.perceptual import perceptual
-from vipo.engine import Engine
+from vipo.engine import STAGES, Engine
 from vipo.errors import UserError
 from vipo.evaluation.estimate import FEWEST_PROMPTS
 from vipo.generators import attention, compiled, context, in_parts
 from vipo.generators.folder import pipeline_class
 from vipo.generators.own import build as build_own
-from vipo.options import CreditKind, Solver, needs_sources
+from vipo.options import CreditKind, Sharding, Solver, needs_sources
 from vipo.policy import Policy
 from vipo.pretrained import DTYPES
 from vipo.prompts.files import EMBEDDED, named_prompts
@@ -393,27 +393,37 @@ def engine_of(recipe: Recipe) -> Engine:
     )
 
 
-def _check_sharded(recipe: Recipe, engine: Engine) -> None:
-    """Raises:
-    UserError: FSDP2 cuts neither weights that are cast for each pass nor moments of 8 bits, ZeRO no quantised ones.
+def check_sharding(recipe: Recipe, sharding: Sharding) -> None:
+    """Whether what a recipe trains can be cut over several processes as ``sharding`` cuts.
+
+    Raises:
+        UserError: FSDP2 cuts neither weights that are cast for each pass nor moments of 8 bits, ZeRO no quantised
+            ones; ZeRO shares no samples; or blocks cannot be compiled as they are cut.
     """
-    kind = recipe.generator.quantization
-    cut = ("none",) if engine.stage else ("none", *in_parts.KINDS)
+    stage, kind = STAGES.get(sharding, 0), recipe.generator.quantization
+    cut = ("none",) if stage else ("none", *in_parts.KINDS)
     keys = {
         f"generator.quantization={kind}": kind in cut,
         f"optimizer.kind={recipe.optimizer.kind}": recipe.optimizer.kind == "adamw",
     }
     asked = [key for key, can_be_cut in keys.items() if not can_be_cut]
-    if engine.in_step and asked:
+    if sharding != "none" and asked:
         raise UserError(
-            f"{asked[0]} is for weights that lie whole on a GPU, and sharding={engine.sharding} cuts them; take"
+            f"{asked[0]} is for weights that lie whole on a GPU, and sharding={sharding} cuts them; take"
             " training.sharding=none, a copy on each GPU, or leave it out (training.sharding=fsdp2 takes"
             f" generator.quantization={', '.join(in_parts.KINDS)}, and optimizer.kind=adamw)"
         )
-    if engine.stage and recipe.training.context_parallel > 1:
+    if stage and recipe.training.context_parallel > 1:
         raise UserError(
             f"training.context_parallel={recipe.training.context_parallel} shares samples among processes that have all"
             " weights, or parts of FSDP2's; take training.sharding=fsdp2"
+        )
+    if recipe.training.compile and (stage == 3 or (sharding != "none" and kind == "nf4")):
+        what = "gathers weights" if stage == 3 else "puts weights of nf4 together"
+        remedy = "training.sharding=fsdp2" if stage == 3 else "generator.quantization=int8"
+        raise UserError(
+            f"training.compile=true makes one graph of each block, and sharding={sharding} {what} inside of it; take"
+            f" training.compile=false, or {remedy}"
         )
 
 
@@ -456,7 +466,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
         UserError: a name, file or option in the recipe is wrong, or the launcher's processes are not the engine's.
     """
     engine = engine or engine_of(recipe)
-    _check_sharded(recipe, engine)
+    check_sharding(recipe, engine.sharding)
     training_prompts = named_prompts(recipe.prompts.file)
     evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
     _check_watchable(recipe, len(evaluation_prompts))

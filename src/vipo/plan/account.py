@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vipo.assemble import check_sharding
 from vipo.generators import context
 from vipo.options import BUCKET, Sharding
 from vipo.plan.blueprint import adapter_name, conditioning, is_own
@@ -58,6 +59,10 @@ class Machine:
     def processes(self) -> int:
         return self.gpus * self.nodes
 
+    def sharding(self, recipe: Recipe) -> Sharding:
+        """What is cut over its processes; none where there is one."""
+        return recipe.training.sharding if self.processes > 1 else "none"
+
     @property
     def slowest_link(self) -> float:
         """Bytes per second of the link that messages of all processes wait for."""
@@ -77,7 +82,7 @@ class Plan:
 
     recipe: str
     machine: Machine
-    sharding: Sharding  # what is cut over the processes; none where there is one
+    sharding: Sharding  # as of Machine.sharding
     context_parallel: int  # processes that share each sample
     resident: Items
     phases: Mapping[str, Items]  # what each phase adds to that
@@ -156,6 +161,8 @@ class Accountant:
 
     def __init__(self, recipe: Recipe, machine: Machine, ledger: Ledger) -> None:
         self.recipe, self.machine, self.ledger = recipe, machine, ledger
+        self.sharding = machine.sharding(recipe)
+        check_sharding(recipe, self.sharding)
         self.work = work_of(recipe, machine.processes)
         self.drawn = ledger.drawn(recipe)[1]
         self.team = recipe.training.context_parallel  # processes that share each pass
@@ -163,7 +170,6 @@ class Accountant:
             masked = getattr(self.drawn.generator, "masks_text", False)
             context.check(self.drawn.network, self.team, recipe.training.context_exchange, masked=masked)
         self.judges, self.uncounted = judges_of(recipe)
-        self.sharding: Sharding = recipe.training.sharding if machine.processes > 1 else "none"
         self.sharded = self.sharding in ("fsdp2", "zero3")  # the network's weights
         self.is_zero = self.sharding in ("zero2", "zero3")
 

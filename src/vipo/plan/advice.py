@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vipo.generators import in_parts, options
+from vipo.assemble import check_sharding
+from vipo.errors import UserError
+from vipo.generators import options
 from vipo.plan.account import Accountant, Machine, Plan, plan
 from vipo.plan.blueprint import adapter_name, is_own
 from vipo.plan.ledger import Ledger
@@ -83,6 +85,8 @@ def advise(recipe: Recipe, machine: Machine, ledger: Ledger | None = None) -> Ad
             break
         left.remove(change)
         with_it = [*(other for other in chosen if other.path != change.path), change]
+        if not _trains(recipe, machine, with_it):
+            continue
         tried = _planned(recipe, machine, with_it, ledger)
         if tried.peak < best.peak:
             chosen, best = with_it, tried
@@ -111,15 +115,30 @@ def _advice(recipe: Recipe, machine: Machine, changes: Sequence[Change], ledger:
     return Advice(tuple(changes), found, found.iteration_seconds - base.iteration_seconds)
 
 
+def _trains(recipe: Recipe, machine: Machine, changes: Sequence[Change]) -> bool:
+    """Whether an engine takes it with these changes."""
+    changed = _changed(recipe, changes)
+    try:
+        check_sharding(changed, machine.sharding(changed))
+    except UserError:
+        return False
+    return True
+
+
 def _planned(recipe: Recipe, machine: Machine, changes: Sequence[Change], ledger: Ledger) -> Plan:
+    return plan(_changed(recipe, changes), machine, ledger)
+
+
+def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
     for change in changes:
         recipe = change.apply(recipe)
-    return plan(recipe, machine, ledger)
+    return recipe
 
 
 def _candidates(recipe: Recipe, machine: Machine, ledger: Ledger) -> list[Change]:
     """By the seconds that each adds to an iteration; what changes the training comes last."""
-    costly = [(account_seconds(recipe, machine, change, ledger), change) for change in _costly(recipe, machine)]
+    possible = [change for change in _costly(recipe, machine) if _trains(recipe, machine, [change])]
+    costly = [(account_seconds(recipe, machine, change, ledger), change) for change in possible]
     paid = [change for _, change in sorted(costly, key=lambda pair: pair[0])]
     return [*_free(recipe, machine), *paid, *_other_training(recipe)]
 
@@ -158,15 +177,13 @@ def _free(recipe: Recipe, machine: Machine) -> Iterator[Change]:
 def _costly(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     if not recipe.training.gradient_checkpointing:
         yield Change(("training", "gradient_checkpointing"), True, helps=("update",))
-    can_be_cut = recipe.generator.quantization in ("none", *in_parts.KINDS) and recipe.optimizer.kind == "adamw"
-    if machine.processes > 1 and recipe.training.sharding == "none" and can_be_cut:
+    if machine.processes > 1 and recipe.training.sharding == "none":
         yield Change(SHARDING, "fsdp2")
 
 
 def _other_training(recipe: Recipe) -> Iterator[Change]:
-    is_zero = recipe.training.sharding in ("zero2", "zero3")  # which cuts no quantised base
     yield from _fewer_text_bits(recipe, "int8", "prompts read in 8 bits")
-    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none" and not is_zero:
+    if recipe.policy.kind == "lora" and recipe.generator.quantization == "none":
         yield Change(("generator", "quantization"), "nf4", warning="a LoRA on a base in 4 bits")
     yield from _fewer_text_bits(recipe, "nf4", "prompts read in 4 bits")
     if recipe.policy.kind == "full":
