@@ -238,21 +238,33 @@ def text_kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_two_iterations_with_prompts_read_in_fewer_bits(model_folder: Path, tmp_path: Path, text_kind: str) -> None:
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_two_iterations_with_prompts_read_in_fewer_bits(
+    model_folder: Path, wan_folder: Path, tmp_path: Path, text_kind: str, family: str
+) -> None:
     fewer = {"generator__text_quantization": text_kind, "generator__dtype": "bfloat16", "generator__offload_text": True}
-    list(Run(recipe_of(model_folder, tmp_path, **fewer, training__precision="bf16", **TRAINED), tmp_path / "run"))
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", **fewer, training__precision="bf16", **TRAINED)
+    if family == "wan":
+        raw["generator"] |= {"name": "wan", "path": str(wan_folder), **wan_size()}
+    list(Run(parse_recipe(raw), tmp_path / "run"))
     for metrics in tiny.lines(tmp_path / "run" / "metrics.jsonl"):
         assert metrics["ratio_deviation"] == 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
     generator: Any = open_run(tmp_path / "run")[1].generator  # as it trained
     found = [n for part in generator.text_encoders for n, m in part.named_modules() if quantization.is_quantised(m)]
-    assert len(found) == 6 + (5 if text_kind == "nf4" else 6)  # CLIP's, and T5's
+    whole = 11 if family == "flux" else 6  # CLIP's and T5's; UMT5's alone, which has a gate
+    assert len(found) == whole + (text_kind == "int8")
     assert any(name.endswith("wo") for name in found) == (text_kind == "int8")
     assert not any(quantization.is_quantised(module) for module in generator.network.modules())
 
 
-@pytest.fixture(scope="module")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
+def wan_size() -> dict[str, int]:
+    height, width = tiny_wan.SIZES["2.1"]
+    return {"height": height, "width": width, "frames": tiny_wan.FRAMES}
 
 
 @pytest.mark.parametrize("family, dtype", [("flux", "float32"), ("wan", "bfloat16"), ("wan", "float16")])
@@ -261,8 +273,7 @@ def test_prompts_read_in_fewer_bits_are_near_the_whole_ones_and_planned_for(
 ) -> None:
     sizes: dict[str, Any] = {"path": str(model_folder), "height": tiny.HEIGHT, "width": tiny.WIDTH}
     if family == "wan":
-        height, width = tiny_wan.SIZES["2.1"]
-        sizes = {"path": str(wan_folder), "height": height, "width": width, "frames": tiny_wan.FRAMES}
+        sizes = {"path": str(wan_folder), **wan_size()}
     sections = [GeneratorSection(**sizes, dtype=dtype, text_quantization=kind) for kind in ("none", text_kind)]
     whole, fewer = (build_generator(section, device="cpu") for section in sections)
     theirs, ours = ([*vars(generator.encode(tiny.PROMPTS[:2])).values()] for generator in (whole, fewer))
