@@ -162,7 +162,7 @@ def test_arms_that_are_missing_are_listed_and_nothing_is_invented(tmp_path: Path
     assert row(made["main"], "stride-16")[1:3] == ("0 of 3", "not trained yet")
     assert row(made["main"], "vipo")[1:] == ("2 of 3", "emoji_match", NONE, "+0.200 [+0.200, +0.200]", NONE)
     assert row(made["ablations"], "average")[2] == "not trained yet"
-    assert row(made["clipping"], "sample-clip-1e-4")[1] == "0 of 3"
+    assert row(made["clipping"], "sample-clip-1e-4")[1] == "0 of 5"
     assert made["agreement"].lines == made["orientation"].lines == ((("Not measured yet.", ""),),)
     assert "redness-sample 0 of 3" in made["collapse"].lines[0][0][0]
     assert made["collapse"].lines[1:] == ((("There is no redness that every run reached.", ""),),)

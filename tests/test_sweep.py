@@ -26,7 +26,7 @@ from terminal import Vipo, assert_refused
 from vipo.connections import BoundedServer
 from vipo.errors import UserError
 from vipo.recipe import parse_recipe
-from vipo.report.compare import comparable, group_table
+from vipo.report.compare import comparable, group_table, verdict_words
 from vipo.report.groups import groups, labels
 from vipo.report.run import read_run
 from vipo.report.watch import watching
@@ -72,13 +72,14 @@ def test_a_slip_is_told_before_anything_runs(given: list[str], words: str) -> No
         combinations("quickstart", given)
 
 
-def run_of(folder: Path, source: Path, gains: list[float], **changes: Any) -> Path:
-    """A run's folder with the evaluations moved by so much, at as many iterations."""
+def run_of(folder: Path, source: Path, gains: list[float], copies: int = 1, **changes: Any) -> Path:
+    """A run's folder with the evaluations moved by so much, at as many iterations, each prompt there so many times."""
     shutil.copytree(source, folder)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
     first = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[0])
     first.pop("sha256", None)
+    first |= {"prompts": first["prompts"] * copies, "values": {n: row * copies for n, row in first["values"].items()}}
     records = [
         {**first, "iteration": k, "values": {name: [v + gain for v in row] for name, row in first["values"].items()}}
         for k, gain in enumerate(gains)
@@ -108,6 +109,22 @@ def test_seeds_are_one_group_and_runs_are_named_by_what_differs(six: list[Path])
     assert (a.high - a.low, b.mean - a.mean) == pytest.approx((0.02, 0.2))
     assert b.difference is not None and b.difference.mean == pytest.approx(0.2) and a.difference is None
     assert b.by_seed == pytest.approx({0: 0.2, 1: 0.2, 2: 0.2})
+
+
+def test_a_verdict_on_groups_is_over_seeds(tmp_path: Path, finished: Path) -> None:
+    """One seed much better and two a little worse: every prompt says better, the seeds do not."""
+    made, ends = [], {"sample": (0.0, 0.0, 0.0), "uniform": (0.9, -0.1, -0.2), "advantage_map": (0.3, 0.31, 0.29)}
+    for credit in ends:
+        for seed, end in enumerate(ends[credit]):
+            folder = tmp_path / f"{credit}-{seed}"
+            made.append(run_of(folder, finished, [0.0, end], copies=4, credit=credit, seed=seed, name=folder.name))
+    _, uneven, even = found = groups(comparable(made))
+    scores = [group.scores["redness"] for group in (uneven, even)]
+    assert [verdict_words(score) for score in scores] == ["within noise", "better over seeds"]
+    assert scores[0].difference is not None and scores[0].difference.mean == pytest.approx(0.2)
+    assert "better over seeds" in group_table(found)
+    _, pair = groups(comparable([made[0], made[6]]))
+    assert verdict_words(pair.scores["redness"]) == "better in these runs"  # one seed says no more
 
 
 def test_pictures_to_the_yardsticks_level_by_hand(six: list[Path]) -> None:

@@ -118,7 +118,7 @@ def test_the_page_has_the_figures_that_the_command_prints(
         score = group["scores"]["match"]
         assert f">{score['mean']:.4f}<" in table and f"{score['low']:.4f} to {score['high']:.4f}" in table
         assert score["difference"] is None or f">+{score['difference']['mean']:.4f}<" in table
-    assert table.count("better in these runs") == 3 and 'data-label="Pictures to level' in table
+    assert table.count("better over seeds") == 3 and 'data-label="Pictures to level' in table
     said = vipo("compare", *written, "--html", tmp_path / "out.html")
     assert said.out.strip() == str(tmp_path / "out.html") and (tmp_path / "out.html").read_text() == page
 

@@ -28,10 +28,11 @@ from scipy import stats
 from torch import Tensor
 
 import results
-from intervals import Interval, anova, squares, student
+from intervals import Interval, anova, student
 from matrix import ARMS
 from tables import SCALAR_GROUPS
 from vipo import randomness
+from vipo.evaluation.over_seeds import mean_squares
 
 HERE = Path(__file__).resolve().parent
 SCORE, PROMPTS, SEEDS = "emoji_match", 64, (3, 4, 5)
@@ -40,7 +41,7 @@ QUANTILES = (0.25, 0.5, 0.75, 0.9)
 
 def variances(table: Tensor) -> Tensor:
     """Of the seeds' effects, the prompts' and the rest (3,)."""
-    (of_seeds, of_prompts, rest), (count, prompts) = squares(table), table.shape
+    (of_seeds, of_prompts, rest), (count, prompts) = mean_squares(table), table.shape
     return torch.tensor([max(0.0, of_seeds - rest) / prompts, max(0.0, of_prompts - rest) / count, rest])
 
 

@@ -7,17 +7,9 @@ import math
 from scipy import stats
 from torch import Tensor
 
+from vipo.evaluation.over_seeds import variance_of_mean
+
 Interval = tuple[float, float]
-
-
-def squares(table: Tensor) -> tuple[float, float, float]:
-    """Mean squares of the seeds, of the prompts and of the rest, of differences (S, P)."""
-    count, prompts = table.shape
-    mean = table.mean()
-    seed, prompt = table.mean(1) - mean, table.mean(0) - mean
-    rest = table - mean - seed[:, None] - prompt
-    of_rest = float(rest.square().sum()) / ((count - 1) * (prompts - 1))
-    return prompts * float(seed.var()), count * float(prompt.var()), of_rest
 
 
 def student(table: Tensor) -> Interval:
@@ -26,14 +18,8 @@ def student(table: Tensor) -> Interval:
 
 
 def anova(table: Tensor) -> Interval:
-    """Student's t with the variance (MSA + MSB - MSE) / (S P) of a mean over both, at least MSA / (S P).
-
-    With Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946), at least S - 1.
-    """
-    (of_seeds, of_prompts, rest), (count, prompts) = squares(table), table.shape
-    variance = max(of_seeds + of_prompts - rest, of_seeds)
-    parts = of_seeds**2 / (count - 1) + of_prompts**2 / (prompts - 1) + rest**2 / ((count - 1) * (prompts - 1))
-    return _around(table, variance / table.numel(), max(variance**2 / parts, count - 1) if parts else count - 1)
+    """Student's t with the variance of seeds and prompts together."""
+    return _around(table, *variance_of_mean(table))
 
 
 def _around(table: Tensor, variance: float, freedom: float) -> Interval:

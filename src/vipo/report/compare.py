@@ -21,6 +21,15 @@ VERDICTS: Mapping[Verdict | None, str] = {
     "too few prompts to tell": "too few prompts to tell",
     None: "",
 }
+OVER_SEEDS: Mapping[Verdict, str] = {"rose in this run": "better over seeds", "fell in this run": "worse over seeds"}
+
+
+def verdict_words(found: Cell | GroupScore) -> str:
+    """What a difference comes to, and whether that is said of these runs or of seeds."""
+    here = VERDICTS[found.verdict]
+    if found.verdict is None or isinstance(found, Cell) or len(found.by_seed) < 2:
+        return here
+    return OVER_SEEDS.get(found.verdict, here)
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,7 @@ def _gain(cell: Cell | GroupScore) -> tuple[str, str, str]:
     if cell.difference is None:
         return "", "", ""
     gain = cell.difference
-    return f"{gain.mean:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}", VERDICTS[cell.verdict]
+    return f"{gain.mean:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}", verdict_words(cell)
 
 
 def _note(rows: Sequence[ComparedRun]) -> str:
@@ -213,8 +222,9 @@ def group_table(found: Sequence[Group]) -> str:
 def group_note(yardstick: str) -> str:
     """What the numbers of groups are, in words."""
     return (
-        f"Differences are from {yardstick}, paired by picture and by seed; intervals are a bootstrap over prompts,"
-        " of pictures over seeds. The level is that group's final mean."
+        f"Differences are from {yardstick}, paired by picture and by seed; intervals are over seeds and prompts"
+        " (over prompts alone where one seed is shared), of pictures a bootstrap over seeds. The level is that group's"
+        " final mean."
     )
 
 
@@ -255,7 +265,7 @@ def _flat_row(name: str, group: Group, score: GroupScore) -> dict[str, Any]:
         "difference": gain.mean if gain else None,
         "difference_low": gain.low if gain else None,
         "difference_high": gain.high if gain else None,
-        "verdict": VERDICTS[score.verdict] or None,
+        "verdict": verdict_words(score) or None,
         "level": score.reach.level if score.reach else None,
         "pictures_to_level": over.mean if over else None,
         "pictures_low": over.low if over else None,

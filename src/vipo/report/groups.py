@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from vipo.evaluation.estimate import Estimate, estimate, first_at, paired_prompts
+from vipo.evaluation.estimate import Estimate, estimate, first_at
+from vipo.evaluation.over_seeds import estimate_over_seeds
 from vipo.evaluation.records import EvaluationRecord
 from vipo.report.outcome import Role, Verdict, role_of, verdict_of
 from vipo.report.run import RunRecord, flat
@@ -34,8 +35,9 @@ class Reach:
 class GroupScore:
     """One score of one group. ``low`` and ``high`` are the least and the largest of the seeds' final means.
 
-    ``difference`` is from the first group, picture by picture over the seeds that both have, its interval a bootstrap
-    over prompts; ``by_seed`` are the seeds' own.
+    ``difference`` is from the first group, picture by picture over the seeds that both have and the prompts that all
+    of them scored; its interval is over seeds and prompts (:mod:`vipo.evaluation.over_seeds`), of a single seed a
+    bootstrap over prompts. ``by_seed`` are the seeds' own.
     """
 
     role: Role
@@ -169,11 +171,13 @@ def _difference(
     ends = {seed: (found[seed].evaluations[-1], first[seed].evaluations[-1]) for seed in shared}
     rows = {seed: now.values[name] - then.values[name] for seed, (now, then) in ends.items()}
     by_seed = {seed: float(row.nanmean()) for seed, row in rows.items()}
-    each, mean = ends[shared[0]][0].samples_per_prompt, torch.stack(list(rows.values())).nanmean(0)
-    prompts = paired_prompts(mean, mean, each)
+    each = ends[shared[0]][0].samples_per_prompt
+    table = torch.stack([row.double().unflatten(0, (-1, each)).nanmean(1) for row in rows.values()])
+    table = table[:, table.isfinite().all(0)]
+    prompts = table.shape[1]
     if not prompts:
         return None, {}, None
-    gain = estimate(mean, each)
+    gain = estimate_over_seeds(table) if min(table.shape) > 1 else estimate(table.mean(0), 1)
     return gain, by_seed, verdict_of(gain, prompts)
 
 

@@ -12,7 +12,7 @@ from vipo.options import CREDIT_MEANINGS
 from vipo.report import svg
 from vipo.report.arms import Arm, arms, curves, gaps, one_model
 from vipo.report.beside import PROMPTS, Sheets, beside, movements
-from vipo.report.compare import HEADINGS, VERDICTS, compared, group_note, missing, reached, run_lines
+from vipo.report.compare import HEADINGS, compared, group_note, missing, reached, run_lines, verdict_words
 from vipo.report.groups import GroupScore, short_names
 from vipo.report.outcome import Verdict
 from vipo.report.page import MARKS, decimals, facts
@@ -151,5 +151,5 @@ def _line(arm: Arm, score: GroupScore, digits: int, widest: float) -> dict[str, 
     label = f"difference {mean}, 95 % interval {low} to {high}"
     sign, tone = MARKS[score.verdict]
     plot = svg.interval(gain.low, gain.mean, gain.high, label=label, widest=widest)
-    verdict = {"verdict": VERDICTS[score.verdict], "sign": sign, "tone": tone}
+    verdict = {"verdict": verdict_words(score), "sign": sign, "tone": tone}
     return line | {"gain": mean, "low": low, "high": high, "plot": plot, **verdict}
