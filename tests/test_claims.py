@@ -316,7 +316,8 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
     for arm, gain in grouped.items():
         done = 48 if "clean" in arm or arm == "noise" else 16
         write_gains(tmp_path, f"groups-{arm}", dict.fromkeys(range(3), gain), iterations=done)
-    for arm, gain in {"sample": 0.2, "vipo": 0.4, "deviation": 0.3, "consensus": 0.1}.items():
+    on_clips = {"sample": 0.2, "vipo": 0.4, "deviation": 0.3, "consensus": 0.1}
+    for arm, gain in {**on_clips, "sample-rate-2e-3": 0.25, "deviation-rate-2e-3": 0.35}.items():
         write_gains(tmp_path, f"clips-{arm}", dict.fromkeys(range(3), gain), iterations=16)
     for arm, gain in {**gains, "uniform-clip-1e-4": 0.1, "sample-clip-1e-2": 0.2, "uniform-clip-1e-2": 0.1}.items():
         write_gains(tmp_path, arm, dict.fromkeys(range(3), gain), iterations=24 if arm in long else 12)

@@ -259,7 +259,8 @@ def ui(env: Fresh) -> None:
 
 def deepspeed(env: Fresh) -> None:
     """Two processes on a CPU, where DeepSpeed compiles for a minute first."""
-    line = [env.root / "bin" / "torchrun", "--nproc_per_node", "2", "-m", "vipo", "train", "quickstart", *SHORT]
+    run = [env.root / "bin" / "python", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    line = [*run, "-m", "vipo", "train", "quickstart", *SHORT]
     own = {**env.environment, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     for stage in ("zero2", "zero3"):
         command = [*line, "--no-report", "--output", stage, f"training.sharding={stage}"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from markupsafe import Markup, escape
 
+from matrix import ARMS
 from results import SCALAR, Results, Signal, Spread, gain, levels, paired, signals, spread
 from tables import CLIP_SCORES, CLIPPED, REDNESS, SCORES, SOURCES, STRUCTURE, clipped_share, last, rival
 from vipo.report.figures import Panel
@@ -77,9 +78,12 @@ def group_panels(results: Results) -> list[Panel]:
 
 
 def clip_panels(results: Results) -> list[Panel]:
-    """Gains against the clips seen, a panel per score."""
-    arms = {f"clips-{credit}": credit for credit in CLIP_STYLES}
-    found = [_seen(results, score, score, arms, CLIP_STYLES, "clips", CLIPS_SEEN) for score in CLIP_SCORES]
+    """Gains against the clips seen, a panel per score; at the higher rate of what is trained on alone."""
+    found = []
+    for rate, ending, scores in (("1e-3", "", CLIP_SCORES), ("2e-3", "-rate-2e-3", CLIP_SCORES[:2])):
+        arms = {f"clips-{credit}{ending}": credit for credit in CLIP_STYLES if f"clips-{credit}{ending}" in ARMS}
+        for score in scores:
+            found.append(_seen(results, f"{score}, {rate}", score, arms, CLIP_STYLES, "clips", CLIPS_SEEN))
     return [panel for panel in found if panel]
 
 

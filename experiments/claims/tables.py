@@ -149,15 +149,16 @@ def clips(results: Results) -> Table:
 
 
 def _sooner(results: Results) -> tuple[tuple[Cell, ...], ...]:
-    """How many times fewer clips each arm needs to where scalar GRPO ends."""
+    """How many times fewer clips each arm needs to where scalar GRPO ends at its rate."""
     lines: list[tuple[Cell, ...]] = []
     for arm in CLIPS:
         for score in CLIP_SCORES[:2]:
-            found = reach(results, arm, SCALAR_CLIPS, score) if arm != SCALAR_CLIPS else None
+            other = rival(arm, SCALAR_CLIPS)
+            found = None if arm.startswith(SCALAR_CLIPS) else reach(results, arm, other, score)
             if found is not None and found.seeds > 2:  # of two, a resample may have one that gained nothing
                 times = interval_cell(found.times, found.low, found.high)
                 lines.append(((arm, ""), (str(found.seeds), ""), (score, ""), times, (NONE, ""), (NONE, "")))
-    return ((("Times fewer clips to what scalar GRPO has in the end", ""),), *lines) if lines else ()
+    return ((("Times fewer clips to what scalar GRPO has in the end at that rate", ""),), *lines) if lines else ()
 
 
 def sources(results: Results) -> Table:
