@@ -54,7 +54,7 @@ check: $(VENV)/.installed-dev ## Lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(VENV)/.installed-dev ## All tests
+test: $(VENV)/.installed-dev ## The tests that need no GPU and no network (about eleven minutes on two cores)
 	OMP_NUM_THREADS=1 $(TUNING) $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
 # A machine with a GPU may have a torch of its own: GPU_PYTHON is then the Python that has it; vipo is taken from src/.

@@ -78,7 +78,7 @@ class RunRecord:
 
     @property
     def pictures_per_iteration(self) -> int | None:
-        """Samples that an iteration trains on; None if the recipe does not say."""
+        """Samples that an iteration draws; None if the recipe does not say."""
         prompts = self.recipe.get("prompts") or {}
         each = prompts.get("per_iteration"), prompts.get("group_size")
         return int(each[0]) * int(each[1]) if each[0] and each[1] else None

@@ -21,7 +21,7 @@ FIRST = ("run", "iteration", "pictures")  # columns
 def metrics_rows(run_dirs: Sequence[Path | str]) -> list[Row]:
     """Every number on record of some runs, a row per run and iteration; a missing number is None.
 
-    ``pictures`` counts the samples trained on before the iteration, ``seconds/PHASE`` is its wall time,
+    ``pictures`` counts the samples drawn before the iteration, ``seconds/PHASE`` is its wall time,
     ``evaluation/NAME`` the mean score found before it, and ``events`` what fired in it. The evaluation after the last
     iteration has a row of its own.
 
