@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 import tiny
@@ -50,6 +52,13 @@ def test_every_command_shows_an_example(command: str) -> None:
 def test_the_map_of_the_commands_is_complete() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     assert all(command in shown for command in COMMANDS)
+
+
+def test_every_argument_and_option_says_what_it_is_and_a_rewards_are_no_keys_of_a_recipe() -> None:
+    top: Any = typer.main.get_command(app)
+    helps = {name: {one.name: getattr(one, "help", None) for one in top.commands[name].params} for name in COMMANDS}
+    assert [(name, one) for name, texts in helps.items() for one, text in texts.items() if not text] == []
+    assert "reward" in helps["serve-reward"]["options"] and "recipe" in helps["train"]["overrides"]
 
 
 def test_version_and_short_help(vipo: Vipo) -> None:

@@ -71,6 +71,10 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="Of a plain model's weights; default float32. A run has its own."),
 ]
+SolverSteps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Solver steps; default as trained, or as the plain pipeline has them."),
+]
 Frames = Annotated[int | None, typer.Option(help="Of a plain video model's clips; default the model's.")]
 
 

@@ -18,7 +18,7 @@ def maps(
     ] = None,
     backbone: Annotated[str, typer.Option(help="See `vipo list backbones`.")] = "efficientnet_lite",
     output: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("maps"),
-    components: Annotated[int, typer.Option(min=1)] = 3,
+    components: Annotated[int, typer.Option(min=1, help="Principal components.")] = 3,
     aggregation: Annotated[str, typer.Option(help="variance, average or first.")] = "variance",
     orientation: Annotated[str | None, typer.Option(help="See docs/orientation.md.")] = None,
     smoothing_sigma: Annotated[float, typer.Option(min=0, help="In feature cells; 0 is off.")] = 1.0,

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vipo.cli.arguments import Overrides
 from vipo.cli.consoles import console
 
 
 def serve_reward(
     name: Annotated[str, typer.Argument(help="See `vipo list rewards`, or file.py:function.")],
-    options: Overrides = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="The reward's options and their values (docs/rewards.md)."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Anything but this machine needs --token-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8421,
     token_env: Annotated[str | None, typer.Option(help="Environment variable with the bearer token.")] = None,

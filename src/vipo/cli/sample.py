@@ -20,6 +20,7 @@ from vipo.cli.arguments import (
     Prompts,
     SamplesPerPrompt,
     Size,
+    SolverSteps,
     Target,
     Width,
     read_texts,
@@ -35,9 +36,7 @@ def sample(
     base: Base = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     samples_per_prompt: SamplesPerPrompt = 1,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Solver steps; default as trained, or as the plain pipeline has them.")
-    ] = None,
+    steps: SolverSteps = None,
     size: Size = None,
     height: Height = None,
     width: Width = None,
