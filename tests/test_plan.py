@@ -216,6 +216,26 @@ def test_what_training_refuses_is_neither_planned_nor_advised(recipe_of: Any, le
         assert any("generator.quantization=nf4" in change for change in advised) == offered
 
 
+def test_what_compares_a_group_is_not_planned_on_more_processes_than_groups(recipe_of: Any, ledger: Ledger) -> None:
+    compares = recipe_of(credit="signed_consensus", prompts__per_iteration=1, prompts__group_size=4)
+    with pytest.raises(UserError, match=r"2 processes split 1 groups; take another, or prompts\.per_iteration=2"):
+        plan(compares, Machine(gpus=2), ledger)
+    assert plan(compares, Machine(), ledger).sharding == "none"
+
+
+def test_advice_passes_over_what_the_recipe_itself_refuses(recipe_of: Any, ledger: Ledger) -> None:
+    shared = {"training__context_parallel": 2, "training__context_exchange": "ring"}
+    ring = recipe_of(**shared, generator__attention="_native_flash")
+    advised = advise(ring, Machine(gpus=2, memory=1), ledger).changes
+    assert advised and not any(change.path[-1] == "gradient_checkpointing" for change in advised)
+
+
+def test_samples_are_shared_in_a_plan_by_the_attention_of_the_recipe(recipe_of: Any, ledger: Ledger) -> None:
+    exact = recipe_of(training__context_parallel=2, generator__attention="_native_math")
+    with pytest.raises(UserError, match=r"cannot be had with diffusers' attention backend '_native_math'"):
+        plan(exact, Machine(gpus=2), ledger)
+
+
 def test_advice_fits_and_nothing_in_it_can_be_left_out(recipe_of: Any, ledger: Ledger) -> None:
     recipe = recipe_of(prompts__group_size=8)
     machine = Machine(memory=int(plan(recipe, Machine(), ledger).peak * 0.7))

@@ -17,13 +17,14 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import adapters
 import tiny
 import tiny_wan
-from vipo.assemble import build_generator, check_sharding
+from vipo.assemble import build, build_generator, check_sharding
 from vipo.errors import UserError
-from vipo.generators import quantization
+from vipo.generators import compiled, in_parts, quantization
 from vipo.generators.lora import attach_lora
 from vipo.generators.wan import WanGenerator
 from vipo.options import OptimizerOptions, Sharding
@@ -31,6 +32,7 @@ from vipo.plan import Ledger, Machine, advise, plan
 from vipo.plan.advice import Change
 from vipo.plan.blueprint import empty_network, empty_pipeline
 from vipo.plan.published import table
+from vipo.policy import Policy
 from vipo.pretrained import fingerprint
 from vipo.recipe import load_recipe, parse_recipe
 from vipo.runs.run import Run
@@ -194,6 +196,40 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
 def test_weights_that_are_trained_are_not_quantised(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quantization=nf4 is for weights that stay.*policy\.kind=lora"):
         recipe_of(model_folder, tmp_path, generator__quantization="nf4", policy__kind="full")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "float8"])
+def test_a_compiled_block_is_given_plain_tensors_of_a_weight(
+    model_folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs(quantization.LIBRARIES[kind])  # type: ignore[index]
+    monkeypatch.setattr(compiled, "install", lambda _network, _device: None)
+    session = build(recipe_of(model_folder, tmp_path, generator__quantization=kind, training__compile=True))
+    held = [p for p in session.model.generator.network.parameters() if is_traceable_wrapper_subclass(p)]
+    assert held == []
+    quantised = [m for m in session.model.generator.network.modules() if quantization.is_quantised(m)]
+    assert quantised and all(("weight" in dict(m.named_parameters())) == (kind == "nf4") for m in quantised)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_blocks_of_quantised_weights_are_traced_for_both_ways(model_folder: Path, kind: str) -> None:
+    needs(quantization.LIBRARIES[kind])  # type: ignore[index]
+    torch._dynamo.reset()
+    model = generator_of(model_folder, kind)
+    Policy.lora(model.network, rank=2, alpha=2.0, targets=model.lora_targets["blocks"], seed=0)
+    in_parts.take_apart(model.network, four_bit=False)
+    for block in compiled.repeated_blocks(model.network):
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+    text, latents = model.encode(["a cat"] * 2), torch.ones(2, *model.latent_shape())
+    model.velocity(latents, torch.full((2,), 0.7), text).sum().backward()
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+def test_blocks_that_cast_their_own_weights_are_not_compiled(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"quantization=float8_storage casts .* take training\.compile=false"):
+        recipe_of(model_folder, tmp_path, generator__quantization="float8_storage", training__compile=True)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def test_numbers_that_are_none_are_refused_in_sections_built_by_hand() -> None:
         ("solver.kind=ode", "no likelihood to train on"),
         ("solver.eta=0", "no likelihood to train on"),
         ("solver.eta=-1", "solver.eta"),
+        ("solver={steps: 3, kind: cps, eta: 2.5}", r"eta=2\.5 is more than .* kind=cps .* 1 or less"),
         ("solver.window={size: 3}", "reaches step 3 of steps=3"),
         ("solver.steps=1", "no step to train on"),
         ("solver.train_fraction=0.4", "no step to train on"),
@@ -187,6 +188,13 @@ def test_numbers_that_are_none_are_refused_in_sections_built_by_hand() -> None:
 @pytest.mark.filterwarnings("error")
 def test_a_recipe_that_cannot_train_is_refused_before_anything_is_built(file: Path, override: str, says: str) -> None:
     assert re.search(says, refused(file, override))
+
+
+@pytest.mark.parametrize("solver", ["kind: ode, same_noise: false", "eta: 0, same_noise: false"])
+def test_steps_without_noise_are_not_weighed_by_it(file: Path, solver: str) -> None:
+    matching = "objective={clip_range: 0.2, loss: matching, step_weight: noise_level}"
+    with pytest.raises(UserError, match=r"step_weight=noise_level .* adds none; take objective\.step_weight=equal"):
+        load_recipe(file, [f"solver={{steps: 3, {solver}}}", matching])
 
 
 @pytest.mark.parametrize(

@@ -467,6 +467,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     """
     engine = engine or engine_of(recipe)
     check_sharding(recipe, engine.sharding)
+    check_groups_whole(recipe, engine.teams)
     training_prompts = named_prompts(recipe.prompts.file)
     evaluation_prompts = named_prompts(recipe.evaluation.prompts)[: recipe.evaluation.limit]
     _check_watchable(recipe, len(evaluation_prompts))
@@ -477,12 +478,11 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     held_out = build_rewards(recipe.judges, fps=fps)
     located = _asked_for_evidence(recipe, scorer)
     model = open_to_train(recipe, device=engine.device, pipeline=pipeline)
-    if engine.in_step:
-        in_parts.take_apart(model.generator.network)
+    if engine.in_step or training.compile:
+        in_parts.take_apart(model.generator.network, four_bit=engine.in_step)
     if training.compile:  # with the adapters on it, and before the engine wraps it
         compiled.install(model.generator.network, engine.device)
     _share_samples(recipe, model, engine)
-    _check_groups_whole(recipe, engine)
     credit = _credit(recipe)
     map_source = _map_source(recipe, credit, model.generator, scorer, str(engine.device))
     if located:
@@ -519,14 +519,17 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     return Session(recipe, model, engine, trainer, evaluation_scorer, tuple(evaluation_prompts))
 
 
-def _check_groups_whole(recipe: Recipe, engine: Engine) -> None:
+def check_groups_whole(recipe: Recipe, teams: int) -> None:
+    """Raises:
+    UserError: more ``teams`` than groups, and what the recipe compares in a group would be split over them.
+    """
     own = [name for name in (recipe.credit, *recipe.structuring.sources) if is_user_file(name)]
     comparing = f"{recipe.comparing}, which compares" if recipe.comparing else None
     comparing = comparing or (f"the recipe names {own[0]}, which may compare" if own else None)
-    if comparing and engine.teams > recipe.prompts.per_iteration:
+    if comparing and teams > recipe.prompts.per_iteration:
         raise UserError(
-            f"{comparing} the samples of a group, but {engine.teams} processes split"
-            f" {recipe.prompts.per_iteration} groups; take another, or prompts.per_iteration={engine.teams}"
+            f"{comparing} the samples of a group, but {teams} processes split"
+            f" {recipe.prompts.per_iteration} groups; take another, or prompts.per_iteration={teams}"
         )
 
 

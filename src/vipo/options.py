@@ -171,6 +171,10 @@ class Solver(Options):
                 f"the window reaches step {last} of steps={self.steps}, but the last step is never stochastic:"
                 " lower window.size, window.starts or window.first, or take more steps"
             )
+        if self.kind == "cps" and self.eta > 1:
+            raise ValueError(
+                f"eta={self.eta:g} is more than all of the noise, of which kind=cps takes a share; give 1 or less"
+            )
 
     def deterministic(self, steps: int | None = None) -> Solver:
         """The same grid without noise between the steps, each sample from its own start: for evaluation."""

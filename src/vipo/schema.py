@@ -397,6 +397,7 @@ class Recipe(Section):
                 f" the judge a name of its own, e.g. judges={{held_out: {{reward: {both[0]}, options: {{...}}}}}}"
             )
         self._check_likelihood()
+        self._check_step_weight()
         self._check_groups()
         at_once = self.generator.options.get("decode_batch_size", 1)
         if not isinstance(at_once, int) or at_once < 1:
@@ -444,6 +445,11 @@ class Recipe(Section):
                 f"generator.quantization={kind} is for weights that stay as they are, and policy.kind=full trains them"
                 " all; take policy.kind=lora, or generator.quantization=none"
             )
+        if kind == "float8_storage" and self.training.compile:
+            raise ValueError(
+                "training.compile=true makes one graph of each block, and generator.quantization=float8_storage casts"
+                " its weights inside of it; take training.compile=false, or generator.quantization=float8 or int8"
+            )
         if self.generator.text_quantization != "none" and self.policy.kind == "full":
             raise ValueError(
                 f"generator.text_quantization={self.generator.text_quantization} does not go with policy.kind=full,"
@@ -477,6 +483,15 @@ class Recipe(Section):
             raise ValueError(
                 f"solver.train_fraction={self.solver.train_fraction:g} of {self.solver.stochastic_count} stochastic"
                 " steps leaves no step to train on; raise it, or solver.steps or solver.window.size"
+            )
+
+    def _check_step_weight(self) -> None:
+        """A step's weight comes from its noise, and without any there is none, or 0 / 0."""
+        weight, solver = self.objective.step_weight, self.solver
+        if weight != "equal" and (solver.eta == 0 or not solver.candidates):
+            raise ValueError(
+                f"objective.step_weight={weight} goes by the noise of the solver's steps, and solver.kind={solver.kind}"
+                f" with eta={solver.eta:g} and {solver.steps} steps adds none; take objective.step_weight=equal"
             )
 
     @property

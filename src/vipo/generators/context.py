@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vipo.errors import UserError
-from vipo.generators.attention import is_inference_only, processors
+from vipo.generators.attention import AUTO, is_inference_only, processors
 from vipo.options import ContextExchange
 from vipo.pretrained import quiet
 
@@ -27,11 +27,14 @@ WITHOUT_SUMS = (
 )
 
 
-def check(network: nn.Module, degree: int, exchange: ContextExchange, *, masked: bool = False) -> None:
+def check(
+    network: nn.Module, degree: int, exchange: ContextExchange, *, masked: bool = False, attention: str = AUTO
+) -> None:
     """Whether a network can be shared by so many processes.
 
     Args:
         masked: whether its prompts are of any length and hidden by masks.
+        attention: the backend that it is to have, for one that has none yet; ``auto`` is what it has.
 
     Raises:
         UserError: its class has no plan for it, its heads cannot be dealt, its attention or its masks do not allow it.
@@ -47,15 +50,15 @@ def check(network: nn.Module, degree: int, exchange: ContextExchange, *, masked:
             f"{said}: ulysses deals attention heads, and {name} has {heads}; take a divisor of that, or"
             " training.context_exchange=ring"
         )
-    _check_backend(network, said, exchange)
+    _check_backend(network, said, exchange, attention)
 
 
-def _check_backend(network: nn.Module, said: str, exchange: ContextExchange) -> None:
+def _check_backend(network: nn.Module, said: str, exchange: ContextExchange, attention: str) -> None:
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     default = _AttentionBackendRegistry.get_active_backend()[0]
     own = [getattr(processor, "_attention_backend", None) for processor in processors(network)]
-    used = {str(AttentionBackendName(one or default).value) for one in own}
+    used = {str(AttentionBackendName(one or default).value) for one in own} if attention == AUTO else {attention}
     able = {name for name in _AttentionBackendRegistry._supports_context_parallel if not is_inference_only(name)}
     if exchange == "ring":
         able.discard(WITHOUT_SUMS)

@@ -1,5 +1,8 @@
 """Quantised layers as FSDP2 can cut them: what a weight is stored in becomes plain parameters of its layer.
 
+A compiled block needs that too: of inputs that are torchao's tensors AOTAutograd makes no graph whose outputs are views
+of one tensor (torch 2.13), as those of FLUX's single blocks are.
+
 torchao's tensors do not know the operators that FSDP2 cuts with (0.18: no ``aten.split``), and Accelerate leaves whole
 what is a ``Params4bit`` of integers. Plain integers and their scales are cut and gathered like any other frozen weight;
 the layer's ``weight`` is put together from what is gathered at the time, without a copy.
@@ -20,10 +23,14 @@ KINDS: tuple[Quantization, ...] = ("nf4", "int8", "float8")  # that can be taken
 Join = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def take_apart(network: nn.Module) -> None:
-    """Before FSDP2 cuts it. Called as before, the network computes what it did."""
+def take_apart(network: nn.Module, *, four_bit: bool = True) -> None:
+    """Before FSDP2 cuts it, or blocks are compiled. Called as before, the network computes what it did.
+
+    Args:
+        four_bit: nf4 too, which no graph can put together.
+    """
     for module in network.modules():
-        if is_quantised(module):
+        if is_quantised(module) and (four_bit or is_traceable_wrapper_subclass(module.weight)):
             _take_apart(module)
 
 

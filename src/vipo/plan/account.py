@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vipo.assemble import check_sharding
+from vipo.assemble import check_groups_whole, check_sharding
 from vipo.generators import context
 from vipo.options import BUCKET, Sharding
 from vipo.plan.blueprint import adapter_name, conditioning, is_own
@@ -164,11 +164,13 @@ class Accountant:
         self.sharding = machine.sharding(recipe)
         check_sharding(recipe, self.sharding)
         self.work = work_of(recipe, machine.processes)
+        check_groups_whole(recipe, machine.processes // recipe.training.context_parallel)
         self.drawn = ledger.drawn(recipe)[1]
         self.team = recipe.training.context_parallel  # processes that share each pass
         if self.team > 1:
             masked = getattr(self.drawn.generator, "masks_text", False)
-            context.check(self.drawn.network, self.team, recipe.training.context_exchange, masked=masked)
+            exchange, named = recipe.training.context_exchange, recipe.generator.attention
+            context.check(self.drawn.network, self.team, exchange, masked=masked, attention=named)
         self.judges, self.uncounted = judges_of(recipe)
         self.sharded = self.sharding in ("fsdp2", "zero3")  # the network's weights
         self.is_zero = self.sharding in ("zero2", "zero3")

@@ -116,9 +116,9 @@ def _advice(recipe: Recipe, machine: Machine, changes: Sequence[Change], ledger:
 
 
 def _trains(recipe: Recipe, machine: Machine, changes: Sequence[Change]) -> bool:
-    """Whether an engine takes it with these changes."""
-    changed = _changed(recipe, changes)
+    """Whether a recipe may have these changes, and an engine takes it with them."""
     try:
+        changed = _changed(recipe, changes)
         check_sharding(changed, machine.sharding(changed))
     except UserError:
         return False
