@@ -27,13 +27,13 @@ from vipo.types import TrainStep
 Graphs = list[Any]
 
 
-def graphs_alone(made: Graphs) -> Callable[..., Any]:
-    """In place of ``torch.compile``: Dynamo's graphs are kept, and run as they are."""
-    real = torch.compile
+def graphs_alone(made: Graphs, *, both_ways: bool = False) -> Callable[..., Any]:
+    """In place of ``torch.compile``: graphs are kept, and run as they are; ``both_ways`` makes the backward's too."""
+    real, traced = torch.compile, torch._dynamo.lookup_backend("aot_eager")
 
-    def keep(graph: Any, _: Any) -> Any:
+    def keep(graph: Any, inputs: Any) -> Any:
         made.append(graph)
-        return graph.forward
+        return traced(graph, inputs) if both_ways else graph.forward
 
     def uncompiled(function: Callable[..., Any], *, options: Any, **given: Any) -> Any:  # noqa: ARG001 - of Inductor
         return real(function, backend=keep, **given)

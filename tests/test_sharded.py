@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_processes_train_as_one(model_folder: Path, wan_folder: Path, tmp_path: 
 def compiled(cases: list[Case]) -> list[dict[str, Any]]:
     """As ``trained``, by graphs of blocks whose weights an engine cuts."""
     real, made = torch.compile, list[Any]()
-    torch.compile = graphs_alone(made)  # type: ignore[assignment]
+    torch.compile = graphs_alone(made, both_ways=True)  # type: ignore[assignment]
     try:
         found = trained(cases)
     finally:
@@ -352,19 +353,23 @@ def test_what_processes_disagree_in_is_named(tmp_path: Path, raw: dict[str, Any]
     assert other.startswith("rank 1 sees another checkpoint 'step-000002' in") and "all processes share" in other
 
 
-def left_waiting() -> tuple[str, float]:
-    """Rank 1 hangs; what rank 0 says of it, and after how many seconds."""
-    engine = Engine(timeout=3)
+def waited(engine: Engine, ask: Callable[[], object]) -> tuple[str, float]:
+    """Rank 1 hangs where the others ask it; what rank 0 says of it, and after how many seconds."""
     begin = time.monotonic()
     if engine.rank == 1:
         time.sleep(8)
         return "", 0.0
     try:
         with engine.waiting():
-            engine.gather(torch.zeros(1))
+            ask()
     except RunFailed as error:
         return str(error), time.monotonic() - begin
     return "nothing", 0.0
+
+
+def left_waiting() -> tuple[str, float]:
+    engine = Engine(timeout=3)
+    return waited(engine, lambda: engine.gather(torch.zeros(1)))
 
 
 def test_a_process_that_hangs_ends_the_others_within_its_time_out() -> None:

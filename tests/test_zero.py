@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from test_sharded import (
     furthest,
     run,
     trained,
+    waited,
     wan,
 )
 from test_sharded import wan_folder as wan_folder
 from vipo.assemble import build
 from vipo.engine import Engine
-from vipo.errors import RunFailed
 from vipo.recipe import parse_recipe
 from vipo.training.learner import Learner
 from vipo.training.saved import list_checkpoints
@@ -163,22 +162,13 @@ def test_a_refused_gradient_leaves_nothing_behind(raw: dict[str, Any], stage: in
 
 
 def left_waiting(stage: int) -> tuple[str, float]:
-    """Rank 1 hangs where gradients are summed up; what rank 0 says of it, and after how many seconds."""
+    """Where gradients are summed up."""
     gloo.spare_deepspeed_its_compiler()
     engine, network = Engine(sharding=f"zero{stage}", timeout=3), torch.nn.Linear(8, 8)
     network, _ = engine.prepare(network, torch.optim.AdamW(network.parameters()))
     engine.backward(network(torch.ones(2, 8)).sum(), last=True)
     engine.wait()
-    begin = time.monotonic()
-    if engine.rank == 1:
-        time.sleep(8)
-        return "", 0.0
-    try:
-        with engine.waiting():
-            engine.clip([], 1.0)
-    except RunFailed as error:
-        return str(error), time.monotonic() - begin
-    return "nothing", 0.0
+    return waited(engine, lambda: engine.clip([], 1.0))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
