@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,38 +113,16 @@ def call(said: Path, *words: str | Path, fault: Fault | None = None, before: Any
 
 
 def _call(words: Sequence[str], said: Path, fault: Fault | None, before: Callable[[], None] | None) -> None:
-    import torch
-
-    from vipo.cli import main
-
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(file, number)
-    torch.set_num_threads(1)
     os.environ["COLUMNS"] = "200"
-    run(words, fault, before, main)
+    gloo.command(words, said, said, before=partial(prepare, fault, before))
 
 
-def run(words: Sequence[str], fault: Fault | None, before: Callable[[], None] | None, main: Callable[[], None]) -> None:
-    """The command, in this process."""
+def prepare(fault: Fault | None, before: Callable[[], None] | None = None, rank: int | None = None) -> None:
+    """What is done in a fork before its command; of several processes, the fault strikes the one of ``rank``."""
     if before is not None:
         before()
-    if fault is not None:
+    if fault is not None and (rank is None or int(os.environ["RANK"]) == rank):
         fault.install()
-    sys.argv = ["vipo", *words]
-    main()
-
-
-def in_rank(words: Sequence[str], fault: Fault | None, rank: int) -> int:
-    """The command in one of several processes; the fault strikes the one of this rank."""
-    from vipo.cli import main
-
-    try:
-        run(words, fault if int(os.environ["RANK"]) == rank else None, None, main)
-    except SystemExit as ended:
-        if ended.code:
-            raise RuntimeError(f"exit code {ended.code}") from ended
-    return 0
 
 
 def clock_jumps() -> None:

@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -125,16 +125,21 @@ class Ended:
     stderr: str
 
 
-def vipo(*words: str | Path, processes: int = 2, seconds: float = 150, **environment: str) -> list[Ended]:
+def vipo(
+    *words: str | Path, processes: int = 2, seconds: float = 150, before: Any = None, **environment: str
+) -> list[Ended]:
     """How ``vipo WORDS`` ended in each of so many processes, by rank, started as a launcher starts them on a CPU.
 
     They are forks of one that has imported everything: what a real launcher does is tested in ``test_engine_files``.
     Unlike a launcher it ends none for another's failure.
+
+    Args:
+        before: called in each process before the command.
     """
     port, given = _free_port(), list(map(str, words))
     with tempfile.TemporaryDirectory() as scratch:
         places = [(rank, processes, port, Path(scratch)) for rank in range(processes)]
-        codes, hung = _all_ended([(_command, (given, place, environment)) for place in places], seconds)
+        codes, hung = _all_ended([(_command, (given, place, environment, before)) for place in places], seconds)
         assert not hung, f"vipo {given} still goes on in {hung} after {seconds} s"
         said = [[Path(scratch, f"{rank}.{stream}").read_text() for stream in STREAMS] for rank in range(processes)]
     return [Ended(code, *both) for code, both in zip(codes, said, strict=True)]
@@ -173,16 +178,25 @@ def _place_in_environment(rank: int, processes: int, port: int | None) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _command(words: list[str], place: tuple[int, int, int, Path], environment: dict[str, str]) -> None:
+def _command(
+    words: list[str], place: tuple[int, int, int, Path], environment: dict[str, str], before: Callable[[], None] | None
+) -> None:
     """The command in one process of several."""
-    import torch
-
     rank, processes, port, scratch = place
-    for number, stream in enumerate(STREAMS, start=1):
-        os.dup2(os.open(scratch / f"{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     _place_in_environment(rank, processes, port)
     os.environ |= environment
+    command(words, *(scratch / f"{rank}.{stream}" for stream in STREAMS), before=before)
+
+
+def command(words: Sequence[str], said: Path, errors: Path, *, before: Callable[[], None] | None) -> None:
+    """``vipo WORDS`` in this process, which is a fork; what it says goes to the two files."""
+    import torch
+
+    for number, file in enumerate((said, errors), start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     sys.argv = ["vipo", *words]
     importlib.import_module("vipo.cli").main()
 

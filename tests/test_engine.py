@@ -89,8 +89,9 @@ def test_of_a_launchers_deepspeed_its_stage_counts(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"\(ACCELERATE_USE_DEEPSPEED beside training.sharding=fsdp2\): .*torchrun and"):
         Engine(sharding="fsdp2")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
-    with pytest.raises(UserError, match=r"\(ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE beside"):
-        Engine()
+    for recipes in ("none", "zero2"):
+        with pytest.raises(UserError, match=r"\(ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE beside"):
+            Engine(sharding=recipes)  # type: ignore[arg-type]
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
     with pytest.raises(UserError, match=r"\(ACCELERATE_DEEPSPEED_ZERO_STAGE=1 beside"):

@@ -93,9 +93,9 @@ def redness(*changes: str) -> Arm:
     return Arm(("optimizer.learning_rate=1e-3", *changes), recipe="redness.yaml", every=4, measures=structure)
 
 
-def clips(*changes: str) -> Arm:
-    """The clip recipe, 32 clips an iteration, at its own rate, judged on all of its evaluation prompts."""
-    keys = ("optimizer.learning_rate=1e-3", *changes)
+def clips(*changes: str, learning_rate: str = "1e-3") -> Arm:
+    """The clip recipe, 32 clips an iteration, at its own rate or another, judged on all of its evaluation prompts."""
+    keys = (f"optimizer.learning_rate={learning_rate}", *changes)
     return Arm(keys, recipe="quickstart-video.yaml", every=8, iterations=16, untrained="clips-untrained")
 
 
@@ -200,9 +200,9 @@ ARMS: dict[str, Arm] = {
     "clips-vipo": clips(),
     "clips-deviation": clips("structuring.sources=[deviation]"),
     "clips-consensus": clips("structuring.sources=[consensus]"),
-    "clips-sample-rate-2e-3": rate(clips("credit=sample"), "2e-3"),
-    "clips-vipo-rate-2e-3": rate(clips(), "2e-3"),
-    "clips-deviation-rate-2e-3": rate(clips("structuring.sources=[deviation]"), "2e-3"),
+    "clips-sample-rate-2e-3": clips("credit=sample", learning_rate="2e-3"),
+    "clips-vipo-rate-2e-3": clips(learning_rate="2e-3"),
+    "clips-deviation-rate-2e-3": clips("structuring.sources=[deviation]", learning_rate="2e-3"),
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 

@@ -374,9 +374,9 @@ def _sharding(asked: Sharding) -> Sharding:
 
     Of a launcher's file for DeepSpeed that is all that counts: the rest of it is the recipe's to say, or not done.
     """
-    if not _is_on(DEEPSPEED) or asked in STAGES:
-        return asked
     kept_off = [name for name in OFFLOADS if os.environ.get(name, "none") != "none"]
+    if not _is_on(DEEPSPEED) or (asked in STAGES and not kept_off):
+        return asked
     stage = next((name for name, number in STAGES.items() if str(number) == os.environ.get(STAGE)), None)
     if stage is None or kept_off or asked != "none":
         given = kept_off[0] if kept_off else DEEPSPEED if stage else f"{STAGE}={os.environ.get(STAGE, 'nothing')}"
