@@ -90,6 +90,24 @@ def test_a_slip_is_told_in_one_sentence(said: str, words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("guard", "because", "cause"),
+    [
+        ("kl_reference=stop", "objective.kl_weight=0.0", "objective.kl_weight=0"),
+        ("kl_reference=skip", "objective.kl_weight=0.0", "objective.kl_weight=0"),
+        ("clipped_fraction=stop", "objective.loss=matching", "objective.loss=matching"),
+        ("over_optimization=stop", "evaluation.every=null", "evaluation.every=null"),
+        ("over_optimization=stop", "judges={}", "judges={}"),
+    ],
+)
+def test_a_guard_that_can_never_act_is_refused(guard: str, because: str, cause: str) -> None:
+    measured = ["objective.kl_weight=0.01", "evaluation.every=2", because]
+    with pytest.raises(UserError, match=f"guards.{guard} can never act, because with {cause} nothing is measured"):
+        load_recipe("quickstart", [*measured, f"guards.{guard}"])
+    load_recipe("quickstart", [*measured[:2], f"guards.{guard}"])
+    load_recipe("quickstart", [*measured, f"guards.{guard.split('=')[0]}=warn"])
+
+
 # When a guard begins
 
 WELL = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import tiny
 import vipo as package
 from terminal import Vipo, assert_refused
 from vipo import backbones
-from vipo.assemble import build_generator
+from vipo.assemble import build_generator, build_map_source
 from vipo.cli.catalogue import CATALOGUES
 from vipo.cli.listing import OWN
 from vipo.errors import UserError
@@ -293,6 +294,21 @@ def test_a_wrong_part_is_told_by_its_file_and_name(
     with pytest.raises(UserError, match=WRONG[kind][thing]) as told:
         asked(kind, f"{parts}:{thing}", step, model_folder)
     assert "parts.py" in str(told.value) and thing in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_signed_source_keeps_its_sign_or_is_refused(step: TrainStep, parts: str) -> None:
+    """A product of maps is cut at 0, which must not happen without a word."""
+    stands_for: Any = SimpleNamespace(temporal_stride=1)
+
+    def made(*sources: str) -> torch.Tensor:
+        section = load_recipe("quickstart", [f"structuring.sources=[{', '.join(sources)}]"]).structuring
+        source = build_map_source(section, stands_for, stands_for, "cpu", signed=True)
+        return source(step.rollout, step.advantage, step.scores)
+
+    assert (made(f"{parts}:negative") < 0).all()
+    with pytest.raises(UserError, match=r"below 0 .* is cut where sources are multiplied"):
+        made(f"{parts}:negative", "deviation")
 
 
 def test_the_command_line_ends_with_that_sentence(tmp_path: Path, written: Path, parts: str, vipo: Vipo) -> None:

@@ -231,6 +231,12 @@ def test_advice_passes_over_what_the_recipe_itself_refuses(recipe_of: Any, ledge
     assert advised and not any(change.path[-1] == "gradient_checkpointing" for change in advised)
 
 
+def test_an_own_generator_is_not_advised_to_keep_text_which_it_may_not_know_how(recipe_of: Any, ledger: Ledger) -> None:
+    own = recipe_of(generator__name="own.py:Flux")
+    advised = [change.path[-1] for change in advise(own, Machine(memory=1), ledger).changes]  # everything is tried
+    assert "quantization" in advised and "offload_text" not in advised
+
+
 def test_samples_are_shared_in_a_plan_by_the_attention_of_the_recipe(recipe_of: Any, ledger: Ledger) -> None:
     exact = recipe_of(training__context_parallel=2, generator__attention="_native_math")
     with pytest.raises(UserError, match=r"cannot be had with diffusers' attention backend '_native_math'"):

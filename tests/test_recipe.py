@@ -190,11 +190,18 @@ def test_a_recipe_that_cannot_train_is_refused_before_anything_is_built(file: Pa
     assert re.search(says, refused(file, override))
 
 
-@pytest.mark.parametrize("solver", ["kind: ode, same_noise: false", "eta: 0, same_noise: false"])
-def test_steps_without_noise_are_not_weighed_by_it(file: Path, solver: str) -> None:
-    matching = "objective={clip_range: 0.2, loss: matching, step_weight: noise_level}"
-    with pytest.raises(UserError, match=r"step_weight=noise_level .* adds none; take objective\.step_weight=equal"):
-        load_recipe(file, [f"solver={{steps: 3, {solver}}}", matching])
+@pytest.mark.parametrize(
+    ("loss", "solver", "says"),
+    [
+        ("own.py:Loss", "kind: ode, same_noise: false", "adds none"),
+        ("own.py:Loss", "eta: 0, same_noise: false", "adds none"),
+        ("matching", "kind: dance", "noise levels that it draws"),
+    ],
+)
+def test_steps_are_weighed_by_noise_that_they_have(file: Path, loss: str, solver: str, says: str) -> None:
+    weighs = f"objective={{clip_range: 0.2, loss: '{loss}', step_weight: noise_level}}"
+    with pytest.raises(UserError, match=rf"step_weight=noise_level .* {says}.*; take objective\.step_weight=equal"):
+        load_recipe(file, [f"solver={{steps: 3, {solver}}}", weighs])
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,15 @@ def rate(arm: Arm, learning_rate: str, seeds: int | None = None) -> Arm:
 
 def redness(*changes: str) -> Arm:
     """Half the learning rate: the reward is easy, and what matters is the way there."""
-    return Arm(("optimizer.learning_rate=1e-3", *changes), recipe="redness.yaml", every=4, measures=structure)
+    keys = ("optimizer.learning_rate=1e-3", *changes)
+    return Arm(keys, recipe="redness.yaml", every=4, measures=structure, seeds=5)
 
 
-def clips(*changes: str, learning_rate: str = "1e-3") -> Arm:
+def clips(*changes: str, learning_rate: str = "1e-3", seeds: int | None = None) -> Arm:
     """The clip recipe, 32 clips an iteration, at its own rate or another, judged on all of its evaluation prompts."""
     keys = (f"optimizer.learning_rate={learning_rate}", *changes)
-    return Arm(keys, recipe="quickstart-video.yaml", every=8, iterations=16, untrained="clips-untrained")
+    recipe = "quickstart-video.yaml"
+    return Arm(keys, recipe=recipe, every=8, iterations=16, seeds=seeds, untrained="clips-untrained")
 
 
 WATCHED = "emoji_judge, emoji_layout, emoji_count, emoji_quality, emoji_flaws"
@@ -117,6 +119,8 @@ CREDITS: dict[str, tuple[str, ...]] = {
 
 SLOW = ("sample", "consensus", "perceptual", "quickstart")
 """What is tried at half the rate, too."""
+DECAYED = ("sample", "consensus")
+"""What is tried with a rate that begins high and comes down: 2e-3 learns fastest and keeps least."""
 
 
 def full_groups(credit: str, learning_rate: str, *changes: str, judges: str = WATCHED, seeds: int | None = None) -> Arm:
@@ -189,6 +193,7 @@ ARMS: dict[str, Arm] = {
     **{f"groups-{credit}-1e-3": full_groups(credit, "1e-3", seeds=5) for credit in CREDITS},
     **{f"groups-{credit}-2e-3": full_groups(credit, "2e-3", seeds=5) for credit in CREDITS},
     **{f"groups-{credit}-5e-4": full_groups(credit, "5e-4") for credit in SLOW},
+    **{f"groups-{credit}-cosine": full_groups(credit, "2e-3", "optimizer.schedule=cosine") for credit in DECAYED},
     "groups-sample-clean": clean("sample", "1e-3", seeds=5),
     "groups-consensus-clean": clean("consensus", "1e-3"),
     "groups-quickstart-clean": clean("quickstart", "1e-3", seeds=5),
@@ -200,11 +205,11 @@ ARMS: dict[str, Arm] = {
     "clips-vipo": clips(),
     "clips-deviation": clips("structuring.sources=[deviation]"),
     "clips-consensus": clips("structuring.sources=[consensus]"),
-    "clips-sample-rate-2e-3": clips("credit=sample", learning_rate="2e-3"),
+    "clips-sample-rate-2e-3": clips("credit=sample", learning_rate="2e-3", seeds=5),
     "clips-vipo-rate-2e-3": clips(learning_rate="2e-3"),
-    "clips-deviation-rate-2e-3": clips("structuring.sources=[deviation]", learning_rate="2e-3"),
+    "clips-deviation-rate-2e-3": clips("structuring.sources=[deviation]", learning_rate="2e-3", seeds=5),
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 26, 29, len(ARMS) - 37, len(ARMS) - 18, len(ARMS) - 8, len(ARMS))
+BLOCKS = (13, 22, 26, 29, len(ARMS) - 39, len(ARMS) - 20, len(ARMS) - 8, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""

@@ -139,7 +139,7 @@ def build_map_source(
     """What the recipe's ``structuring.sources`` name; several are multiplied.
 
     Args:
-        signed: a source of the user's own may give weights below 0.
+        signed: a source of the user's own may give weights below 0, if it is the only one.
     """
     stride = generator.temporal_stride
     told: Any = section.source_options
@@ -171,7 +171,8 @@ def build_map_source(
     def own(name: str) -> MapSource:
         how = {"smoothing_sigma": section.smoothing_sigma, "normalization": section.normalization}
         offered = {"temporal_stride": stride, **how}
-        return sources.Own(name, load_part(SOURCE, name, offered, **told.own.get(name, {})), signed)
+        alone = len(section.sources) == 1  # a product of maps is cut at 0, which would lose the sign
+        return sources.Own(name, load_part(SOURCE, name, offered, **told.own.get(name, {})), signed and alone)
 
     named = [makers[name]() if name in makers else own(name) for name in section.sources]
     return named[0] if len(named) == 1 else sources.Product(named, section.normalization)
@@ -449,11 +450,13 @@ def _check_watchable(recipe: Recipe, prompts: int) -> None:
     """Raises:
     UserError: too few evaluation prompts for an interval that could stop the run.
     """
-    if recipe.training.stop_when is not None and prompts < FEWEST_PROMPTS:
+    watching = [f"training.stop_when={recipe.training.stop_when}"] if recipe.training.stop_when is not None else []
+    if recipe.guards.over_optimization.action == "stop":
+        watching.append("guards.over_optimization=stop")
+    if watching and prompts < FEWEST_PROMPTS:
         raise UserError(
-            f"training.stop_when={recipe.training.stop_when} goes by an interval over prompts, for which the"
-            f" evaluation's {prompts} are too few; give evaluation.prompts (and evaluation.limit) at least"
-            f" {FEWEST_PROMPTS}, or leave it out"
+            f"{watching[0]} goes by an interval over prompts, for which the evaluation's {prompts} are too few; give"
+            f" evaluation.prompts (and evaluation.limit) at least {FEWEST_PROMPTS}, or leave it out"
         )
 
 

@@ -409,6 +409,7 @@ class Recipe(Section):
         self._check_context()
         self._check_counts()
         self._check_watched()
+        self._check_guards()
         self._check_own()
         return self
 
@@ -488,6 +489,11 @@ class Recipe(Section):
     def _check_step_weight(self) -> None:
         """A step's weight comes from its noise, and without any there is none, or 0 / 0."""
         weight, solver = self.objective.step_weight, self.solver
+        if weight != "equal" and self.objective.loss == "matching":
+            raise ValueError(
+                f"objective.step_weight={weight} weighs the solver's steps by their noise, and objective.loss=matching"
+                " trains on noise levels that it draws, not on steps; take objective.step_weight=equal"
+            )
         if weight != "equal" and (solver.eta == 0 or not solver.candidates):
             raise ValueError(
                 f"objective.step_weight={weight} goes by the noise of the solver's steps, and solver.kind={solver.kind}"
@@ -557,6 +563,25 @@ class Recipe(Section):
                 f"training.stop_when={self.training.stop_when} can stop nothing with evaluation.every=null, which"
                 " evaluates before and after only; set evaluation.every to a number of iterations"
             )
+
+    def _check_guards(self) -> None:
+        """A guard that is to act must be given what it goes by; one that only warns has nothing to say then."""
+        no_ratio = self.objective.loss == "matching" and "objective.loss=matching"
+        no_evaluation = self.evaluation.every is None and "evaluation.every=null"
+        silent = {
+            "first_ratio": no_ratio,
+            "clipped_fraction": no_ratio,
+            "kl": no_ratio,
+            "kl_reference": self.objective.kl_weight == 0 and "objective.kl_weight=0",
+            "over_optimization": no_evaluation if self.judges else "judges={}",
+        }
+        for name, cause in silent.items():
+            action = getattr(self.guards, name).action
+            if cause and action in ("skip", "stop"):
+                raise ValueError(
+                    f"guards.{name}={action} can never act, because with {cause} nothing is measured for it; change"
+                    f" that, or take guards.{name}=warn"
+                )
 
     def to_yaml(self) -> str:
         """The resolved recipe; loading it gives an equal one."""

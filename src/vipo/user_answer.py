@@ -53,7 +53,7 @@ def not_negative(kind: Kind, name: str, given: Tensor) -> Tensor:
     if bool((given < 0).any()):
         least = float(torch.min(given))
         raise UserError(
-            f"{kind.what} {name!r} returned {least:g} at a position; a weight below 0 would punish what was rewarded:"
-            " return numbers of 0 or more"
+            f"{kind.what} {name!r} returned {least:g} at a position; a weight below 0 would punish what was rewarded,"
+            " and is cut where sources are multiplied: return numbers of 0 or more"
         )
     return given

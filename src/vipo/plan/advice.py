@@ -20,6 +20,9 @@ from vipo.schema import Recipe
 ALL = ("read", "sample", "decode", "score", "map", "update", "step")  # phases of an iteration
 Path = tuple[str, ...]  # of a key in a recipe
 SHARDING: Path = ("training", "sharding")
+LORA = (
+    "trains a LoRA instead of every weight, which needs a higher optimizer.learning_rate: flux1-dev-lora-24gb has 3e-4"
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def account_seconds(recipe: Recipe, machine: Machine, change: Change, ledger: Le
 def _free(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     """Changes that cost no operations: each does the same in smaller parts, or puts aside what is not in use."""
     work, section = work_of(recipe, machine.processes), recipe.generator
-    if not getattr(section, "offload_text", True):
+    if not section.offload_text and not is_own(section):  # the user's own may have no keep_text, which that asks for
         yield Change(("generator", "offload_text"), True)
     for home in ("judges", "rewards"):
         for name, entry in getattr(recipe, home).items():
@@ -187,7 +190,7 @@ def _other_training(recipe: Recipe) -> Iterator[Change]:
         yield Change(("generator", "quantization"), "nf4", warning="a LoRA on a base in 4 bits")
     yield from _fewer_text_bits(recipe, "nf4", "prompts read in 4 bits")
     if recipe.policy.kind == "full":
-        yield Change(("policy", "kind"), "lora", warning="trains a LoRA instead of every weight")
+        yield Change(("policy", "kind"), "lora", warning=LORA)
 
 
 def _fewer_text_bits(recipe: Recipe, kind: str, warning: str) -> Iterator[Change]:
