@@ -164,7 +164,7 @@ def test_arms_that_are_missing_are_listed_and_nothing_is_invented(tmp_path: Path
     assert row(made["ablations"], "average")[2] == "not trained yet"
     assert row(made["clipping"], "sample-clip-1e-4")[1] == "0 of 5"
     assert made["agreement"].lines == made["orientation"].lines == ((("Not measured yet.", ""),),)
-    assert "redness-sample 0 of 3" in made["collapse"].lines[0][0][0]
+    assert "redness-sample 0 of 5" in made["collapse"].lines[0][0][0]
     assert made["collapse"].lines[1:] == ((("There is no redness that every run reached.", ""),),)
 
 
@@ -312,9 +312,11 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "quickstart-clean": 0.3,
         "sample-clean": 0.3,
         "noise": 0.4,
+        "sample-cosine": 0.2,
+        "consensus-cosine": 0.4,
     }
     for arm, gain in grouped.items():
-        done = 48 if "clean" in arm or arm == "noise" else 16
+        done = 16 if arm.endswith("1e-3") else 48
         write_gains(tmp_path, f"groups-{arm}", dict.fromkeys(range(3), gain), iterations=done)
     on_clips = {"sample": 0.2, "vipo": 0.4, "deviation": 0.3, "consensus": 0.1}
     for arm, gain in {**on_clips, "sample-rate-2e-3": 0.25, "deviation-rate-2e-3": 0.35}.items():
@@ -343,8 +345,10 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "n": "holds",
         "o": "holds",
         "p": "holds",
+        "q": "not measured yet",
     }
     assert [part.verdict for part in found["b"].parts] == ["holds", "holds", "does not hold", "does not hold"]
+    assert [part.verdict for part in found["q"].parts] == ["holds", "not measured yet"]
     assert found["a"].parts[0].effect is not None and found["e"].parts[0].effect is not None
     assert found["a"].parts[0].effect.mean == pytest.approx(0.3 - 0.2)
     assert found["e"].parts[0].effect.mean == pytest.approx(0.15 - 0.4)  # vipo at 12 iterations: the arm has no more
@@ -375,7 +379,9 @@ def test_markers_that_cannot_be_filled_are_named(text: str, message: str) -> Non
         page.filled(text, [Table("main", "", "", ("Arm",), ())])
 
 
-def test_a_finished_experiment_becomes_a_page_that_stands_alone(tmp_path: Path) -> None:
+def test_a_finished_experiment_becomes_a_page_that_stands_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, pictures, html, prose = (tmp_path / name for name in ("results", "pictures", "out.html", "results.md"))
     folder.mkdir()
     write_everything(folder, pictures)
@@ -383,6 +389,7 @@ def test_a_finished_experiment_becomes_a_page_that_stands_alone(tmp_path: Path) 
     page.publish(folder, pictures, html, prose)
     text = html.read_text()
     assert len(text) < 1_500_000 and "<script" not in text
+    assert "shows no pictures of redness-vipo, redness-deviation: give --pictures" in capsys.readouterr().out
     assert not re.search(r'(src|href)="(?!data:|#|https://arxiv\.org)', text)
     assert text.count("data:image/webp;base64,") == 6 * 5 + page.STRIP_ROWS * 2
     assert "a &lt;b&gt;fox&lt;/b&gt; 0" in text and "<b>fox" not in text

@@ -161,6 +161,11 @@ def redness_strips(folder: Path | None) -> list[Sheet]:
     return [sheet(arm, {str(k): way[k] for k in sorted(way)}, STRIP_ROWS) for arm, way in found.items() if way]
 
 
+def without_pictures(folder: Path | None) -> list[str]:
+    """Arms that the page would show and of which the folder has no sheet."""
+    return [arm for arm in ("groups-untrained", *COMPARED_ARMS.values(), *REDNESS) if not sheets_of(folder, arm)]
+
+
 def pill(verdict: Verdict) -> dict[str, str]:
     return {"words": verdict, "sign": SIGNS[verdict][0], "tone": SIGNS[verdict][1]}
 
@@ -240,6 +245,8 @@ def publish(results: Path, pictures: Path | None, html: Path | None, prose: Path
         write_text(prose, filled(prose.read_text(encoding="utf-8"), made))
     if html:
         write_text(html, render(found, pictures))
+        if lacking := without_pictures(pictures):
+            print(f"{html} shows no pictures of {', '.join(lacking)}: give --pictures a folder that has their sheets")
 
 
 def main() -> None:

@@ -107,6 +107,10 @@ def groups_claims(results: Results) -> list[Claim]:
         ("clips-deviation", SCALAR_CLIPS + HIGHER),
     )
     on_clips = [_versus(results, *pair, score) for pair in clip_rates for score in CLIP_SCORES[:2]]
+    coming_down = [
+        _versus(results, "groups-consensus-cosine", scalar, trained, after=48)
+        for scalar in ("groups-sample-cosine", SCALAR_GROUPS)
+    ]
     return [
         Claim("h", "Not the paper's: consensus is ahead of scalar GRPO early", against("consensus", 8, 16)),
         Claim("i", "Not the paper's: consensus is ahead of scalar GRPO in the end", against("consensus", 48)),
@@ -121,6 +125,11 @@ def groups_claims(results: Results) -> list[Claim]:
             tuple(on_clips),
         ),
         Claim("p", "Not the paper's: under its clip range a detached ratio learns more than its local one", (ratio,)),
+        Claim(
+            "q",
+            "Not the paper's: at a rate that comes down, consensus ends above scalar GRPO at that and at its best one",
+            tuple(coming_down),
+        ),
     ]
 
 
