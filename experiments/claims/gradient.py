@@ -10,7 +10,8 @@ iteration's samples i, positions p and advantages A_i, an estimator with the wei
 
 and its signal-to-noise ratio is mean(s) / std(s) over independent iterations: a twice as high one is worth four times
 as many pictures. log pi is linear in so small a step, so d / dr is a central difference of two replays in float32, and
-one pair of replays serves any number of maps.
+one pair of replays serves any number of maps. "Own noises" are groups of the same prompts whose samples start from a
+noise each; maps "of each step" compare the clean latents that are predicted after it, not those of the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,20 @@ from torch import Tensor
 
 from arm import recipe_of
 from matrix import ARMS
-from vipo import objective
+from vipo import objective, sde
 from vipo.assemble import Session, build
 from vipo.backbones.efficientnet_lite import EfficientNetLite
 from vipo.files import write_text
 from vipo.rollout import replay, sample_groups
-from vipo.structuring import PerceptualStructuring, allocation_map, normalise, sources
-from vipo.training.credit import combined
+from vipo.structuring import (
+    PerceptualStructuring,
+    allocation_map,
+    consensus_map,
+    deviation_map,
+    normalise,
+    signed_consensus_map,
+    sources,
+)
 from vipo.types import Rollout
 
 FIRST_ITERATION = 1000  # no arm ever trained on the prompts and noises from here on
@@ -59,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "energy": {"orientation": "energy"},
     "release": {"orientation": "release"},
 }
+PATCH = 2  # cells to a side, for a consensus over patches
 STRIDES = {"stride 16": (16, 128), "stride 32": (32, 224)}
 
 
@@ -92,11 +103,48 @@ def perceptual(rollout: Rollout) -> dict[str, Tensor]:
     return found
 
 
-def all_maps(session: Session, rollout: Rollout) -> dict[str, Tensor]:
+def in_patches(latents: Tensor) -> Tensor:
+    """(N, C, T, H, W) with the cells of a patch as channels."""
+    frames = F.pixel_unshuffle(latents.transpose(1, 2), PATCH)  # (N, T, C PATCH^2, H / PATCH, W / PATCH)
+    return frames.transpose(1, 2)
+
+
+def consensuses(rollout: Rollout, advantage: Tensor) -> dict[str, Tensor]:
+    """The map as it ships, and with one thing changed at a time."""
+    agreed = partial(consensus_map, advantage=advantage, group_size=rollout.group_size)
+    patches = agreed(in_patches(rollout.latents), smoothing_sigma=0)
+    return {
+        "consensus": agreed(rollout.latents),
+        "consensus, sigma 0": agreed(rollout.latents, smoothing_sigma=0),
+        "consensus, sigma 2": agreed(rollout.latents, smoothing_sigma=2.0),
+        "consensus, floor 0.3": agreed(rollout.latents, floor=0.3),
+        f"consensus, patches of {PATCH} x {PATCH}": F.interpolate(patches, scale_factor=PATCH, mode="nearest"),
+    }
+
+
+def of_each_step(session: Session, rollout: Rollout, advantage: Tensor) -> dict[str, Tensor]:
+    """Maps of every recorded row, (R, T, H, W), from the clean latents that are predicted where its step arrives.
+
+    Raises:
+        ValueError: a step was recorded of some samples alone, which cannot be compared.
+    """
+    rows, group = rollout.transitions, rollout.group_size
+    found = {f"{name}, of each step": torch.zeros_like(rows.log_prob) for name in ("deviation", "consensus")}
+    for step in rows.step.unique().tolist():
+        at = (rows.step == step).nonzero().squeeze(1)
+        at = at[rows.sample[at].argsort()]
+        if not torch.equal(rows.sample[at], torch.arange(len(advantage))):
+            raise ValueError(f"step {step} was recorded of {len(at)} of {len(advantage)} samples")
+        velocity = session.generator.velocity(rows.next_latents[at], rows.sigma_next[at], rollout.conditioning)
+        clean = sde.clean_prediction(velocity, rows.next_latents[at], rows.sigma_next[at])
+        found["deviation, of each step"][at] = deviation_map(clean, group)
+        found["consensus, of each step"][at] = consensus_map(clean, advantage, group)
+    return found
+
+
+def all_maps(session: Session, rollout: Rollout, advantage: Tensor) -> dict[str, Tensor]:
     group, scorer, recipe = rollout.group_size, session.evaluation_scorer, session.recipe
     trained = {name: scorer.rewards[name] for name in recipe.rewards}
-    scores = session.trainer.scorer(rollout.media, rollout.prompts)
-    advantage = combined(recipe.objective, scores, group)
     masks = objects(rollout)
     floor = 1e-3  # a picture without any object has a uniform mask
     found = {
@@ -115,7 +163,8 @@ def all_maps(session: Session, rollout: Rollout) -> dict[str, Tensor]:
     found["text relevance"] = sources.TextRelevance(session.generator)(rollout, advantage)
     found["disagreement"] = sources.Disagreement()(rollout, advantage)
     found["deviation"] = deviation
-    found["consensus"] = sources.Consensus()(rollout, advantage)
+    found |= consensuses(rollout, advantage)
+    found["consensus x ViPO"] = normalise(found["consensus"] * paper, "unit_mean")
     found["deviation, sigma 0"] = sources.Deviation(smoothing_sigma=0)(rollout, advantage)
     found["deviation, square root"] = normalise(deviation.sqrt(), "unit_mean")
     found["deviation x ViPO"] = normalise(deviation * paper, "unit_mean")
@@ -186,32 +235,64 @@ def slopes(session: Session, rollout: Rollout, direction: Direction) -> Tensor:
     return found
 
 
-def one_iteration(session: Session, direction: Direction, iteration: int) -> dict[str, dict[str, float]]:
-    """Each map's slope, agreement with the objects, and share of its mass in the heaviest quarter."""
+def rolled_out(session: Session, iteration: int, *, same_noise: bool) -> tuple[Rollout, Tensor, Tensor]:
+    """Samples, their reward and their advantage."""
     trainer, recipe = session.trainer, session.recipe
-    group, clip = recipe.prompts.group_size, recipe.objective.advantage_clip
+    group, solver = recipe.prompts.group_size, replace(trainer.solver, same_noise=same_noise)
     with torch.autocast("cpu", torch.bfloat16):
-        prompts = trainer.prompts.groups(iteration)
         rollout = sample_groups(
-            session.generator, prompts, trainer.solver, group_size=group, seed=recipe.seed, iteration=iteration
+            session.generator,
+            trainer.prompts.groups(iteration),
+            solver,
+            group_size=group,
+            seed=recipe.seed,
+            iteration=iteration,
         )
     rewards = trainer.scorer(rollout.media, rollout.prompts).total
-    advantage = objective.group_advantage(rewards, group)
+    return rollout, rewards, objective.group_advantage(rewards, group)
+
+
+def one_iteration(session: Session, direction: Direction, iteration: int) -> dict[str, dict[str, float]]:
+    """Each map's slope, agreement with the objects, and share of its mass in the heaviest quarter."""
+    group, clip = session.recipe.prompts.group_size, session.recipe.objective.advantage_clip
+    rollout, rewards, advantage = rolled_out(session, iteration, same_noise=True)
     with torch.autocast("cpu", torch.bfloat16):
-        maps = all_maps(session, rollout)
+        maps = all_maps(session, rollout, advantage)
+        with torch.no_grad():
+            of_steps = of_each_step(session, rollout, advantage)
     change, sample = slopes(session, rollout, direction), rollout.transitions.sample
-    masks = objects(rollout)
-    weights = {name: objective.spatial_advantage(advantage, m) for name, m in maps.items()}
+    weights = {name: objective.spatial_advantage(advantage, m)[sample] for name, m in maps.items()}
+    weights |= {name: objective.spatial_advantage(advantage[sample], m) for name, m in of_steps.items()}
+    signed = signed_consensus_map(rollout.latents, advantage, group)
+    weights["consensus, signed"] = objective.weighted(advantage, signed)[sample]
     paper = maps["ViPO (K = 3, variance, sigma 1)"]
-    weights["reward map"] = objective.group_advantage(paper * rewards[:, None, None, None], group)
-    found = {
-        name: {"slope": float((change * weight.clamp(-clip, clip)[sample]).mean())} for name, weight in weights.items()
-    }
+    weights["reward map"] = objective.group_advantage(paper * rewards[:, None, None, None], group)[sample]
+    found = {name: {"slope": slope(change, weight, clip)} for name, weight in weights.items()}
+    found |= from_own_noises(session, direction, iteration)
+    masks = objects(rollout)
     for name, m in maps.items():
         flat = m.flatten(1)
         top = flat.topk(flat.shape[1] // 4, 1).values.sum(1) / flat.sum(1)
         found[name] |= {"auc": area_under_curve(m, masks), "top_quarter": float(top.mean())}
     return found
+
+
+def slope(change: Tensor, weight: Tensor, clip: float) -> float:
+    return float((change * weight.clamp(-clip, clip)).mean())
+
+
+def from_own_noises(session: Session, direction: Direction, iteration: int) -> dict[str, dict[str, float]]:
+    """The slopes of scalar GRPO and of the maps that compare samples, where samples do not share their noise."""
+    clip = session.recipe.objective.advantage_clip
+    rollout, _, advantage = rolled_out(session, iteration, same_noise=False)
+    change, sample = slopes(session, rollout, direction), rollout.transitions.sample
+    maps = {
+        "sample": torch.ones(len(advantage), *rollout.latent_grid),
+        "deviation": deviation_map(rollout.latents, rollout.group_size),
+        "consensus": consensus_map(rollout.latents, advantage, rollout.group_size),
+    }
+    weights = {name: objective.spatial_advantage(advantage, m)[sample] for name, m in maps.items()}
+    return {f"own noises: {name}": {"slope": slope(change, weight, clip)} for name, weight in weights.items()}
 
 
 def main() -> None:

@@ -121,6 +121,8 @@ SLOW = ("sample", "consensus", "perceptual", "quickstart")
 """What is tried at half the rate, too."""
 DECAYED = ("sample", "consensus")
 """What is tried with a rate that begins high and comes down: 2e-3 learns fastest and keeps least."""
+OWN_NOISES = ("sample", "consensus", "deviation")
+"""What is tried in groups whose samples start from a noise each."""
 
 
 def full_groups(credit: str, learning_rate: str, *changes: str, judges: str = WATCHED, seeds: int | None = None) -> Arm:
@@ -194,6 +196,7 @@ ARMS: dict[str, Arm] = {
     **{f"groups-{credit}-2e-3": full_groups(credit, "2e-3", seeds=5) for credit in CREDITS},
     **{f"groups-{credit}-5e-4": full_groups(credit, "5e-4") for credit in SLOW},
     **{f"groups-{credit}-cosine": full_groups(credit, "2e-3", "optimizer.schedule=cosine") for credit in DECAYED},
+    **{f"groups-{credit}-own-noises": full_groups(credit, "1e-3", "solver.same_noise=false") for credit in OWN_NOISES},
     "groups-sample-clean": clean("sample", "1e-3", seeds=5),
     "groups-consensus-clean": clean("consensus", "1e-3"),
     "groups-quickstart-clean": clean("quickstart", "1e-3", seeds=5),
@@ -211,5 +214,5 @@ ARMS: dict[str, Arm] = {
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 26, 29, len(ARMS) - 39, len(ARMS) - 20, len(ARMS) - 8, len(ARMS))
+BLOCKS = (13, 22, 26, 29, len(ARMS) - 42, len(ARMS) - 23, len(ARMS) - 8, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""
