@@ -269,9 +269,11 @@ def test_precision_no_is_a_name_not_false() -> None:
     assert load_recipe("quickstart", ["training.precision=no"]).training.precision == "no"
 
 
-def test_comparing_samples_needs_them_to_start_from_one_noise() -> None:
+def test_taking_every_difference_for_the_steps_doing_needs_samples_that_start_from_one_noise() -> None:
     with pytest.raises(UserError, match="names deviation, which compares the samples of a group"):
         load_recipe("quickstart", ["solver.same_noise=false"])
+    assert load_recipe("quickstart", ["solver.same_noise=false", "structuring.sources=[consensus]"])
+    assert load_recipe("quickstart", ["solver.same_noise=false", "credit=signed_consensus"])
     assert load_recipe("quickstart", ["solver.same_noise=false", "structuring.sources=[perceptual]"])
     assert load_recipe("quickstart", ["solver.same_noise=false", "credit=sample"])
 

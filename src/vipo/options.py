@@ -72,6 +72,9 @@ SOURCE_MEANINGS: Mapping[str, str] = {
 COMPARE_SAMPLES: frozenset[SourceName] = frozenset({"deviation", "disagreement", "consensus"})
 """Sources of maps that a whole group is needed for."""
 
+ONE_NOISE: frozenset[SourceName] = frozenset({"deviation", "disagreement"})
+"""Those of them that take every difference for the steps' doing, and so want samples that start from one noise."""
+
 NEEDS_SOURCES: frozenset[CreditKind] = frozenset({"reward_map", "advantage_map"})
 """Credits that take what ``structuring.sources`` give; so may one of the user's own, see :func:`needs_sources`."""
 

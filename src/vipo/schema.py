@@ -29,6 +29,7 @@ from vipo import guards
 from vipo.guards import GuardOptions
 from vipo.options import (
     COMPARE_SAMPLES,
+    ONE_NOISE,
     TIMEOUT,
     ContextExchange,
     Count,
@@ -515,12 +516,12 @@ class Recipe(Section):
         return from_sources or self.credit in ("flaw_map", "dense_reward")
 
     def _check_groups(self) -> None:
-        """The samples of a group must differ, and where a map compares them, by their steps alone."""
-        comparing = self.comparing
-        if comparing and not self.solver.same_noise:
+        """The samples of a group must differ, and where a map takes all differences alike, by their steps alone."""
+        needing = sorted(ONE_NOISE & set(self.structuring.sources)) if needs_sources(self.credit) else []
+        if needing and not self.solver.same_noise:
             raise ValueError(
-                f"{comparing}, which compares the samples of a group, but with solver.same_noise=false they differ"
-                " everywhere; set it to true or take another"
+                f"structuring.sources names {needing[0]}, which compares the samples of a group, but with"
+                " solver.same_noise=false they differ everywhere; set it to true or take another, such as consensus"
             )
         if self.solver.same_noise and (self.solver.kind == "ode" or self.solver.eta == 0):
             raise ValueError(

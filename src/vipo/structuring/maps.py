@@ -160,8 +160,8 @@ def consensus_map(
         M_i(p) = relu( sign(A_i) gaussian * <d_i(p), g_i(p)> ),     g_i(p) = sum over j != i of A_j d_j(p)
 
     with d_i = x_i - the group's mean, a vector over channels. Leaving i out of g_i keeps a sample from vouching for
-    itself. Not in the paper; like :func:`deviation_map` it needs samples that started from one noise. In groups of two
-    it is that map.
+    itself. Not in the paper. Samples may start from one noise or from one each. In groups of two it is
+    :func:`deviation_map`.
 
     Args:
         latents: clean ones, groups consecutive.
