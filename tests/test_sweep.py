@@ -220,6 +220,11 @@ def test_what_is_finished_is_known(tmp_path: Path, finished: Path) -> None:
     longer = combinations(str(folder / "recipe.yaml"), ["training.iterations=9"])[0]
     other = combinations(str(folder / "recipe.yaml"), ["optimizer.learning_rate=0.5"])[0]
     assert state_of(longer, folder) == state_of(other, folder) == "broken off"
+    ended = shutil.copytree(folder, tmp_path / "ended")  # by its stop_when, before the nine planned
+    *lines, last = (folder / "metrics.jsonl").read_text().splitlines()
+    told = json.dumps({**json.loads(last), "stopped": "a judge fell"})
+    (ended / "metrics.jsonl").write_text("\n".join([*lines, told, ""]))
+    assert state_of(longer, ended) == "finished"
     shutil.rmtree(folder / "export")
     assert state_of(one, folder) == "broken off" and parse_recipe(raw) == parse_recipe(raw)
 
