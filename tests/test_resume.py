@@ -219,14 +219,21 @@ def test_what_only_more_training_could_show_is_refused_where_none_is_left(tmp_pa
     tiny.run_all(short, tmp_path / "run")
     before = contents(tmp_path / "run")
     for other, said in (
-        (changed(short, optimizer={"learning_rate": 0.5}), r"optimizer\.learning_rate 0\.01 -> 0\.5 would change nothing"),
+        (
+            changed(short, optimizer={"learning_rate": 0.5}),
+            r"optimizer\.learning_rate 0\.01 -> 0\.5 would change nothing",
+        ),
         (changed(short, credit="uniform"), "credit sample -> uniform would change nothing"),
         (changed(short, judges=["brightness"]), "judges.* would change nothing; give more training.iterations"),
     ):
         with pytest.raises(UserError, match=said):
             Run(parse_recipe(other), tmp_path / "run", resume=True, allow_changes=["credit"])
     assert contents(tmp_path / "run") == before
-    tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "run", resume=True)
+    going_on = iter(Run(parse_recipe(raw), tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "export").is_dir() and [next(going_on).iteration for _ in range(2)] == [1, 2]
+    assert checkpoints(tmp_path / "run")[-1] == "step-000002"
+    assert not (tmp_path / "run" / "export").exists(), "which policy.init would take for the run's weights"
+    del going_on
     with pytest.raises(UserError, match=r"2 iterations are done, more than training\.iterations=1.*--from"):
         Run(parse_recipe(short), tmp_path / "run", resume=True)
 

@@ -98,7 +98,7 @@ def test_an_evaluation_builds_what_it_scores_with_and_nothing_else(run: Path, un
 def test_files_that_are_others_than_the_run_knew_are_told(
     run: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run that was moved, or is used from another folder, may find files of the same name; it samples all the same."""
+    """A run that was moved, or is used from another folder, may find files of the same name."""
     reward, prompts, base = run.parent / "mine.py", run.parent / "prompts.txt", model_folder / "other.txt"
     reward.write_text(REWARDS)
     prompts.write_text("\n".join(tiny.PROMPTS) + "\n")
@@ -109,7 +109,8 @@ def test_files_that_are_others_than_the_run_knew_are_told(
         prompts.write_text("a dog\n")
         base.write_text("another base")
         (told,) = open_target(str(run)).notices(PROMPTS, ["held-out", "redness"])
-        assert told.startswith("not what this run was scored with") and f"judges.held-out.reward ({str(reward)!r}" in told
+        assert told.startswith("not what this run was scored with")
+        assert f"judges.held-out.reward ({str(reward)!r}" in told
         assert not target.notices(PROMPTS, ["redness"]) and target.evaluation_prompts()
         asked, evaluated = caplog.messages
         assert "checkpoint was trained with" in asked and f"generator.path ({str(model_folder)!r})" in asked
