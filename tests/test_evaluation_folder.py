@@ -113,6 +113,18 @@ def test_a_finished_evaluation_is_read_not_sampled_again(whole: Path, copied: Pa
     assert torch.equal(evaluation.scores["policy"]["grey"], torch.arange(40) / 64 + 0.125)
 
 
+def test_pictures_that_are_asked_for_later_are_all_there(whole: Path, tmp_path: Path) -> None:
+    """Parts that were kept without are done again, as no picture of them is anywhere."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", Models(dies_at=11))
+    run(tmp_path / "run", Models(), pictures=True, resume=True)
+    assert contents(tmp_path / "run") == contents(whole)
+    (tmp_path / "run" / "pictures" / "base" / "00004-1.png").unlink()
+    again = Models()
+    run(tmp_path / "run", again, pictures=True, resume=True)
+    assert again.sampled == 6 and contents(tmp_path / "run") == contents(whole)
+
+
 def test_everything_is_in_the_files(whole: Path) -> None:
     found = json.loads((whole / "evaluation.json").read_text())
     assert found["scores"]["base"]["red"][3] == [6 / 64, None] and found["prompts"][4]["metadata"] == {"tag": 1}

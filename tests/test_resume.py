@@ -213,6 +213,31 @@ def test_one_more_judge_leaves_the_other_scores_comparable(tmp_path: Path, raw: 
     assert "Iteration 0 (untrained) against iteration 4" in write_report(tmp_path / "run").read_text()
 
 
+def test_what_only_more_training_could_show_is_refused_where_none_is_left(tmp_path: Path, raw: dict[str, Any]) -> None:
+    """Else the recipe on record, the report and the card of the export name a rate that nothing was trained with."""
+    short = changed(raw, training=raw["training"] | {"iterations": 1})
+    tiny.run_all(short, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for other, said in (
+        (
+            changed(short, optimizer={"learning_rate": 0.5}),
+            r"optimizer\.learning_rate 0\.01 -> 0\.5 would change nothing",
+        ),
+        (changed(short, credit="uniform"), "credit sample -> uniform would change nothing"),
+        (changed(short, judges=["brightness"]), "judges.* would change nothing; give more training.iterations"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Run(parse_recipe(other), tmp_path / "run", resume=True, allow_changes=["credit"])
+    assert contents(tmp_path / "run") == before
+    going_on = iter(Run(parse_recipe(raw), tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "export").is_dir() and [next(going_on).iteration for _ in range(2)] == [1, 2]
+    assert checkpoints(tmp_path / "run")[-1] == "step-000002"
+    assert not (tmp_path / "run" / "export").exists(), "which policy.init would take for the run's weights"
+    del going_on
+    with pytest.raises(UserError, match=r"2 iterations are done, more than training\.iterations=1.*--from"):
+        Run(parse_recipe(short), tmp_path / "run", resume=True)
+
+
 # --- which checkpoint --------------------------------------------------------------------------------------------
 
 
@@ -222,6 +247,8 @@ def test_from_an_earlier_checkpoint_ends_like_a_run_that_never_went_further(
     raw["evaluation"] |= {"every": 1}
     tiny.run_all(raw, tmp_path / "run")
     write_report(tmp_path / "run")
+    for name in ("-best", "-comfyui", "-step-000002", "-step-000004-comfyui", "-of-mine"):
+        (tmp_path / "run" / f"export{name}").mkdir()
     tiny.run_all(changed(raw, training=raw["training"] | {"iterations": 2}), tmp_path / "calm")
     run = Run(parse_recipe(raw), tmp_path / "run", resume=True, checkpoint="step-000002")
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"]
@@ -229,7 +256,8 @@ def test_from_an_earlier_checkpoint_ends_like_a_run_that_never_went_further(
         "Going on after iteration 2. What was logged of 2 later iterations is dropped. Removed, because later:"
         " step-000004, step-000003."
     )
-    assert not (tmp_path / "run" / "export").exists() and not (tmp_path / "run" / "report.html").exists()
+    left = sorted(path.name for path in (tmp_path / "run").glob("export*"))
+    assert left == ["export-of-mine", "export-step-000002"] and not (tmp_path / "run" / "report.html").exists()
     ours, calm = contents(tmp_path / "run"), contents(tmp_path / "calm")
     logs = [name for name in calm if name.endswith("s.jsonl") or name.startswith("samples")]
     assert logs and all(ours[name] == calm[name] for name in logs)

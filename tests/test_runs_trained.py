@@ -95,6 +95,31 @@ def test_an_evaluation_builds_what_it_scores_with_and_nothing_else(run: Path, un
         open_target(str(run)).evaluation_prompts()
 
 
+def test_files_that_are_others_than_the_run_knew_are_told(
+    run: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was moved, or is used from another folder, may find files of the same name."""
+    reward, prompts, base = run.parent / "mine.py", run.parent / "prompts.txt", model_folder / "other.txt"
+    reward.write_text(REWARDS)
+    prompts.write_text("\n".join(tiny.PROMPTS) + "\n")
+    try:
+        target = open_target(str(run))
+        assert not target.notices(PROMPTS, ["held-out"]) and target.evaluation_prompts() and not caplog.messages
+        reward.write_text(REWARDS.replace("media.mean", "-media.mean"))
+        prompts.write_text("a dog\n")
+        base.write_text("another base")
+        (told,) = open_target(str(run)).notices(PROMPTS, ["held-out", "redness"])
+        assert told.startswith("not what this run was scored with")
+        assert f"judges.held-out.reward ({str(reward)!r}" in told
+        assert not target.notices(PROMPTS, ["redness"]) and target.evaluation_prompts()
+        asked, evaluated = caplog.messages
+        assert "checkpoint was trained with" in asked and f"generator.path ({str(model_folder)!r})" in asked
+        assert evaluated == f"not what the run was evaluated on: evaluation.prompts ({str(prompts)!r})"
+    finally:
+        for file in (reward, prompts, base):
+            file.unlink(missing_ok=True)
+
+
 def test_full_weights_are_held_once_unless_the_base_is_asked_for(model_folder: Path, tmp_path: Path) -> None:
     root = trained(tmp_path / "full", model_folder, kind="full", ema_decay=0.5)
     _, model = open_run(root)

@@ -212,6 +212,17 @@ def test_ctrl_c_ends_watching_with_0(finished: Path, vipo: Vipo, monkeypatch: py
     assert_refused(vipo("watch", finished.parent), "not a run directory")
 
 
+def test_a_reward_whose_file_was_edited_between_two_runs_is_told(tmp_path: Path, finished: Path, vipo: Vipo) -> None:
+    a, b = (run_of(tmp_path / name, finished, [0.0, 0.1]) for name in "ab")
+    for folder, file in ((a, "1"), (b, "2")):
+        state = folder / "checkpoints" / "step-000002" / "state.json"
+        told = {**json.loads(state.read_text()), "inputs": {"rewards.redness.reward": file, "packages.torch": file}}
+        state.write_text(json.dumps(told))
+    said = vipo("compare", a, b)
+    assert said.code == 0 and "redness was scored with another redness.reward than in" in said.err
+    assert "brightness was scored" not in said.err and "another redness" not in vipo("compare", a, a).err
+
+
 def test_what_is_finished_is_known(tmp_path: Path, finished: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     raw = yaml.safe_load((folder / "recipe.yaml").read_text())
@@ -220,6 +231,11 @@ def test_what_is_finished_is_known(tmp_path: Path, finished: Path) -> None:
     longer = combinations(str(folder / "recipe.yaml"), ["training.iterations=9"])[0]
     other = combinations(str(folder / "recipe.yaml"), ["optimizer.learning_rate=0.5"])[0]
     assert state_of(longer, folder) == state_of(other, folder) == "broken off"
+    ended = shutil.copytree(folder, tmp_path / "ended")  # by its stop_when, before the nine planned
+    *lines, last = (folder / "metrics.jsonl").read_text().splitlines()
+    told = json.dumps({**json.loads(last), "stopped": "a judge fell"})
+    (ended / "metrics.jsonl").write_text("\n".join([*lines, told, ""]))
+    assert state_of(longer, ended) == "finished"
     shutil.rmtree(folder / "export")
     assert state_of(one, folder) == "broken off" and parse_recipe(raw) == parse_recipe(raw)
 

@@ -89,9 +89,23 @@ class EvaluationFolder:
         return self.root / "parts" / f"{first:06d}"
 
     def read(self, first: int) -> Part | None:
-        """What the evaluation that goes on has of the prompts from ``first`` on."""
+        """What the evaluation that goes on has of the prompts from ``first`` on, with every picture if asked for."""
         file = self._part(first) / "scores.json"
-        return Part(**_read_json(file)) if self._goes_on and file.is_file() else None
+        part = Part(**_read_json(file)) if self._goes_on and file.is_file() else None
+        return None if part is None or (self.pictures and not self._has_pictures(part)) else part
+
+    def _has_pictures(self, part: Part) -> bool:
+        """Whether it was kept with ``pictures`` too."""
+        return all(
+            self._has_pictures_of(model, part.first, len(next(iter(by_reward.values()))))
+            for model, by_reward in part.scores.items()
+        )
+
+    def _has_pictures_of(self, model: str, first: int, samples: int) -> bool:
+        folder = self.root / "pictures" / model
+        each = len(list(folder.glob(f"{first:05d}-*.*")))  # as many of every prompt as of the first
+        names = (f"{first + i // each:05d}-{i % each}" for i in range(samples)) if each else ()
+        return each > 0 and all(any(folder.glob(f"{name}.*")) for name in names)
 
     def begin(self) -> None:
         """Write what the evaluation depends on, if it is not there: from now on the folder takes no other."""

@@ -88,6 +88,7 @@ def missing(runs: Sequence[RunRecord]) -> list[str]:
     """What a comparison does without, a sentence each: lines, evaluations, seeds and scores."""
     found = [f"{run.folder}: left out {', '.join(run.left_out)}" for run in runs if run.left_out]
     found += [f"{run.folder}: {told}" for run in runs if (told := _unfinished(run))]
+    found += [told for run in runs[1:] for told in _scored_otherwise(runs[0], run)]
     for label, of_group in gathered(runs).items():
         found += _named_twice(label, [run for run, own in zip(runs, labels(runs), strict=True) if own == label])
         found += _unscored(label, of_group.values())
@@ -100,6 +101,24 @@ def _unfinished(run: RunRecord) -> str:
         return ""
     why = f"it failed, {run.failure}; " if run.failure else ""
     return f"{why}its last evaluation is of iteration {last}, of {planned} planned"
+
+
+def _scored_otherwise(first: RunRecord, run: RunRecord) -> Iterator[str]:
+    """Scores of one name that are of other files, such as a reward of the user's that was edited between two runs."""
+    for name in _last(run).values:
+        then, now = (_files_of(name, one) for one in (first, run))
+        keys = [key for key, file in now.items() if then.get(key, file) != file]
+        if keys:
+            yield (
+                f"{run.folder}: {name} was scored with another {' and '.join(keys)} than in {first.folder} (the file"
+                " has changed), so its difference means nothing"
+            )
+
+
+def _files_of(name: str, run: RunRecord) -> dict[str, str]:
+    """Fingerprints of what a reward or judge of this name is from, by the key below ``rewards`` or ``judges``."""
+    below = {key.partition(".")[2]: file for key, file in run.inputs.items() if key.startswith(("rewards.", "judges."))}
+    return {key: file for key, file in below.items() if f"{key}.".startswith(f"{name}.")}
 
 
 def _named_twice(label: str, runs: Sequence[RunRecord]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ class RunRecord:
     unreadable: Mapping[str, int]
     told: tuple[tuple[int, str], ...] = ()  # of evaluations: after which iteration, and what
     kept: frozenset[int] = frozenset()  # iterations that there are checkpoints of
+    inputs: Mapping[str, str] = field(default_factory=dict)  # by key, fingerprints of the files that the recipe names
 
     @property
     def events(self) -> list[tuple[int, str]]:
@@ -169,6 +170,7 @@ def read_run(folder: Path) -> RunRecord:
         {name: bad for name, (_, bad) in logs.items() if bad},
         tuple((line["iteration"], str(event)) for line in logs["evaluations"][0] for event in line.get("events") or ()),
         frozenset(_checkpoints(folder / "checkpoints")),
+        _inputs(folder / "checkpoints"),
     )
     _check_recipe(record)
     return record
@@ -280,6 +282,15 @@ def _checkpoints(folder: Path) -> Iterator[int]:
     for index in folder.glob("step-*/state.json"):
         if match := _STEP.fullmatch(index.parent.name):
             yield int(match[1])
+
+
+def _inputs(folder: Path) -> Mapping[str, str]:
+    """As the newest checkpoint has them; none where it cannot be read."""
+    newest = max(_checkpoints(folder), default=None)
+    if newest is None:
+        return {}
+    found = _read_environment(folder / f"step-{newest:06d}" / "state.json").get("inputs")
+    return found if isinstance(found, dict) else {}
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

@@ -65,6 +65,10 @@ class RunDirectory:
     def recipe(self) -> Path:
         return self.root / RECIPE
 
+    def exports_of_latest(self) -> tuple[Path, ...]:
+        """Where the latest checkpoint is exported to, in each layout; see ``Trained.export_folder``."""
+        return self.root / "export", self.root / "export-comfyui"
+
     def exists(self) -> bool:
         return self.recipe.is_file()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     found = {key: _of(path) for key, path in _named(recipe.model_dump(mode="json"), "") if key not in OUTPUTS}
     packages: Mapping[str, str] = environment()["packages"]
     return found | {f"packages.{name}": version for name, version in packages.items()}
+
+
+def others(recorded: Mapping[str, str], recipe: Recipe, keys: Collection[str]) -> list[str]:
+    """Which of the files that the recipe names under these keys or sections are not what is on record, in words.
+
+    What is on no record, or not there now, is left to whoever reads it.
+    """
+    if not recorded:
+        return []
+    return [
+        f"{key} ({str(path)!r})"
+        for key, path in _named(recipe.model_dump(mode="json"), "")
+        if key in recorded and any(f"{key}.".startswith(f"{one}.") for one in keys) and _of(path) != recorded[key]
+    ]
 
 
 def _named(value: Any, key: str) -> Iterator[tuple[str, Path]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vipo.errors import UserError
 from vipo.runs.directory import METRICS, Past
-from vipo.runs.rules import changed
+from vipo.runs.rules import Change, changed
 from vipo.schema import Recipe
 from vipo.training.saved import Saved
 
@@ -79,6 +79,7 @@ def resumption(
     if saved is not None and processes != saved.head.processes:
         told.append(f"processes {saved.head.processes} -> {processes}")
     iteration = saved.head.iteration if saved else 0
+    _check_left(found, iteration, recipe.training.iterations, past)
     told += [f"a newer checkpoint passed over: {why}" for why in saved.damaged] if saved else []
     if past.logged < iteration:
         told.append(f"a log of only {past.logged} iterations: lines of metrics.jsonl were lost")
@@ -94,6 +95,22 @@ def resumption(
         comparable_since=iteration if anew else past.comparable_since,
         inputs=inputs,
     )
+
+
+def _check_left(found: Sequence[Change], done: int, planned: int, past: Past) -> None:
+    """Else the recipe on record, the report and the card would claim what nothing was trained with."""
+    where = f"cannot resume {str(past.root)!r}"
+    if done > planned:
+        raise UserError(
+            f"{where}: {done} iterations are done, more than training.iterations={planned}; give at least as many, or"
+            " an earlier checkpoint with --from"
+        )
+    idle = [str(change) for change in found if change.needs_training]
+    if done == planned and idle:
+        raise UserError(
+            f"{where}: all {done} iterations are done, so {', '.join(idle)} would change nothing; give more"
+            " training.iterations, an earlier checkpoint with --from, or another --output"
+        )
 
 
 def _rewritten(past: Past) -> list[str]:

@@ -105,6 +105,13 @@ class Change:
         return f"{self.key} {_shown(self.old)} -> {_shown(self.new)}"
 
     @property
+    def needs_training(self) -> bool:
+        """Whether it can only show in iterations that come: how is trained, or a judge that no evaluation asks yet."""
+        if self.path[0] == "judges":
+            return not self.moves_scores
+        return self.path[0] == "optimizer" or (self.rule == "on request" and self.path[0] != "inputs")
+
+    @property
     def moves_scores(self) -> bool:
         """Whether evaluations before and after it cannot be compared."""
         if self.path[0] in ("judges", "inputs") and len(self.path) < 3 and not (self.old and self.new):

@@ -14,7 +14,7 @@ from vipo.assemble import Session, build, engine_of, keep_text, notices
 from vipo.engine import Engine
 from vipo.errors import RunFailed, UserError
 from vipo.evaluation.records import POLICY, Evaluation
-from vipo.files import written_whole
+from vipo.files import remove, written_whole
 from vipo.media.pictures import save_png
 from vipo.media.recordings import ROLLOUTS, prune_recordings, save_recording
 from vipo.report.page import write_report
@@ -280,6 +280,9 @@ class Run:
             inputs=self.start.inputs,
             logs=self.directory.checksums(self.iteration) if self.writes else None,
         )
+        if self.writes:
+            for folder in self.directory.exports_of_latest():  # of a run that had ended and goes on: of older weights
+                remove(folder)
 
     def _evaluate_and_watch(self) -> Iterator[Evaluated]:
         """Evaluate if that is due, and end the run if a judge has fallen too far and the recipe says so."""

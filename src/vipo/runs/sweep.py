@@ -18,7 +18,7 @@ State = Literal["to begin", "broken off", "finished"]
 
 
 def state_of(combination: Combination, folder: Path) -> State:
-    """Whether a run is done as its recipe now says, with its last evaluation and its export.
+    """Whether a run is done as its recipe now says, or ended by its ``stop_when``, with its evaluation and its export.
 
     Raises:
         UserError: what is in its folder cannot be read.
@@ -26,7 +26,8 @@ def state_of(combination: Combination, folder: Path) -> State:
     directory = RunDirectory(folder)
     if not directory.exists():
         return "to begin"
-    run, wanted = read_run(folder), combination.recipe.training.iterations
+    run = read_run(folder)
+    wanted = run.iterations_done if run.stopped else combination.recipe.training.iterations
     whole = run.iterations_done == wanted and run.failure is None and (folder / "export").is_dir()
     evaluated = bool(run.evaluations) and run.evaluations[-1].iteration == wanted
     same = not differences(run.recipe, combination.recipe, folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from vipo.schema import EvaluationSection, JudgeSection
 from vipo.types import Generator, NamesCutPrompts, Prompt, Rollout
 from vipo.user_file import file_of, is_user_file
 
+log = logging.getLogger(__name__)
+
 PLACES = {"path", "text_cache", "offload_text"}  # of a generator section: they change no sample
 BATCH = 64  # pictures, or frames of whole clips
 
@@ -46,6 +49,7 @@ class Target:
         evaluation: where a run's evaluation prompts are.
         rewards: its own, built when they are asked for.
         told: what to tell of it in any case.
+        others: of the files that a run's recipe names under these keys, those that have changed since, in words.
     """
 
     generator: Generator
@@ -57,10 +61,11 @@ class Target:
     rewards: Mapping[str, JudgeSection] = field(default_factory=dict)
     attention: str = attention.AUTO
     told: tuple[str, ...] = ()
+    others: Callable[[Collection[str]], Sequence[str]] = lambda _keys: ()
 
     def with_rewards(self, sections: Mapping[str, JudgeSection]) -> Target:
         """The same model with these rewards to choose from."""
-        return replace(self, rewards=sections)
+        return replace(self, rewards=sections, others=lambda _keys: ())
 
     def evaluation_prompts(self) -> list[Prompt]:
         """Those of the run; none without one.
@@ -69,12 +74,18 @@ class Target:
             UserError: they cannot be read.
         """
         section = self.evaluation
-        return [] if section is None else named_prompts(section.prompts)[: section.limit]
+        if section is None:
+            return []
+        for file in self.others(["evaluation.prompts"]):
+            log.warning("not what the run was evaluated on: %s", file)
+        return named_prompts(section.prompts)[: section.limit]
 
     def notices(self, prompts: Sequence[Prompt], rewards: Sequence[str] = ()) -> list[str]:
         """What to tell before it samples: a base in fewer bits, prompts that will be cut, clips taken for others."""
         options = {name: own.options for name, own in self.rewards.items() if name in rewards}
         told = [*self.told, *rate_notices(options, self.fps)]
+        keys = [f"{section}.{name}" for section in ("rewards", "judges") for name in options]
+        told += [f"not what this run was scored with, so scores are others: {file}" for file in self.others(keys)]
         kind = self.described["generator"]["quantization"]
         if kind != "none":
             told.append(
@@ -313,4 +324,5 @@ def _open_run(
         {**recipe.judges, **recipe.rewards},
         model.attention,
         (*trained.told, *guidance_note(model.generator, recipe.generator)),
+        trained.others,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,8 @@ from vipo.recipe import check_generator_code, load_recipe, parse_recipe
 from vipo.runs.best import BEST, best_checkpoint, best_told
 from vipo.runs.directory import RunDirectory
 from vipo.runs.guidance import check_guidance, guided
-from vipo.runs.init import with_kept_init
+from vipo.runs.init import INIT, with_kept_init
+from vipo.runs.inputs import others
 from vipo.runs.rules import differences
 from vipo.schema import Recipe
 from vipo.training.checkpoint import load_policy
@@ -64,6 +66,10 @@ class Trained:
             raise UserError(f"{str(self.directory.root)!r} lies in no run; say where to export it with --output FOLDER")
         name = "" if self.checkpoint is None else f"-{Path(self.checkpoint).name}"
         return self.directory.root / f"export{name}{'' if layout == 'diffusers' else f'-{layout}'}"
+
+    def others(self, keys: Collection[str]) -> list[str]:
+        """Of the files that the recipe names under these keys, those that are others than it was trained with."""
+        return others(read_head(self.path()).inputs, self.recipe, keys)
 
     @property
     def told(self) -> list[str]:
@@ -177,6 +183,10 @@ def _tell_other_recipe(head: Head, recipe: Recipe, directory: RunDirectory) -> N
     told = [str(change) for change in found if change.path[0] in SHAPED_BY]
     if told:
         log.warning("%s is not what its checkpoint was trained with: %s", directory.recipe, ", ".join(told))
+    begun = () if (directory.root / INIT).is_dir() else ("policy",)  # else the run has a copy of its own
+    files = others(head.inputs, recipe, ("generator", *begun))
+    if files:
+        log.warning("not what the checkpoint was trained with, so it samples others: %s", ", ".join(files))
 
 
 def _without_average(recipe: Recipe) -> Recipe:
