@@ -121,7 +121,7 @@ SLOW = ("sample", "consensus", "perceptual", "quickstart")
 """What is tried at half the rate, too."""
 DECAYED = ("sample", "consensus")
 """What is tried with a rate that begins high and comes down: 2e-3 learns fastest and keeps least."""
-OWN_NOISES = ("sample", "consensus", "deviation")
+OWN_NOISES = ("sample", "consensus")
 """What is tried in groups whose samples start from a noise each."""
 
 
@@ -214,5 +214,5 @@ ARMS: dict[str, Arm] = {
 }
 """Name -> arm, the most telling ones first: results are made in this order."""
 
-BLOCKS = (13, 22, 26, 29, len(ARMS) - 42, len(ARMS) - 23, len(ARMS) - 8, len(ARMS))
+BLOCKS = (13, 22, 26, 29, len(ARMS) - 41, len(ARMS) - 22, len(ARMS) - 8, len(ARMS))
 """Up to which arm each block of them goes; a block is trained with every seed before the next begins."""
