@@ -312,6 +312,8 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "quickstart-clean": 0.3,
         "sample-clean": 0.3,
         "noise": 0.4,
+        "sample-own-noises": 0.1,
+        "consensus-own-noises": 0.3,
         "sample-cosine": 0.2,
         "consensus-cosine": 0.4,
     }
@@ -346,9 +348,11 @@ def test_claims_read_the_right_arms(tmp_path: Path) -> None:
         "o": "holds",
         "p": "holds",
         "q": "not measured yet",
+        "r": "not measured yet",  # its arms were evaluated at the end alone
     }
     assert [part.verdict for part in found["b"].parts] == ["holds", "holds", "does not hold", "does not hold"]
     assert [part.verdict for part in found["q"].parts] == ["holds", "not measured yet"]
+    assert [part.verdict for part in found["r"].parts] == ["not measured yet", "holds"]
     assert found["a"].parts[0].effect is not None and found["e"].parts[0].effect is not None
     assert found["a"].parts[0].effect.mean == pytest.approx(0.3 - 0.2)
     assert found["e"].parts[0].effect.mean == pytest.approx(0.15 - 0.4)  # vipo at 12 iterations: the arm has no more

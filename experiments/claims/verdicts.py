@@ -111,6 +111,9 @@ def groups_claims(results: Results) -> list[Claim]:
         _versus(results, "groups-consensus-cosine", scalar, trained, after=48)
         for scalar in ("groups-sample-cosine", SCALAR_GROUPS)
     ]
+    own_noises = [
+        _versus(results, "groups-consensus-own-noises", "groups-sample-own-noises", trained, after=k) for k in (16, 48)
+    ]
     return [
         Claim("h", "Not the paper's: consensus is ahead of scalar GRPO early", against("consensus", 8, 16)),
         Claim("i", "Not the paper's: consensus is ahead of scalar GRPO in the end", against("consensus", 48)),
@@ -129,6 +132,11 @@ def groups_claims(results: Results) -> list[Claim]:
             "q",
             "Not the paper's: at a rate that comes down, consensus ends above scalar GRPO at that and at its best one",
             tuple(coming_down),
+        ),
+        Claim(
+            "r",
+            "Not the paper's: where samples start from a noise each, consensus beats scalar GRPO, early and in the end",
+            tuple(own_noises),
         ),
     ]
 
