@@ -140,7 +140,10 @@ def _unscored(label: str, runs: Iterable[RunRecord]) -> list[str]:
 
 def _last(run: RunRecord) -> EvaluationRecord:
     if not run.evaluations:
-        raise UserError(f"{str(run.folder)!r} has no evaluation yet; let it run on, or use `vipo evaluate`")
+        raise UserError(
+            f"{str(run.folder)!r} has no evaluation yet; let it run on to its first, or see what it gained over its base"
+            " model, without this comparison, with `vipo evaluate`"
+        )
     return run.evaluations[-1]
 
 
