@@ -141,8 +141,8 @@ def _unscored(label: str, runs: Iterable[RunRecord]) -> list[str]:
 def _last(run: RunRecord) -> EvaluationRecord:
     if not run.evaluations:
         raise UserError(
-            f"{str(run.folder)!r} has no evaluation yet; let it run on to its first, or see what it gained, without this"
-            " comparison, with `vipo evaluate`"
+            f"{str(run.folder)!r} has no evaluation yet; let it run on to its first, or see with `vipo evaluate` what"
+            " it gained, without this comparison"
         )
     return run.evaluations[-1]
 
