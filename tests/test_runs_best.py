@@ -181,6 +181,7 @@ def test_a_run_ends_when_its_judge_has_fallen_and_says_how_to_go_on(
     ({"stop_when": "lost"}, {}, r"training\.stop_when='lost' is none of the rewards"),
     ({"stop_when": JUDGE}, {"every": None}, r"can stop nothing with evaluation\.every=null"),
     ({"stop_when": JUDGE}, {"limit": 5}, r"the evaluation's 5 are too few; give .* at least 6"),
+    ({}, {"limit": 5}, r"guards\.over_optimization=stop goes by .*'s 5 are too few"),
 ])  # fmt: skip
 def test_what_cannot_be_watched_is_refused(
     tmp_path: Path,
@@ -191,6 +192,7 @@ def test_what_cannot_be_watched_is_refused(
 ) -> None:
     raw = recipe_of([0.1, 0.2], **training)
     raw["evaluation"] |= evaluation
+    raw["guards"] = {} if training else {"over_optimization": "stop"}
     with pytest.raises(UserError, match=words):
         Run(parse_recipe(raw), tmp_path / "run")
     assert not (tmp_path / "run").exists()

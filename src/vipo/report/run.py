@@ -162,7 +162,7 @@ def read_run(folder: Path) -> RunRecord:
         folder,
         _parse_recipe(folder, recipe_text),
         recipe_text,
-        _read_environment(folder / "environment.json"),
+        _read_mapping(folder / "environment.json"),
         _latest_of_each(steps),
         _latest_of_each(evaluations),
         _numbered(folder / "samples"),
@@ -221,7 +221,7 @@ def _check_recipe(run: RunRecord) -> None:
         ) from error
 
 
-def _read_environment(file: Path) -> Mapping[str, Any]:
+def _read_mapping(file: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -289,7 +289,7 @@ def _inputs(folder: Path) -> Mapping[str, str]:
     newest = max(_checkpoints(folder), default=None)
     if newest is None:
         return {}
-    found = _read_environment(folder / f"step-{newest:06d}" / "state.json").get("inputs")
+    found = _read_mapping(folder / f"step-{newest:06d}" / "state.json").get("inputs")
     return found if isinstance(found, dict) else {}
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -27,6 +28,8 @@ from vipo.types import TrainStep
 
 METRICS, TIMING, EVALUATIONS = LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
 RECIPE = "recipe.yaml"
+Layout = Literal["diffusers", "comfyui"]  # of the names in an exported LoRA
+_EXPORT = re.compile(r"export(?:-best|-step-(\d{6,}))?(?:-comfyui)?")  # what RunDirectory.export_folder calls them
 STOPPED = "stopped"  # in the metrics of the last iteration: why the run ended there, see training.stop_when
 CHECKPOINTS = "checkpoints"
 
@@ -65,9 +68,19 @@ class RunDirectory:
     def recipe(self) -> Path:
         return self.root / RECIPE
 
-    def exports_of_latest(self) -> tuple[Path, ...]:
-        """Where the latest checkpoint is exported to, in each layout; see ``Trained.export_folder``."""
-        return self.root / "export", self.root / "export-comfyui"
+    def export_folder(self, checkpoint: str | None = None, layout: Layout = "diffusers") -> Path:
+        """Where a checkpoint is exported to, None being the latest: no other and no other layout takes its place."""
+        name = "" if checkpoint is None else f"-{Path(checkpoint).name}"
+        return self.root / f"export{name}{'' if layout == 'diffusers' else f'-{layout}'}"
+
+    def exports_of_latest(self) -> list[Path]:
+        """Where the latest checkpoint is exported to, in each layout."""
+        return [self.export_folder(layout=layout) for layout in get_args(Layout)]
+
+    def exports_after(self, iteration: int) -> list[Path]:
+        """Exports that may be of a later checkpoint: all that vipo named, but those of an earlier one's number."""
+        named = {folder: _EXPORT.fullmatch(folder.name) for folder in self.root.glob("export*")}
+        return [folder for folder, match in named.items() if match and int(match[1] or iteration + 1) > iteration]
 
     def exists(self) -> bool:
         return self.recipe.is_file()

@@ -11,7 +11,8 @@ from vipo.errors import UserError
 from vipo.files import written_whole
 from vipo.generators.comfyui import family_of, rename_for_comfyui
 from vipo.runs.card import write_card
-from vipo.runs.trained import Layout, Trained, open_trained
+from vipo.runs.directory import Layout
+from vipo.runs.trained import Trained, open_trained
 from vipo.training.saved import read_head
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from vipo.environment import environment
 from vipo.files import complete_lines, remove, write_text, written_whole
 from vipo.media.recordings import ROLLOUTS
-from vipo.runs.directory import CHECKPOINTS, EVALUATIONS, LOGS, RECIPE
+from vipo.runs.directory import CHECKPOINTS, EVALUATIONS, LOGS, RECIPE, RunDirectory
 from vipo.runs.resume import Start
 from vipo.training.saved import discard, name_of
 
 PICTURED = ("samples", "maps", ROLLOUTS)  # folders of files by iteration
 _STEP = re.compile(r"step-(\d{6,})")
-_EXPORTED = re.compile(r"export(?:-best|-step-(\d{6,}))?(?:-comfyui)?")  # see Trained.export_folder
 
 
 def settle(root: Path, start: Start, recipe_yaml: str, *, processes: int) -> None:
@@ -46,18 +44,6 @@ def _left_behind(root: Path) -> list[Path]:
     return [path for folder in folders for path in (root / folder).glob(".*.partial")]
 
 
-def _of_later(root: Path, iteration: int, dropped: bool) -> Iterator[Path]:
-    """The report, and exports that may be of a checkpoint that is dropped: all but those of an earlier one's number."""
-    if not dropped:
-        return
-    yield root / "report.html"
-    for folder in (root / "export", *root.glob("export-*")):
-        named = _EXPORTED.fullmatch(folder.name)
-        number = named and named[1]
-        if named and (number is None or int(number) > iteration):
-            yield folder
-
-
 def _rewind(root: Path, start: Start) -> None:
     """Drop what was saved and logged after the checkpoint: those iterations will be run again.
 
@@ -71,7 +57,8 @@ def _rewind(root: Path, start: Start) -> None:
     later = saved.later if saved is not None else ()
     for path in later:
         discard(path)
-    for path in [*_of_later(root, start.iteration, bool(later)), *_left_behind(root)]:
+    told = [root / "report.html", *RunDirectory(root).exports_after(start.iteration)] if later else []
+    for path in [*told, *_left_behind(root)]:
         remove(path)
     for name in filter(lambda name: (root / name).exists(), LOGS):
         # An evaluation stands for the state *before* the iteration of its number, a metric for the iteration.

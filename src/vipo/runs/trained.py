@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from vipo.assemble import Model, default_device, open_model
 from vipo.errors import UserError
 from vipo.recipe import check_generator_code, load_recipe, parse_recipe
 from vipo.runs.best import BEST, best_checkpoint, best_told
-from vipo.runs.directory import RunDirectory
+from vipo.runs.directory import Layout, RunDirectory
 from vipo.runs.guidance import check_guidance, guided
 from vipo.runs.init import INIT, with_kept_init
 from vipo.runs.inputs import others
@@ -25,7 +24,6 @@ from vipo.training.checkpoint import load_policy
 from vipo.training.saved import STATE, Head, named, read_head, verified
 
 log = logging.getLogger(__name__)
-Layout = Literal["diffusers", "comfyui"]  # of the names in an exported LoRA
 SHAPED_BY = ("generator", "policy", "solver")  # sections that a model is opened with
 
 
@@ -64,8 +62,7 @@ class Trained:
         """
         if not self.directory.exists():
             raise UserError(f"{str(self.directory.root)!r} lies in no run; say where to export it with --output FOLDER")
-        name = "" if self.checkpoint is None else f"-{Path(self.checkpoint).name}"
-        return self.directory.root / f"export{name}{'' if layout == 'diffusers' else f'-{layout}'}"
+        return self.directory.export_folder(self.checkpoint, layout)
 
     def others(self, keys: Collection[str]) -> list[str]:
         """Of the files that the recipe names under these keys, those that are others than it was trained with."""
