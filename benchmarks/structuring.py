@@ -2,8 +2,8 @@
 
     python benchmarks/structuring.py [--rounds 5] [--device cpu]
 
-First the components alone against other solvers, in core-seconds: all pictures in full in double (what an unsettled
-picture costs), torch.pca_lowrank of 16 columns, and scikit-learn's PCA picture by picture; on steep spectra
+First the components alone against other solvers, in core-seconds: all pictures in full (what an unsettled picture
+costs), the same by double precision's eigenvectors alone, torch.pca_lowrank of 16 columns, and scikit-learn's PCA picture by picture; on steep spectra
 (eigenvalues fall as 1/rank and 1/rank^2) and on a flat one (white features), where each picture is tried and then
 solved in full.
 "angle" is how far the third component is from the exact one, in radians.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -108,9 +109,17 @@ def solvers(features: Tensor) -> dict[str, Callable[[], Tensor]]:
         left, singular, _ = torch.pca_lowrank(cells.mT, q=16, niter=iterations)
         return left * singular[:, None]
 
+    def in_full() -> Tensor:
+        return components._in_parts(components._in_full, cells, 3).projections.mT
+
+    def in_double() -> Tensor:
+        with patch.object(components, "_all_vectors", components._in_own_precision):
+            return in_full()
+
     return {
         "ours": lambda: components.principal_components(features, 3).projections.flatten(2).mT,
-        "in full": lambda: components._in_parts(components._in_full, cells, 3).projections.mT,
+        "in full": in_full,
+        "in full, in double throughout": in_double,
         "pca_lowrank, 4 iterations": lambda: low_rank(4),
         "pca_lowrank, 8 iterations": lambda: low_rank(8),
         "scikit-learn": lambda: with_sklearn(features),

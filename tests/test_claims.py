@@ -405,6 +405,23 @@ def test_a_finished_experiment_becomes_a_page_that_stands_alone(
     assert [mark.name for mark in plots.forest(found)] == ["clear", results.SCALAR, "unclear"]
 
 
+def test_a_page_made_again_without_pictures_keeps_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, pictures, html = (tmp_path / name for name in ("results", "pictures", "out.html"))
+    folder.mkdir()
+    write_everything(folder, pictures)
+    page.publish(folder, pictures, html, None)
+    first = html.read_text()
+    write_gains(folder, "sample", {0: 0.777})
+    page.publish(folder, None, html, None)
+    again = html.read_text()
+    assert re.findall("data:image/webp[^\"]*", again) == re.findall("data:image/webp[^\"]*", first)
+    assert again.count("<figure><div") == first.count("<figure><div") > 0
+    assert again != first and "keeps the pictures that it had" in capsys.readouterr().out
+    page.publish(folder, None, tmp_path / "new.html", None)
+    assert "<img" not in (tmp_path / "new.html").read_text()
+    assert "shows no pictures of groups-untrained" in capsys.readouterr().out
+
+
 def check_cells(found: results.Results) -> None:
     for table in [*tables.tables(found), verdicts.claims_table(verdicts.claims(found))]:
         assert {len(line) for line in table.lines} <= {1, len(table.columns)}, table.name

@@ -153,6 +153,9 @@ def test_weights_of_another_policy_are_refused_and_nothing_is_written(model: Flu
     assert torch.equal(tiny.velocity(model), before)
 
 
+ROUNDING = 1e-4  # of values in [0, 1]: 1.3e-5 was seen on one processor, 1e-6 on another; a lost scale moves them by 0.7
+
+
 def pictures(pipeline: FluxPipeline) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return torch.from_numpy(
@@ -194,7 +197,7 @@ def test_plain_diffusers_loads_an_export_and_draws_the_same_pictures(
         ours = pictures(model.pipeline)
     policy.export(model, tmp_path / "export")
     theirs = pictures(load_export(kind, model_folder, tmp_path / "export"))
-    assert (theirs - ours).abs().max() <= 1e-5
+    assert (theirs - ours).abs().max() <= ROUNDING
     assert (ours - base).abs().max() > 1e-2
 
 
@@ -203,11 +206,11 @@ def test_lora_scaling_survives_the_export(model_folder: Path, tmp_path: Path) ->
     policy = tiny.nudged(tiny.lora(model, rank=2, alpha=8.0))
     policy.export(model, tmp_path)
     ours, file = pictures(model.pipeline), tmp_path / "pytorch_lora_weights.safetensors"
-    assert (pictures(load_export("lora", model_folder, tmp_path)) - ours).abs().max() <= 1e-5
+    assert (pictures(load_export("lora", model_folder, tmp_path)) - ours).abs().max() <= ROUNDING
     with safe_open(file, "pt") as opened:
         told = json.loads(opened.metadata()["lora_adapter_metadata"])
     layers = sorted({name.partition(".lora_")[0] for name in policy.state()})
     assert told["transformer.r"] == told["transformer.lora_alpha"] == 2  # what is in B is not told once more
     assert sorted(told["transformer.target_modules"]) == layers
     save_file(load_file(file), file)  # for readers that look at no header
-    assert (pictures(load_export("lora", model_folder, tmp_path)) - ours).abs().max() <= 1e-5
+    assert (pictures(load_export("lora", model_folder, tmp_path)) - ours).abs().max() <= ROUNDING

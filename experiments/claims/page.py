@@ -3,7 +3,8 @@
     python experiments/claims/page.py --results experiments/claims/results --pictures runs/claims \\
         --html claims.html --markdown docs/results.md
 
-In the Markdown file only what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
+In the Markdown file only what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced. Without
+``--pictures`` a page that is there keeps its own, so that results from another machine can join it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ COMPARED_ARMS = {
 }
 HOW = "write it, with the lines `<!-- table claims -->` and `<!-- end -->` where a table belongs"
 MARKER = re.compile(r"(<!-- table ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURES = re.compile(r"<!-- pictures (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def markdown(table: Table) -> str:
@@ -166,6 +168,12 @@ def without_pictures(folder: Path | None) -> list[str]:
     return [arm for arm in ("groups-untrained", *COMPARED_ARMS.values(), *REDNESS) if not sheets_of(folder, arm)]
 
 
+def keeping(text: str, before: str) -> str:
+    """``text`` with the pictures of the page ``before``, where that has any."""
+    had = {match.group(1): match.group(0) for match in PICTURES.finditer(before)}
+    return PICTURES.sub(lambda match: had.get(match.group(1), match.group(0)), text)
+
+
 def pill(verdict: Verdict) -> dict[str, str]:
     return {"words": verdict, "sign": SIGNS[verdict][0], "tone": SIGNS[verdict][1]}
 
@@ -244,8 +252,11 @@ def publish(results: Path, pictures: Path | None, html: Path | None, prose: Path
         made = [claims_table(claims(found)), *tables(found)]
         write_text(prose, filled(prose.read_text(encoding="utf-8"), made))
     if html:
-        write_text(html, render(found, pictures))
-        if lacking := without_pictures(pictures):
+        before = html.read_text(encoding="utf-8") if pictures is None and html.is_file() else ""
+        write_text(html, keeping(render(found, pictures), before))
+        if "<img" in before:
+            print(f"{html} keeps the pictures that it had: give --pictures for those of other runs")
+        elif lacking := without_pictures(pictures):
             print(f"{html} shows no pictures of {', '.join(lacking)}: give --pictures a folder that has their sheets")
 
 
