@@ -3,9 +3,9 @@
     python benchmarks/structuring.py [--rounds 5] [--device cpu]
 
 First the components alone against other solvers, in core-seconds: all pictures in full (what an unsettled picture
-costs), the same by double precision's eigenvectors alone, torch.pca_lowrank of 16 columns, and scikit-learn's PCA picture by picture; on steep spectra
-(eigenvalues fall as 1/rank and 1/rank^2) and on a flat one (white features), where each picture is tried and then
-solved in full.
+costs), the same by double precision's eigenvectors alone, torch.pca_lowrank of 16 columns, and scikit-learn's PCA
+picture by picture; on steep spectra (eigenvalues fall as 1/rank and 1/rank^2) and on a flat one (white features),
+where each picture is tried and then solved in full.
 "angle" is how far the third component is from the exact one, in radians.
 
 Then batched maps against one scikit-learn PCA per picture. That needs scikit-learn, which vipo itself does not. Both
