@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 os.environ.update(OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")  # subprocesses inherit them
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # what it says while it is imported would follow the summary of a worker
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # the same, where the processor has instructions for bfloat16
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # the same, where the processor computes in bfloat16
 os.environ.pop("COLUMNS", None)  # a console keeps the width that it finds when it is first imported
 if "--run-needs-gpu" in sys.argv:
     os.environ["VIPO_TESTS_SEE_GPU"] = "1"  # for xdist's workers, which are told no options before they read this file

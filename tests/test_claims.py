@@ -414,7 +414,7 @@ def test_a_page_made_again_without_pictures_keeps_its_own(tmp_path: Path, capsys
     write_gains(folder, "sample", {0: 0.777})
     page.publish(folder, None, html, None)
     again = html.read_text()
-    assert re.findall("data:image/webp[^\"]*", again) == re.findall("data:image/webp[^\"]*", first)
+    assert re.findall('data:image/webp[^"]*', again) == re.findall('data:image/webp[^"]*', first)
     assert again.count("<figure><div") == first.count("<figure><div") > 0
     assert again != first and "keeps the pictures that it had" in capsys.readouterr().out
     page.publish(folder, None, tmp_path / "new.html", None)

@@ -412,5 +412,10 @@ def test_a_run_that_is_hacked_says_so_in_its_log_its_report_and_at_its_end(
     assert "over_optimization" in render(read_run(folder))
     assert not (folder / "export").exists()
     assert run_all(raw, folder, resume=True) == str(caught.value), "nothing has changed"
+    slower = raw | {"optimizer": raw["optimizer"] | {"learning_rate": 1e-3}}
+    kept = (folder / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"end at once, .* 0\.05 -> 0\.001 .* give guards\.over_optimization=warn,"):
+        Run(parse_recipe(slower), folder, resume=True)
+    assert (folder / "recipe.yaml").read_bytes() == kept
     raw["guards"] = {"over_optimization": "warn"}
     assert run_all(raw, folder, resume=True) is None and (folder / "export").is_dir()

@@ -166,6 +166,10 @@ def test_a_run_ends_when_its_judge_has_fallen_and_says_how_to_go_on(
     assert "stopped" not in tiny.lines(folder / "metrics.jsonl")[-1]
     again = vipo(*words, "--resume")
     assert again.code == 0 and why in again.out and contents(folder) == undisturbed
+    faster = "optimizer.learning_rate=0.5"
+    refused = vipo(*words, "--resume", faster)
+    assert_refused(refused, "it would end at once, stopped by", "learning_rate 0.01 -> 0.5 would change nothing")
+    assert "give training.stop_when=null, an earlier checkpoint" in refused.err and contents(folder) == undisturbed
 
     how = re.search(r"Go on with:\n  .* (train .*)\n", again.out)
     assert how is not None

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vipo.errors import UserError
 from vipo.runs.directory import METRICS, Past
 from vipo.runs.rules import Change, changed
 from vipo.schema import Recipe
 from vipo.training.saved import Saved
+
+
+class Ending(NamedTuple):
+    """Why a run would end at once where it goes on, and the override with which it would not."""
+
+    why: str
+    without: str
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,13 @@ def resumption(
     allowed: Sequence[str] = (),
     scores_by_rate: bool = False,
     processes: int = 1,
+    ending: Ending | None = None,
 ) -> Start:
     """Decide how ``recipe`` goes on from what there is; without a checkpoint it begins.
 
     Args:
         inputs: fingerprints of what the recipe names (:func:`vipo.runs.inputs.fingerprints`).
+        ending: if its last evaluation and the recipe would end it at once.
         allowed, scores_by_rate: see :func:`vipo.runs.rules.changed`.
 
     Raises:
@@ -79,12 +89,12 @@ def resumption(
     if saved is not None and processes != saved.head.processes:
         told.append(f"processes {saved.head.processes} -> {processes}")
     iteration = saved.head.iteration if saved else 0
-    _check_left(found, iteration, recipe.training.iterations, past)
+    anew = any(change.moves_scores for change in found)
+    _check_left(found, iteration, recipe.training.iterations, past, None if anew else ending)
     told += [f"a newer checkpoint passed over: {why}" for why in saved.damaged] if saved else []
     if past.logged < iteration:
         told.append(f"a log of only {past.logged} iterations: lines of metrics.jsonl were lost")
     told += [f"another {name} than was saved with it: lines were changed or lost" for name in _rewritten(past)]
-    anew = any(change.moves_scores for change in found)
     return Start(
         resumed=True,
         saved=saved,
@@ -97,7 +107,7 @@ def resumption(
     )
 
 
-def _check_left(found: Sequence[Change], done: int, planned: int, past: Past) -> None:
+def _check_left(found: Sequence[Change], done: int, planned: int, past: Past, ending: Ending | None) -> None:
     """Else the recipe on record, the report and the card would claim what nothing was trained with."""
     where = f"cannot resume {str(past.root)!r}"
     if done > planned:
@@ -110,6 +120,11 @@ def _check_left(found: Sequence[Change], done: int, planned: int, past: Past) ->
         raise UserError(
             f"{where}: all {done} iterations are done, so {', '.join(idle)} would change nothing; give more"
             " training.iterations, an earlier checkpoint with --from, or another --output"
+        )
+    if ending is not None and idle:
+        raise UserError(
+            f"{where}: it would end at once, {ending.why}, so {', '.join(idle)} would change nothing; give"
+            f" {ending.without}, an earlier checkpoint with --from, or another --output"
         )
 
 

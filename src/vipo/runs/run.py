@@ -21,7 +21,7 @@ from vipo.report.page import write_report
 from vipo.rewards import go_by_rate
 from vipo.runs.agreement import check_agreed
 from vipo.runs.best import best_so_far, best_told, fallen, spared
-from vipo.runs.directory import RunDirectory
+from vipo.runs.directory import Past, RunDirectory
 from vipo.runs.evaluating import evaluate_run, save_evaluation
 from vipo.runs.exporting import add_card
 from vipo.runs.init import keep_init, with_kept_init
@@ -29,7 +29,7 @@ from vipo.runs.inputs import fingerprints
 from vipo.runs.lock import FolderLock
 from vipo.runs.opening import settle
 from vipo.runs.over_optimization import JudgeWatch
-from vipo.runs.resume import Start, beginning, resumption
+from vipo.runs.resume import Ending, Start, beginning, resumption
 from vipo.runs.step_records import factors_of, recorded_step
 from vipo.runs.step_sheets import step_sheet
 from vipo.runs.stop import StopRequest
@@ -112,7 +112,13 @@ class Run:
             scored = {**recipe.judges, **recipe.rewards}
             by_rate = go_by_rate({name: (one.reward or name, one.options) for name, one in scored.items()})
             return resumption(
-                recipe, past, inputs, allowed=allow_changes, scores_by_rate=by_rate, processes=self.processes
+                recipe,
+                past,
+                inputs,
+                allowed=allow_changes,
+                scores_by_rate=by_rate,
+                processes=self.processes,
+                ending=self._ending(past),
             )
 
         try:
@@ -140,6 +146,16 @@ class Run:
         except BaseException:
             self.lock.release()
             raise
+
+    def _ending(self, past: Past) -> Ending | None:
+        """Whether this recipe would end the run where it goes on, as it may have done before."""
+        if past.saved is None or not past.owns_saved:
+            return None
+        name, done = self.recipe.training.stop_when, past.saved.head.iteration
+        if name is not None and (why := fallen(self.directory, name, done)):
+            return Ending(why, "training.stop_when=null")
+        over = self._over_optimized(done) is not None
+        return Ending("stopped by its guard over_optimization", "guards.over_optimization=warn") if over else None
 
     def _tracked(self) -> Tracking:
         return Tracking(self.recipe, self.directory.root, iteration=self.iteration, processes=self.processes)
@@ -289,14 +305,14 @@ class Run:
         yield from self._evaluate_if_due()
         if self.recipe.guards.over_optimization.action != "stop":
             return
-        failure = self.engine.agreed(self._over_optimized)
+        failure = self.engine.agreed(lambda: self._over_optimized(self.iteration))
         if failure is not None:
             self.save()
         self._end_if(failure)
 
-    def _over_optimized(self) -> str | None:
+    def _over_optimized(self, iteration: int) -> str | None:
         records = self.directory.evaluations()
-        return self._watch.failure(records) if records and records[-1].iteration == self.iteration else None
+        return self._watch.failure(records) if records and records[-1].iteration == iteration else None
 
     @property
     def _watch(self) -> JudgeWatch:
