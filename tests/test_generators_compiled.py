@@ -76,9 +76,7 @@ def test_sampling_and_replay_share_their_graphs(
     model = family(name, tmp_path / name, model_folder)
     tiny.nudged(Policy.lora(model.network, rank=2, alpha=2.0, targets=model.lora_targets["blocks"], seed=0))
     plain = velocity(model, 3).detach()
-    if checkpointed:
-        model.network.enable_gradient_checkpointing()
-    compiled.install(model.network, "cpu")
+    compiled.install(model.network, "cpu", checkpointed=checkpointed)
     graphs.clear()  # that of the compiler's test
     with torch.no_grad():
         sampled = velocity(model, 3)
@@ -110,10 +108,12 @@ def test_nothing_is_kept_for_a_backward_that_never_comes(model_folder: Path, gra
     assert all(p.grad is not None for p in policy.parameters.values())
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_compiled_run_learns_with_ratio_one_and_resumes_bit_for_bit(
-    tmp_path: Path, model_folder: Path, graphs: Graphs
+    tmp_path: Path, model_folder: Path, graphs: Graphs, checkpointed: bool
 ) -> None:
-    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", training__compile=True, training__iterations=4)
+    changes = {"training__compile": True, "training__gradient_checkpointing": checkpointed}
+    raw = tiny.recipe(model_folder, tmp_path / "prompts.txt", training__iterations=4, **changes)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     steps = [step for step in Run(parse_recipe(raw), whole) if isinstance(step, TrainStep)]
     assert graphs and all(step.metrics["grad_norm"] > 0 for step in steps)
@@ -165,19 +165,43 @@ class Blocks(nn.Module):
         return x
 
 
-def test_code_that_is_really_generated_rounds_alike_in_sampling_and_replay() -> None:
+def kept_for_a_backward(network: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of what a pass keeps beside weights."""
+    kept: list[tuple[int, ...]] = []
+
+    def keep(value: Tensor) -> Tensor:
+        if not isinstance(value, nn.Parameter):
+            kept.append(tuple(value.shape))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        network(x)
+    return kept
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_code_that_is_really_generated_rounds_alike_in_sampling_and_replay(checkpointed: bool) -> None:
     torch._dynamo.reset()
     network = Blocks().requires_grad_(False)
     tiny.nudged(Policy.lora(network, rank=2, alpha=2.0, targets=r"blocks\.\d\.linear", seed=0))
-    x, plain = torch.randn(6, 5, 16), network
-    expected = plain(x).detach()
-    compiled.install(network, "cpu")
+    x = torch.randn(6, 5, 16)
+    expected = network(x)
+    expected.sum().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    network.zero_grad()
+    compiled.install(network, "cpu", checkpointed=checkpointed)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             sampled = network(x)
         replayed = network(x)
+        kept = kept_for_a_backward(network, x)
     assert torch.equal(sampled, replayed) and replayed.requires_grad
     assert torch.allclose(sampled.float(), expected, atol=0.05)
+    assert (kept == [(6, 5, 16)]) == checkpointed  # the block's input alone
+    replayed.sum().backward()
+    for name, gradient in gradients.items():
+        assert torch.allclose(network.get_parameter(name).grad, gradient, rtol=0.05, atol=0.05), name
     torch._dynamo.reset()
 
 

@@ -203,7 +203,7 @@ def test_a_compiled_block_is_given_plain_tensors_of_a_weight(
     model_folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs(quantization.LIBRARIES[kind])  # type: ignore[index]
-    monkeypatch.setattr(compiled, "install", lambda _network, _device: None)
+    monkeypatch.setattr(compiled, "install", lambda _network, _device, **_how: None)
     session = build(recipe_of(model_folder, tmp_path, generator__quantization=kind, training__compile=True))
     held = [p for p in session.model.generator.network.parameters() if is_traceable_wrapper_subclass(p)]
     assert held == []

@@ -152,14 +152,18 @@ def compiled(cases: list[Case]) -> list[dict[str, Any]]:
         found = trained(cases)
     finally:
         torch.compile = real
-    assert made and all(one["metrics"][0]["ratio_deviation"] == 0 for one in found)
+    # Replayed in other batches than it was sampled in, which some processors round otherwise.
+    assert made and all(one["metrics"][0]["ratio_deviation"] < 1e-6 for one in found)
     return found
 
 
 @pytest.mark.long
 def test_compiled_blocks_are_cut_too(model_folder: Path, tmp_path: Path) -> None:
     raw = flux(model_folder, tmp_path, training__compile=True)
-    cases = [(raw, "fsdp2", 2), ({**raw, "policy": {"kind": "lora", "rank": 2, "ema_decay": 0.5}}, "fsdp2", 2)]
+    checkpointed = flux(model_folder, tmp_path, training__compile=True, training__gradient_checkpointing=True)
+    lora = {"kind": "lora", "rank": 2, "ema_decay": 0.5}
+    cases = [(raw, "fsdp2", 2), ({**raw, "policy": lora}, "fsdp2", 2)]
+    cases += [(checkpointed, "fsdp2", 2), ({**checkpointed, "policy": lora}, "fsdp2", 2)]
     (alone,), both = together(compiled, 1, cases), together(compiled, 2, cases)
     for place, one in enumerate(alone):
         assert_same([rank[place] for rank in both], one, split=False)

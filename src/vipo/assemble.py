@@ -359,10 +359,13 @@ def open_model(
 
 
 def open_to_train(recipe: Recipe, *, device: torch.device | str, pipeline: Any = None) -> Model:
-    """:func:`open_model` for a session or a plan: with what it is compared with, and checkpointed if it is to be."""
+    """:func:`open_model` for a session or a plan: with what it is compared with, and checkpointed if it is to be.
+
+    A compiled network's checkpoints are part of what is compiled (:mod:`vipo.generators.compiled`).
+    """
     compared = recipe.objective.kl_weight > 0
     model = open_model(recipe, device=device, keep_reference=compared, pipeline=pipeline)
-    if recipe.training.gradient_checkpointing:
+    if recipe.training.gradient_checkpointing and not recipe.training.compile:
         _checkpointed(model.generator.network)
     return model
 
@@ -484,7 +487,7 @@ def build(recipe: Recipe, *, engine: Engine | None = None, pipeline: Any = None)
     if engine.in_step or training.compile:
         in_parts.take_apart(model.generator.network, four_bit=engine.in_step)
     if training.compile:  # with the adapters on it, and before the engine wraps it
-        compiled.install(model.generator.network, engine.device)
+        compiled.install(model.generator.network, engine.device, checkpointed=training.gradient_checkpointing)
     _share_samples(recipe, model, engine)
     credit = _credit(recipe)
     map_source = _map_source(recipe, credit, model.generator, scorer, str(engine.device))

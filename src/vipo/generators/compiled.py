@@ -8,6 +8,10 @@ and replay must take one graph, or they round differently and the first ratio is
   kept for a backward that never comes, and every block sees the inputs that a replay shows it.
 - shape. The batch is a symbol, so all batches of two rows or more share a graph; a single row has one of its own. All
   else is static, and nothing becomes a symbol later: which graph a batch takes never depends on what came before.
+
+Gradient checkpointing is part of the graph: its forward then keeps a block's inputs and nothing else, in the rollout
+too, which otherwise writes out all that a backward would need. The network's own checkpoints, around its blocks, leave
+the graph as it is and run it a second time before each backward.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -27,10 +32,11 @@ from vipo.errors import UserError
 OPTIONS: dict[str, Any] = {"deterministic": True}
 
 
-def install(network: nn.Module, device: torch.device | str) -> None:
+def install(network: nn.Module, device: torch.device | str, *, checkpointed: bool = False) -> None:
     """Compile a network's blocks in place, when its adapters are on it and before an engine wraps it.
 
-    Nothing is compiled yet: that happens in the first passes, and takes minutes for a large model.
+    Nothing is compiled yet: that happens in the first passes, and takes minutes for a large model. ``checkpointed``
+    takes the place of the network's own gradient checkpointing, which must be off.
 
     Raises:
         UserError: the network names no repeated blocks, or nothing can be compiled for this device here.
@@ -46,6 +52,8 @@ def install(network: nn.Module, device: torch.device | str) -> None:
     for block in blocks:
         block.forward = _cut(torch.compile(block.forward, fullgraph=True, dynamic=False, options=OPTIONS), sampling)
     network.forward = _in_grad_mode(network.forward, sampling)
+    if checkpointed:
+        network.forward = _keeping_inputs(network.forward)
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
@@ -78,6 +86,21 @@ def _in_grad_mode(forward: Callable[..., Any], sampling: _Sampling) -> Callable[
             return forward(*args, **kwargs)
         with sampling():
             return tree_map_only(Tensor, Tensor.detach, forward(*args, **kwargs))
+
+    return call
+
+
+def _keeping_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Graphs that are made in the call have a forward that keeps its inputs alone: all else is computed once more.
+
+    ``torch.utils.checkpoint`` inside of what is compiled asks for the same, but not of the graph of a reference, which
+    needs no gradient: PyTorch 2.13 refuses that one, because attention may be random.
+    """
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=0.0):
+            return forward(*args, **kwargs)
 
     return call
 
