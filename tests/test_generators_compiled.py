@@ -206,12 +206,13 @@ def test_code_that_is_really_generated_rounds_alike_in_sampling_and_replay(check
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_compiled_quickstart_begins_with_ratio_one_on_a_gpu(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "checkpointed"), [("lora", "true"), ("lora", "false"), ("full", "true")])
+def test_a_compiled_quickstart_begins_with_ratio_one_on_a_gpu(tmp_path: Path, kind: str, checkpointed: str) -> None:
     assert torch.cuda.is_available(), "asked for with --run-needs-gpu, but torch finds no GPU"
     small = ("training.iterations=3", "evaluation.limit=4", "prompts.per_iteration=2", "prompts.group_size=4")
     process = tiny.command_line(
         *("train", "quickstart", *small, "training.compile=true", f"policy.kind={kind}"),
+        f"training.gradient_checkpointing={checkpointed}",
         *("--no-report", "--output", tmp_path / "run"),
     )
     _, said = process.communicate()
