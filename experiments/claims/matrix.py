@@ -132,10 +132,10 @@ def full_groups(credit: str, learning_rate: str, *changes: str, judges: str = WA
     return Arm(own, shared=shared, seeds=seeds, untrained="groups-untrained", **LEVELS)
 
 
-def control(reward: str) -> Arm:
+def control(reward: str, seeds: int | None = None) -> Arm:
     """Scalar GRPO on a reward that teaches nothing; the real one watches."""
     rewards = f"rewards={{experiments/claims/controls.py:{reward}: 1.0}}"
-    return full_groups("sample", "1e-3", rewards, judges=f"emoji_match, {WATCHED}")
+    return full_groups("sample", "1e-3", rewards, judges=f"emoji_match, {WATCHED}", seeds=seeds)
 
 
 def clean(credit: str, learning_rate: str, seeds: int | None = None) -> Arm:
@@ -148,14 +148,14 @@ DEVIATION, BOTH = source("deviation", short=False), source("deviation", "percept
 
 ARMS: dict[str, Arm] = {
     "untrained": Arm(trained=False, seeds=1),
-    "sample": SCALAR,
-    "vipo": PAPER,
+    "sample": replace(SCALAR, seeds=5),
+    "vipo": replace(PAPER, seeds=5),
     "source-deviation": DEVIATION,
-    "source-deviation-perceptual": BOTH,
-    "sample-rate-1e-3": rate(SCALAR, "1e-3"),
+    "source-deviation-perceptual": replace(BOTH, seeds=5),
+    "sample-rate-1e-3": rate(SCALAR, "1e-3", seeds=5),
     "vipo-rate-1e-3": rate(PAPER, "1e-3"),
     "source-deviation-rate-1e-3": rate(DEVIATION, "1e-3"),
-    "source-deviation-perceptual-rate-1e-3": rate(BOTH, "1e-3"),
+    "source-deviation-perceptual-rate-1e-3": rate(BOTH, "1e-3", seeds=5),
     "sample-rate-5e-4": replace(rate(SCALAR, "5e-4", seeds=1), short=True),
     "sample-rate-4e-3": rate(SCALAR, "4e-3", seeds=1),
     "vipo-rate-4e-3": rate(PAPER, "4e-3", seeds=1),
@@ -201,7 +201,7 @@ ARMS: dict[str, Arm] = {
     "groups-consensus-clean": clean("consensus", "1e-3"),
     "groups-quickstart-clean": clean("quickstart", "1e-3", seeds=5),
     "groups-consensus-clean-2e-3": clean("consensus", "2e-3"),
-    "groups-noise": control("noise"),
+    "groups-noise": control("noise", seeds=5),
     "groups-shuffled": control("Shuffled"),
     "clips-untrained": replace(clips(), trained=False, seeds=1),
     "clips-sample": clips("credit=sample"),
