@@ -58,10 +58,19 @@ def test_a_streak_is_an_event_once_and_counts_again_after_it_ends() -> None:
 def test_flat_groups_name_the_rewards_and_what_to_try() -> None:
     health = Health(limit=1)
     (event,) = health.iteration(FLAT)
-    assert event.startswith("'constant' and 'other' gave no group two different scores in 1 iterations in a row")
+    assert event.startswith("'constant' and 'other' gave no sample an advantage in 1 iterations in a row")
     for word in ("training.max_skipped_in_a_row=1", "docs/rewards.md", "solver.eta", "prompts.group_size"):
         assert word in event
     assert "nothing was learned in 1 iterations: 'constant'" in str(health.failure(1, last=False))
+
+
+def test_rewards_that_cancel_each_other_are_told_as_that_and_not_as_faint() -> None:
+    """In groups of two with equal weights, one likes better what the other likes as much less."""
+    (event,) = Health(limit=2).iteration({"advantage_size": 5e-4, "spread/motion": 0.06, "spread/match": 0.13})
+    assert event.startswith("the advantages of 'motion' and 'match' cancel each other")
+    assert "rewards.*.weight" in event and "prompts.group_size" in event
+    (event,) = Health(limit=2).iteration({"advantage_size": 5e-4, "spread/motion": 6e-8, "spread/match": 0.0})
+    assert "'motion' differ by 6.0e-08 within their groups, next to the eps 1e-4" in event
 
 
 def test_updates_are_counted_and_not_iterations() -> None:
@@ -201,7 +210,7 @@ def outcome(folder: Path) -> dict[str, bytes]:
 def test_a_constant_reward_stops_the_run_and_leaves_no_export(tmp_path: Path, raw: dict[str, Any]) -> None:
     folder = tmp_path / "run"
     run, _, failure = run_all(constant(raw, tmp_path), folder)
-    assert failure is not None and "constant.py:reward' gave no group two different scores in 3 iterations" in failure
+    assert failure is not None and "constant.py:reward' gave no sample an advantage in 3 iterations" in failure
     assert run.iteration == 3 and not (folder / "export").exists()
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000002", "step-000003"]
     lines = tiny.lines(folder / "metrics.jsonl")

@@ -153,7 +153,7 @@ GUARDS: Mapping[str, Guard] = {
         means="these prompts teach nothing, and cost as much as the others",
         advice="take prompts that are neither too easy nor too hard, a reward with finer steps, or a higher solver.eta"
         " or prompts.group_size",
-        also_says=" gave no group two different scores in ",
+        also_says=" gave no sample an advantage in ",
     ),
     "weights_still": Guard(
         quantity="the change of the trained weights in an iteration, as a share of their size,",

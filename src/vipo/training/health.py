@@ -32,6 +32,10 @@ MEND_FAINT = (
     "their unit is far too large: let the reward return numbers whose differences are about 1 (its weight comes after"
     " the division and does not help)"
 )
+MEND_CANCELLED = (
+    "so none of it teaches anything: in a new run give rewards.*.weight that differ, or a higher prompts.group_size"
+)
+EPS = 1e-4  # what a group's deviation is divided by has more than this where its scores count
 FAINT = 1e-3  # an advantage_size below this is none: it is about 0.8 where scores differ by far more than their eps
 STILL_GUARDS = ("weights_still",)  # what these tell of is told as a streak of its own: of skipped updates,
 FLAT_GUARDS = ("flat_groups", "reward_spread", *STILL_GUARDS)  # and of iterations without spread
@@ -169,7 +173,7 @@ class Health:
     def _flat(self) -> str:
         rewards = " and ".join(map(repr, self.record.flat_rewards))
         return (
-            f"{rewards} gave no group two different scores in {self.record.flat_in_a_row} iterations in a row"
+            f"{rewards} gave no sample an advantage in {self.record.flat_in_a_row} iterations in a row"
             f" ({LIMIT_KEY}={self.limit})"
         )
 
@@ -178,7 +182,7 @@ class Health:
         record = self.record
         cause = (
             f"no trained weight has moved; {record.skipped} updates were skipped, and in {record.flat} iterations no"
-            " group had two different scores"
+            " sample had an advantage"
         )
         if record.flat >= max(1, record.skipped):
             return cause, MEND_FLAT
@@ -191,10 +195,13 @@ class Health:
 
 
 def _faint(metrics: Mapping[str, float]) -> list[str]:
-    """A sentence where scores do differ, but by next to nothing."""
+    """A sentence where scores do differ, but by next to nothing, or cancel each other."""
+    spreads = {key.removeprefix("spread/"): value for key, value in metrics.items() if key.startswith("spread/")}
+    counting = [repr(name) for name, value in spreads.items() if value > EPS]
+    if len(counting) > 1:
+        return [f"the advantages of {' and '.join(counting)} cancel each other, sample by sample, {MEND_CANCELLED}"]
     if metrics["advantage_size"] == 0:
         return []
-    spreads = {key.removeprefix("spread/"): value for key, value in metrics.items() if key.startswith("spread/")}
     named = " and ".join(f"{name!r} differ by {value:.1e}" for name, value in spreads.items() if value > 0)
     return [f"the scores of {named} within their groups, next to the eps 1e-4 that is added; {MEND_FAINT}"]
 
