@@ -143,7 +143,7 @@ def test_known_gains_become_known_rows(tmp_path: Path) -> None:
     assert difference.per_seed == pytest.approx({0: 0.3, 1: 0.3, 2: 0.3})
     assert (difference.low, difference.high) == (pytest.approx(0.3), pytest.approx(0.3))  # the wobbles are the same
     table = by_name(tmp_path)["main"]
-    assert row(table, "vipo")[1:] == ("3 of 3", "emoji_match", "+0.250", "+0.150 [+0.150, +0.150]", "apart, above")
+    assert row(table, "vipo")[1:] == ("3 of 5", "emoji_match", "+0.250", "+0.150 [+0.150, +0.150]", "apart, above")
     texts = [line[0][0] for line in table.lines]
     assert texts.index("After 12 iterations") < texts.index("After 24 iterations")
     last = next(line for line in table.lines[texts.index("After 24 iterations") :] if line[0][0] == "vipo")
@@ -160,7 +160,7 @@ def test_arms_that_are_missing_are_listed_and_nothing_is_invented(tmp_path: Path
     assert difference is not None and difference.per_seed == pytest.approx({1: 0.4})
     made = by_name(tmp_path)
     assert row(made["main"], "stride-16")[1:3] == ("0 of 3", "not trained yet")
-    assert row(made["main"], "vipo")[1:] == ("2 of 3", "emoji_match", NONE, "+0.200 [+0.200, +0.200]", NONE)
+    assert row(made["main"], "vipo")[1:] == ("2 of 5", "emoji_match", NONE, "+0.200 [+0.200, +0.200]", NONE)
     assert row(made["ablations"], "average")[2] == "not trained yet"
     assert row(made["clipping"], "sample-clip-1e-4")[1] == "0 of 5"
     assert made["agreement"].lines == made["orientation"].lines == ((("Not measured yet.", ""),),)
@@ -216,7 +216,7 @@ def test_clipped_shares_are_means_over_iterations_and_seeds(tmp_path: Path) -> N
     for arm, gain in (("sample-clip-1e-4", 0.1), ("vipo-clip-1e-4", 0.3)):
         write_gains(tmp_path, arm, {0: gain, 1: gain}, iterations=12)
     line = row(by_name(tmp_path)["clipping"], "vipo-clip-1e-4")
-    assert line[1:5] == ("2 of 3", "0.0750", "+0.300", "+0.200 [+0.200, +0.200]")
+    assert line[1:5] == ("2 of 5", "0.0750", "+0.300", "+0.200 [+0.200, +0.200]")
 
 
 def test_structure_is_read_at_equal_redness(tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_seeds_of_an_arm_count_up_to_what_all_of_them_have(tmp_path: Path) -> No
     write_gains(tmp_path, "vipo", {0: 0.1}, iterations=24)
     write_gains(tmp_path, "vipo", {1: 0.1}, iterations=12)
     assert results.read(tmp_path).iterations("vipo") == [12]
-    assert SETTING.seeds == results.planned_seeds("vipo")
+    assert SETTING.seeds == results.planned_seeds("source-deviation") < results.planned_seeds("vipo")
 
 
 def test_the_pictures_to_a_level_are_read_off_the_curve(tmp_path: Path) -> None:
