@@ -57,6 +57,35 @@ def test_samples_are_named_by_number_or_by_prompt(vipo: Vipo, model_folder: Path
     ]  # fmt: skip
 
 
+def test_a_prompt_that_comes_again_is_sampled_once_where_it_names_the_file(
+    vipo: Vipo, model_folder: Path, tmp_path: Path
+) -> None:
+    words = ["sample", model_folder, "--steps", 1, "--size", 32, "--names", "prompt", "--output", tmp_path / "p"]
+    result = vipo(*words, *["--prompts", "a dog", "--prompts", "A cat", "--prompts", "a dog"], "--count", 2)
+    assert result.code == 0 and "4 samples in" in result.out, result
+    assert "1 of 3 prompts came before; named by prompt, each is sampled once" in " ".join(result.err.split())
+    names = ["A cat-0.png", "A cat-1.png", "a dog-0.png", "a dog-1.png"]
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == names
+    numbered = vipo(*words[:6], "--output", tmp_path / "n", "--prompts", "a dog", "--prompts", "a dog")
+    assert "2 samples in" in numbered.out and len(list((tmp_path / "n").glob("0*.png"))) == 2
+
+
+def test_what_is_of_clips_is_refused_for_pictures_and_a_rate_that_no_clip_has(
+    vipo: Vipo, finished: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for option in (["--fps", 12], ["--video", "mp4"], ["--video", "webp"]):
+        refused = vipo("sample", finished, "--prompts", "a cat", "--output", out, *option)
+        assert_refused(refused, f"makes single pictures, written as png; leave out {option[0]}")
+    plain = ["--prompts", "a cat", "--steps", 1, "--size", 32]
+    refused = vipo("evaluate", model_folder, *plain, "--rewards", "redness", "--fps", 12)
+    assert_refused(refused, "makes single pictures, which have no frames per second; leave out --fps")
+    clips = ["sample", "embedded:emoji-wan", *plain, "--frames", 5, "--output", out]
+    for rate in ("5000", "inf"):
+        assert_refused(vipo(*clips, "--fps", rate), "is more than the 240 frames per second of a clip at most")
+    assert not out.exists()
+
+
 def test_export_writes_what_training_wrote(vipo: Vipo, finished: Path, tmp_path: Path) -> None:
     assert vipo("export", finished, "--output", tmp_path / "out").code == 0
     name = "pytorch_lora_weights.safetensors"

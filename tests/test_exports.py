@@ -140,6 +140,25 @@ def test_the_card_has_recipe_scores_and_pictures_and_no_secret(
         )
 
 
+def test_a_card_says_on_what_base_its_scores_are(finished: Path, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    trained = find_trained(finished)
+    for kinds, told in (
+        ({}, ""),
+        ({"quantization": "nf4"}, "trained with its base quantised (nf4), and so are the scores"),
+        (
+            {"quantization": "int8", "text_quantization": "nf4"},
+            "trained with its base quantised (int8) and its text encoders quantised (nf4), and so",
+        ),
+    ):
+        generator = trained.recipe.generator.model_copy(update=kinds)
+        recipe = trained.recipe.model_copy(update={"generator": generator})
+        write_card(tmp_path, replace(trained, recipe=recipe), 2, FluxPipeline, "diffusers")
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert told in text and bool(told) == ("quantised" in text)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 
 from vipo.errors import UserError
 from vipo.media import samples
+from vipo.media.clips import save_gif
 from vipo.media.pictures import to_uint8
 from vipo.media.samples import sample_names, save_clips, save_samples
 from vipo.prompts.files import read_prompts, shipped_set
@@ -112,6 +113,14 @@ def test_large_clips_are_compressed_for_the_eye(tmp_path: Path, monkeypatch: pyt
         assert opened.n_frames == 2
     difference = np.abs(frame - to_uint8(media)[0, 0]).mean()
     assert 0 < difference < 60
+
+
+def test_a_gif_of_a_fast_clip_plays_as_long_as_the_clip(tmp_path: Path) -> None:
+    frames = [Image.fromarray(frame) for frame in to_uint8(clip(12))[0]]
+    for fps, kept, milliseconds in ((50, 12, 20), (120, 4, 20), (240, 3, 20)):
+        save_gif(tmp_path / "fast.gif", frames, fps)
+        with Image.open(tmp_path / "fast.gif") as opened:
+            assert (opened.n_frames, opened.info["duration"]) == (kept, milliseconds)
 
 
 def test_clips_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,19 @@ def test_a_watched_page_is_another_once_the_log_has_grown(watched: tuple[Path, s
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize("later", ["maps/step-000001.png", "checkpoints/step-000007/state.json", "timing.jsonl"])
+def test_a_watched_page_is_another_once_what_its_log_told_of_is_there(watched: tuple[Path, str], later: str) -> None:
+    """A run logs an iteration before its maps are written, and an evaluation before its weights are the best kept."""
+    folder, url = watched
+    fetched(f"{url}/")
+    stamp, file = fetched(f"{url}/stamp"), folder / later
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as appended:
+        appended.write("{}\n")
+    changed = fetched(f"{url}/stamp")
+    assert changed != stamp and f'"{changed}"' in fetched(f"{url}/")
+
+
 def test_ctrl_c_ends_watching_with_0(finished: Path, vipo: Vipo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedServer, "serve_forever", lambda _server: signal.raise_signal(signal.SIGINT))
     said = vipo("watch", finished)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,11 @@ from vipo.cli.arguments import (
     read_texts,
 )
 from vipo.cli.consoles import console, warn
+from vipo.errors import UserError
+
+if TYPE_CHECKING:
+    from vipo.runs import target as targets
+    from vipo.types import Prompt
 
 
 def sample(
@@ -50,7 +55,10 @@ def sample(
     names: Annotated[
         Literal["number", "prompt"], typer.Option(help="Name files by number, or by the prompt as VBench wants them.")
     ] = "number",
-    video: Annotated[Literal["webp", "mp4"], typer.Option(help="Lossless webp, or mp4 (needs vipo[video]).")] = "webp",
+    video: Annotated[
+        Literal["webp", "mp4"] | None,
+        typer.Option(help="Of clips: lossless webp, the default, or mp4 (needs vipo[video])."),
+    ] = None,
     fps: Annotated[float | None, typer.Option(min=1, help="Of video files; default the model's.")] = None,
     sheet: Annotated[
         bool | None,
@@ -78,14 +86,38 @@ def sample(
     media: dict[str, Any] = {"size": size, "height": height, "width": width, "frames": frames}
     which: dict[str, Any] = {"checkpoint": checkpoint, "lora": lora, "base": base, "guidance_scale": guidance_scale}
     model = open_target(target, **media, dtype=dtype, **which, keep_reference=base_tail > 0, allow_code=allow_code)
+    _check_video(target, model, video, fps)
     texts = given or model.evaluation_prompts() or read_texts(["embedded:prompts_eval"])
+    if names == "prompt":
+        texts = _each_once(texts)
     warn(model.notices(texts))
     named = sample_names([prompt.text for prompt in texts], samples_per_prompt, names)
     how: dict[str, Any] = {"samples_per_prompt": samples_per_prompt, "steps": steps, "seed": seed}
-    how |= {"batch_size": batch_size, "base_tail": base_tail, "resume": resume, "video": video, "fps": fps}
+    how |= {"batch_size": batch_size, "base_tail": base_tail, "resume": resume, "video": video or "webp", "fps": fps}
     wanted = (len(named) > 1 and names == "number") if sheet is None else sheet  # programs read a folder whole
     on_sheet = sample_into(output, model, texts, named, **how, sheet=wanted)
     console.print(_said(output, len(named), on_sheet), soft_wrap=True)
+
+
+def _check_video(target: str, model: targets.Target, video: str | None, fps: float | None) -> None:
+    """Pictures are PNG files without a rate, and the frames of a file are some milliseconds long each."""
+    from vipo.schema import MAX_FPS
+
+    given = [option for option, value in {"--video": video, "--fps": fps}.items() if value is not None]
+    if given and model.generator.latent_shape()[1] == 1:
+        raise UserError(f"{target!r} makes single pictures, written as png; leave out {' and '.join(given)}")
+    if fps is not None and fps > MAX_FPS:
+        raise UserError(f"--fps {fps:g} is more than the {MAX_FPS:g} frames per second of a clip at most; give fewer")
+
+
+def _each_once(texts: list[Prompt]) -> list[Prompt]:
+    """Samples that are named by their prompt: those of a prompt that comes again would take the first ones' place."""
+    once: dict[str, Prompt] = {}
+    for prompt in texts:
+        once.setdefault(prompt.text, prompt)
+    if again := len(texts) - len(once):
+        warn([f"{again} of {len(texts)} prompts came before; named by prompt, each is sampled once"])
+    return list(once.values())
 
 
 def _said(output: Path, count: int, on_sheet: int | None) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 
 Clip = Sequence[Image.Image]
 GAP, GROUND = 4, (128, 128, 128)  # pixels and colour between clips that share a picture
+GIF_FPS = 50  # a GIF's frames last whole hundredths of a second, and players slow down those of one or none
 LOSSLESS_SIDE = 160  # pixels; larger frames are compressed where nobody reads them back
 
 V = TypeVar("V")
@@ -90,7 +91,12 @@ def save_webp(target: Path | BytesIO, clip: Clip, fps: float, *, quality: int | 
 
 
 def save_gif(target: Path | BytesIO, clip: Clip, fps: float) -> None:
-    """An endless GIF whose frames share one palette of 256 colours, so that what stands still does not flicker."""
+    """An endless GIF whose frames share one palette of 256 colours, so that what stands still does not flicker.
+
+    Of a clip that is faster than a GIF can be, every other frame, or every third, plays as long as the clip.
+    """
+    step = math.ceil(fps / GIF_FPS)
+    clip, fps = clip[::step], fps / step
     small = [frame.resize((max(1, frame.width // 2), max(1, frame.height // 2))) for frame in spaced(clip, 16)]
     palette = Image.fromarray(np.concatenate([np.asarray(frame) for frame in small])).quantize(256)
     _save(target, [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in clip], "GIF", fps)

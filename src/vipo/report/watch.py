@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from vipo.report.run import read_run
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # that a browser may ask by: another name is another site's way in
-LOGS = ("metrics.jsonl", "evaluations.jsonl", "recipe.yaml")  # the page changes with them
+LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl", "recipe.yaml")  # the page changes with them
+# And with what is written after the log that tells of it: a sheet of maps, the checkpoint of the best evaluation.
+WHOLE = ("maps/step-*.png", "samples/step-*.png", "checkpoints/step-*/state.json")
 SECONDS = 2  # between a page's questions whether it is old
 IDLE_SECONDS = 10.0  # a connection that says nothing for so long is closed
 
@@ -37,7 +40,7 @@ _RELOAD = """<script>
 
 
 class Watched:
-    """The page of a run, rendered anew only when its logs have grown, one rendering at a time."""
+    """The page of a run, rendered anew only when there is more to show, one rendering at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._lock = folder, threading.Lock()
@@ -47,7 +50,9 @@ class Watched:
     def stamp(self) -> str:
         """Another one whenever the page would be another."""
         files = [path.stat() for name in LOGS if (path := self.folder / name).exists()]
-        return "-".join(f"{file.st_size}.{file.st_mtime_ns}" for file in files)
+        names = sorted(str(path.relative_to(self.folder)) for kind in WHOLE for path in self.folder.glob(kind))
+        whole = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+        return "-".join([*(f"{file.st_size}.{file.st_mtime_ns}" for file in files), whole])
 
     def page(self) -> bytes:
         """The report with what reloads it.

@@ -172,8 +172,7 @@ def _what(recipe: Mapping[str, Any], iteration: int, licence: Licence) -> str:
 
 def _use(recipe: Mapping[str, Any], kind: type[Any], layout: str) -> str:
     section = recipe["generator"]
-    trained_at = section.get("options", {}).get("guidance_scale")
-    told = "" if trained_at is None else f"\n\nIt was trained at guidance {trained_at:g}."
+    told = "".join(f"\n\n{sentence}" for sentence in _trained_how(section))
     if layout == "comfyui":
         return f"Put the `.safetensors` file into ComfyUI's `models/loras`; diffusers loads it too.{told}"
     lora = recipe["policy"]["kind"] == "lora"
@@ -184,6 +183,20 @@ def _use(recipe: Mapping[str, Any], kind: type[Any], layout: str) -> str:
     lines = [f"from diffusers import {kind.__name__}", *imports, ""]
     lines += [f"pipeline = {kind.__name__}.from_pretrained({source})", *load]
     return f"{_fenced(redacted(chr(10).join(lines)), 'python')}{told}"
+
+
+def _trained_how(section: Mapping[str, Any]) -> list[str]:
+    """What of the model it was trained with is not what a pipeline is loaded with."""
+    scale, fewer = section.get("options", {}).get("guidance_scale"), {"base": section["quantization"]}
+    fewer["text encoders"] = section["text_quantization"]
+    kinds = [f"its {part} quantised ({kind})" for part, kind in fewer.items() if kind != "none"]
+    told = [] if scale is None else [f"It was trained at guidance {scale:g}."]
+    if kinds:
+        told.append(
+            f"It was trained with {' and '.join(kinds)}, and so are the scores and pictures here, before and after;"
+            " with whole weights they come out a little different."
+        )
+    return told
 
 
 def _scores(run: RunRecord | None, iteration: int, told: list[str]) -> str:

@@ -32,7 +32,7 @@ def plain_section(target: str, given: Mapping[str, Any]) -> GeneratorSection:
     """How to build a plain model: what is ``given`` of its section, or else what it was made for.
 
     Raises:
-        UserError: no pipeline that an adapter knows, or sides that contradict each other.
+        UserError: no pipeline that an adapter knows, sides that contradict each other, or a rate of pictures.
     """
     if "size" in given and {"height", "width"} & given.keys():
         raise UserError("--size is short for --height and --width, both that long; give it or them")
@@ -41,7 +41,10 @@ def plain_section(target: str, given: Mapping[str, Any]) -> GeneratorSection:
     square = {side: given["size"] for side in ("height", "width") if "size" in given}
     asked = {key: value for key, value in given.items() if key != "size"}
     options = {"name": name, "path": path, **_usual_media(path, name), **square, **asked}
-    return parse_section(GeneratorSection, options, source="size")
+    section = parse_section(GeneratorSection, options, source="size")
+    if "fps" in given and section.frames == 1:
+        raise UserError(f"{target!r} makes single pictures, which have no frames per second; leave out --fps")
+    return section
 
 
 def _usual_media(path: str, name: str) -> Mapping[str, int]:
