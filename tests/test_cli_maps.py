@@ -73,3 +73,11 @@ def test_maps_that_cannot_be_made_are_refused_and_leave_nothing(
         BAD_FILES[options[-1]](Path(options[-1]))
     assert_refused(vipo("maps", *options, "--output", "maps"), *words)
     assert not Path("maps").exists()
+
+
+def test_a_port_without_the_page_that_it_is_of_is_refused(vipo: Vipo, tmp_path: Path) -> None:
+    Image.fromarray(photos.astronaut()[:64, :64]).save(tmp_path / "photo.png")
+    for port in (0, 8080):
+        said = vipo("maps", tmp_path / "photo.png", "--output", tmp_path / "maps", "--port", port)
+        assert_refused(said, "--port is of the page that --ui serves; add --ui, or leave it out")
+    assert not (tmp_path / "maps").exists()

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import gloo
 import tiny
 from vipo.assemble import build
 from vipo.errors import RunFailed, UserError
+from vipo.guards import told_by
 from vipo.policy import Policy
 from vipo.recipe import apply_override, parse_recipe
 from vipo.report.page import render
 from vipo.report.run import read_run
 from vipo.runs.run import Evaluated, Run, train
 from vipo.training.credit import Credit
-from vipo.training.health import Health, where_not_finite
+from vipo.training.health import Health, Record, where_not_finite
 from vipo.training.learner import Learner
 from vipo.training.saved import list_checkpoints
 from vipo.types import Rollout, TrainStep
@@ -71,6 +73,23 @@ def test_rewards_that_cancel_each_other_are_told_as_that_and_not_as_faint() -> N
     assert "rewards.*.weight" in event and "prompts.group_size" in event
     (event,) = Health(limit=2).iteration({"advantage_size": 5e-4, "spread/motion": 6e-8, "spread/match": 0.0})
     assert "'motion' differ by 6.0e-08 within their groups, next to the eps 1e-4" in event
+
+
+def test_a_reward_that_is_constant_beside_others_is_an_event_once_also_across_a_resume() -> None:
+    beside = {**VARIED, "spread/constant": 0.0}
+    health, said = Health(limit=3), []
+    for k in range(6):
+        if k == 2:  # as a checkpoint keeps it
+            kept = json.loads(json.dumps(asdict(health.record)))
+            health = Health(limit=3)
+            health.restore(Record.of(kept))
+        said.append(health.iteration(FLAT if k == 1 else beside))
+    assert [len(events) for events in said] == [0, 0, 0, 1, 0, 0]
+    start = "'constant' told no two samples of a group apart in 3 iterations in a row"
+    assert said[3][0].startswith(start) and "teaches nothing while other rewards do" in said[3][0]
+    assert told_by(said[3][0]) is None  # the prompts are not to blame
+    alone = {key: value for key, value in beside.items() if key != "spread/other"}  # what it learns from is no reward
+    assert not any(Health(limit=1).iteration(alone))
 
 
 def test_updates_are_counted_and_not_iterations() -> None:

@@ -29,7 +29,9 @@ def maps(
     ui: Annotated[
         bool, typer.Option("--ui", help="Explore in the browser, pictures and runs (needs vipo[ui]).")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --ui; 0 takes a free one.")] = 0,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of --ui; 0, the default, takes a free one.")
+    ] = None,
 ) -> None:
     """Show what the allocation map sees in pictures or clips of yours.
 
@@ -50,8 +52,10 @@ def maps(
     seen_by = _given({"pretrained": pretrained, "resolution": resolution})
     if ui:
         chosen = {"backbone": backbone, "backbone_options": seen_by, **_given(how)}
-        _explore(files or [], chosen, temporal_stride, output, port)
+        _explore(files or [], chosen, temporal_stride, output, port or 0)
         return
+    if port is not None:
+        raise UserError("--port is of the page that --ui serves; add --ui, or leave it out")
     if not files:
         raise UserError("vipo maps needs pictures or clips: name some, or add --ui to choose them in the browser")
     from vipo.cli.show_maps import show_maps

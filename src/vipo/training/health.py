@@ -37,6 +37,7 @@ MEND_CANCELLED = (
 )
 EPS = 1e-4  # what a group's deviation is divided by has more than this where its scores count
 FAINT = 1e-3  # an advantage_size below this is none: it is about 0.8 where scores differ by far more than their eps
+NO_SPREAD = 1e-7  # a spread within groups below this is none: beside the eps 1e-4 it is FAINT
 STILL_GUARDS = ("weights_still",)  # what these tell of is told as a streak of its own: of skipped updates,
 FLAT_GUARDS = ("flat_groups", "reward_spread", *STILL_GUARDS)  # and of iterations without spread
 GUARD_MEMORY = 20  # how many gradient norms the guard remembers
@@ -71,6 +72,7 @@ class Record:
     flat_in_a_row: int = 0
     why_skipped: str = ""  # the last of them
     flat_rewards: list[str] = field(default_factory=list)  # what the last such iteration was scored with
+    constant: dict[str, int] = field(default_factory=dict)  # iterations in a row that a reward alone had no spread in
     guards: Memory = field(default_factory=Memory)
 
     @classmethod
@@ -140,6 +142,7 @@ class Health:
             record.flat_rewards = [key.removeprefix("spread/") for key in metrics if key.startswith("spread/")]
         faint = _faint(metrics) if flat and record.flat_in_a_row == 1 else []
         streak = [f"{self._flat()}; {MEND_FLAT}"] if record.flat_in_a_row == self.limit else []
+        streak += [] if flat else self._constant(metrics)
         told = FLAT_GUARDS if record.flat_in_a_row else STILL_GUARDS if record.skipped_in_a_row else ()
         watched = self.watch.iteration(metrics, silent=told)
         record.guards = self.watch.memory
@@ -176,6 +179,22 @@ class Health:
             f"{rewards} gave no sample an advantage in {self.record.flat_in_a_row} iterations in a row"
             f" ({LIMIT_KEY}={self.limit})"
         )
+
+    def _constant(self, metrics: Mapping[str, float]) -> list[str]:
+        """What to report of rewards that tell no two samples of a group apart, while others do and hide it.
+
+        Of one that once did, the guard ``reward_spread`` tells: it compares with the first iterations.
+        """
+        spreads, first = {k: v for k, v in metrics.items() if k.startswith("spread/")}, self.watch.memory.first
+        never = [key for key, value in spreads.items() if max(value, *first.get(key, [0.0])) < NO_SPREAD]
+        names = [key.removeprefix("spread/") for key in never if len(spreads) > 1]
+        self.record.constant = {name: self.record.constant.get(name, 0) + 1 for name in names}
+        return [
+            f"{name!r} told no two samples of a group apart in {times} iterations in a row ({LIMIT_KEY}={self.limit}),"
+            f" so it teaches nothing while other rewards do; {MEND_FLAT}"
+            for name, times in self.record.constant.items()
+            if times == self.limit
+        ]
 
     def _unmoved(self) -> tuple[str, str]:
         """The cause and the remedy at the end of a run that no streak has stopped."""
