@@ -69,10 +69,10 @@ def test_flat_groups_name_the_rewards_and_what_to_try() -> None:
 def test_rewards_that_cancel_each_other_are_told_as_that_and_not_as_faint() -> None:
     """In groups of two with equal weights, one likes better what the other likes as much less."""
     (event,) = Health(limit=2).iteration({"advantage_size": 5e-4, "spread/motion": 0.06, "spread/match": 0.13})
-    assert event.startswith("the advantages of 'motion' and 'match' cancel each other")
-    assert "rewards.*.weight" in event and "prompts.group_size" in event
+    assert event.startswith("the scores of 'motion' and 'match' differ within their groups, but")
+    assert "cancel each other" in event and "rewards.*.weight" in event and "prompts.group_size" in event
     (event,) = Health(limit=2).iteration({"advantage_size": 5e-4, "spread/motion": 6e-8, "spread/match": 0.0})
-    assert "'motion' differ by 6.0e-08 within their groups, next to the eps 1e-4" in event
+    assert "'motion' differ by 6.0e-08 within their groups, next to the eps 0.0001" in event
 
 
 def test_a_reward_that_is_constant_beside_others_is_an_event_once_also_across_a_resume() -> None:

@@ -141,7 +141,7 @@ def test_a_reward_in_tiny_units_is_an_event(model_folder: Path) -> None:
     trainer = tiny.trainer(model_folder, scorer=RewardSuite({"tiny": _tiny}, {"tiny": 1.0}), credit="sample")
     events = [event for _ in range(2) for event in trainer.step().events]
     told = [event for event in events if "'tiny' differ by" in event]
-    assert len(told) == 1 and "next to the eps 1e-4" in told[0]
+    assert len(told) == 1 and "next to the eps 0.0001" in told[0]
     assert not Health().iteration({"advantage_size": 0.8, "spread/tiny": 1e-2})
 
 

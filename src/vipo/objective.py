@@ -34,8 +34,11 @@ def _in_groups(values: Tensor, group_size: int) -> Tensor:
     return values.double().unflatten(0, (-1, group_size))
 
 
+EPS = 1e-4  # added to a group's deviation, so that scores that differ by far less than that teach next to nothing
+
+
 def group_advantage(
-    rewards: Float[Tensor, "N *position"], group_size: int, *, eps: float = 1e-4
+    rewards: Float[Tensor, "N *position"], group_size: int, *, eps: float = EPS
 ) -> Float[Tensor, "N *position"]:
     """How much better than its group each sample is, in the group's standard deviations (unbiased).
 

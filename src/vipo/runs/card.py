@@ -187,10 +187,10 @@ def _use(recipe: Mapping[str, Any], kind: type[Any], layout: str) -> str:
 
 def _trained_how(section: Mapping[str, Any]) -> list[str]:
     """What of the model it was trained with is not what a pipeline is loaded with."""
-    scale, fewer = section.get("options", {}).get("guidance_scale"), {"base": section["quantization"]}
-    fewer["text encoders"] = section["text_quantization"]
-    kinds = [f"its {part} quantised ({kind})" for part, kind in fewer.items() if kind != "none"]
+    scale = section.get("options", {}).get("guidance_scale")
     told = [] if scale is None else [f"It was trained at guidance {scale:g}."]
+    parts = {"base": section["quantization"], "text encoders": section["text_quantization"]}
+    kinds = [f"its {part} quantised ({kind})" for part, kind in parts.items() if kind != "none"]
     if kinds:
         told.append(
             f"It was trained with {' and '.join(kinds)}, and so are the scores and pictures here, before and after;"

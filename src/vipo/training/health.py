@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vipo.objective import EPS
 from vipo.training.watch import Memory, Watch
 
 LIMIT_KEY = "training.max_skipped_in_a_row"
@@ -32,12 +33,9 @@ MEND_FAINT = (
     "their unit is far too large: let the reward return numbers whose differences are about 1 (its weight comes after"
     " the division and does not help)"
 )
-MEND_CANCELLED = (
-    "so none of it teaches anything: in a new run give rewards.*.weight that differ, or a higher prompts.group_size"
-)
-EPS = 1e-4  # what a group's deviation is divided by has more than this where its scores count
+MEND_CANCELLED = "in a new run give other rewards.*.weight, or a higher prompts.group_size"
 FAINT = 1e-3  # an advantage_size below this is none: it is about 0.8 where scores differ by far more than their eps
-NO_SPREAD = 1e-7  # a spread within groups below this is none: beside the eps 1e-4 it is FAINT
+NO_SPREAD = FAINT * EPS  # a spread within groups below this is none
 STILL_GUARDS = ("weights_still",)  # what these tell of is told as a streak of its own: of skipped updates,
 FLAT_GUARDS = ("flat_groups", "reward_spread", *STILL_GUARDS)  # and of iterations without spread
 GUARD_MEMORY = 20  # how many gradient norms the guard remembers
@@ -216,13 +214,15 @@ class Health:
 def _faint(metrics: Mapping[str, float]) -> list[str]:
     """A sentence where scores do differ, but by next to nothing, or cancel each other."""
     spreads = {key.removeprefix("spread/"): value for key, value in metrics.items() if key.startswith("spread/")}
-    counting = [repr(name) for name, value in spreads.items() if value > EPS]
-    if len(counting) > 1:
-        return [f"the advantages of {' and '.join(counting)} cancel each other, sample by sample, {MEND_CANCELLED}"]
+    if counting := " and ".join(repr(name) for name, value in spreads.items() if value > EPS):
+        return [
+            f"the scores of {counting} differ within their groups, but their weighted advantages add up to next to"
+            f" nothing, because they cancel each other or their weights are small; {MEND_CANCELLED}"
+        ]
     if metrics["advantage_size"] == 0:
         return []
     named = " and ".join(f"{name!r} differ by {value:.1e}" for name, value in spreads.items() if value > 0)
-    return [f"the scores of {named} within their groups, next to the eps 1e-4 that is added; {MEND_FAINT}"]
+    return [f"the scores of {named} within their groups, next to the eps {EPS:g} that is added; {MEND_FAINT}"]
 
 
 def where_not_finite(gradient_peaks: Mapping[str, Tensor]) -> str:
